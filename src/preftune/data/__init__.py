@@ -1,0 +1,10 @@
+"""Rows of any known format to tokenised pairs and SFT examples."""
+
+from __future__ import annotations
+
+from preftune.data.options import DataOptions
+from preftune.data.prepare import prepare
+from preftune.data.report import PrepareReport
+from preftune.data.sources import LoadReport, load, load_report
+
+__all__ = ["DataOptions", "LoadReport", "PrepareReport", "load", "load_report", "prepare"]

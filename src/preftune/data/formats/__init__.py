@@ -1,0 +1,124 @@
+"""Data formats: one specification per file, the table of all of them, and detection."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from preftune.data.formats.alpaca import ALPACA, ALPACA_PREFERENCE
+from preftune.data.formats.base import BadRow, FormatSpec, Kind, Message, Row
+from preftune.data.formats.hh import HH
+from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
+from preftune.data.formats.messages import MESSAGES
+from preftune.data.formats.orca import ORCA
+from preftune.data.formats.preference import PREFERENCE
+from preftune.data.formats.prompt_completion import PROMPT_COMPLETION
+from preftune.data.formats.ranked import RANKED
+from preftune.data.formats.sharegpt import SHAREGPT, SHAREGPT_PREFERENCE
+from preftune.data.formats.text import TEXT
+from preftune.data.formats.ultrafeedback import ULTRAFEEDBACK
+from preftune.data.formats.unpaired import UNPAIRED
+from preftune.errors import ConfigError, DataError
+
+__all__ = ["FORMATS", "BadRow", "FormatSpec", "Kind", "Message", "Row", "check_format_name", "detect", "resolve"]
+
+# The order is the order of detection: a format stands before any whose columns it contains.
+_IN_ORDER = (
+    ULTRAFEEDBACK,
+    PREFERENCE,
+    ORCA,
+    ALPACA_PREFERENCE,
+    SHAREGPT_PREFERENCE,
+    HH,
+    IMPLICIT_PREFERENCE,
+    RANKED,
+    UNPAIRED,
+    PROMPT_COMPLETION,
+    SHAREGPT,
+    MESSAGES,
+    ALPACA,
+    TEXT,
+)
+
+FORMATS: Mapping[str, FormatSpec] = MappingProxyType({spec.name: spec for spec in _IN_ORDER})
+
+
+def check_format_name(name: str) -> None:
+    """Refuse a format name that is not in the table.
+
+    Raises:
+        ConfigError: With the nearest name.
+    """
+    if name != "auto" and name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        raise ConfigError(
+            "unknown data format",
+            where="dataset_format",
+            value=name,
+            allowed=", ".join(["auto", *FORMATS]),
+            remedy=f"did you mean {near[0]!r}?" if near else None,
+        )
+
+
+def detect(columns: Collection[str], first_row: Mapping[str, Any], skip: Collection[str] = ()) -> FormatSpec | None:
+    """The first format of the table that recognises the columns and the first row.
+
+    Args:
+        columns: Names of the columns.
+        first_row: The first row.
+        skip: Formats to leave out.
+
+    Returns:
+        The format, or ``None``.
+    """
+    return next((spec for spec in _IN_ORDER if spec.name not in skip and spec.detect(columns, first_row)), None)
+
+
+def resolve(
+    name: str,
+    columns: Collection[str],
+    first_row: Mapping[str, Any],
+    *,
+    where: str,
+    skip: Collection[str] = (),
+) -> FormatSpec:
+    """The format to read a data set with.
+
+    Args:
+        name: ``auto`` or a name from :data:`FORMATS`.
+        columns: Names of the columns.
+        first_row: The first row.
+        where: The data set, for messages.
+        skip: Formats that detection leaves out.
+
+    Returns:
+        The format.
+
+    Raises:
+        ConfigError: ``name`` is unknown.
+        DataError: Nothing recognises the columns, or the named format lacks a column.
+    """
+    check_format_name(name)
+    if name != "auto":
+        spec = FORMATS[name]
+        missing = [column for column in spec.required if column not in columns]
+        if missing:
+            raise DataError(
+                f"the format {name!r} needs the columns {', '.join(spec.required)}; missing: {', '.join(missing)}",
+                where=where,
+                value=sorted(columns),
+                remedy="rename columns with `columns: {theirs: ours}`, or set dataset_format: auto",
+            )
+        return spec
+    found = detect(columns, first_row, skip)
+    if found is None:
+        raise DataError(
+            "the columns match no known data format",
+            where=where,
+            value=sorted(columns),
+            allowed="; ".join(f"{spec.name} ({spec.summary})" for spec in _IN_ORDER),
+            remedy="rename columns with `columns: {theirs: ours}`",
+        )
+    return found

@@ -1,0 +1,51 @@
+# make help        what there is to make; every target installs what it needs first
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+STAMP := $(VENV)/.installed
+# Two workers of one torch thread each finish sooner than one of two: most tests are small.
+TEST_WORKERS ?= 2
+TEST_ARGS ?=
+OUT ?= demo-out
+
+.PHONY: help setup demo test check format bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(STAMP)  ## make .venv and install preftune with its development extras (instant when nothing changed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install torch -c constraints.txt
+	@$(PIP) install -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: setup  ## teach a small model to write friendlier reviews; figures and a picture in OUT (demo-out)
+	@$(BIN)/preftune demo --out $(OUT)
+
+test: setup  ## run the tests (TEST_ARGS is handed to pytest)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
+
+check: setup  ## lint, format, types, import layers, documentation coverage
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy src tests
+	@$(BIN)/lint-imports
+	@$(BIN)/interrogate --config pyproject.toml src/preftune
+
+format: setup  ## apply the formatter and the safe fixes
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup  ## pairs per second and peak memory: TRL, the padded baseline, preftune
+	@$(BIN)/python -m benchmarks.run
+
+clean:  ## remove caches and build products; .venv stays
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

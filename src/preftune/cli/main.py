@@ -1,0 +1,125 @@
+"""``preftune``: find the verb, run it, and turn foreseen failures into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from preftune import __version__
+from preftune.errors import ConfigError, PreftuneError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it."""
+
+VERBS: dict[str, str] = {
+    "sft": "supervised fine-tuning on completions or conversations",
+    "dpo": "preference optimisation on pairs (DPO and its family)",
+    "data": "look at prepared rows: prompt, chosen, rejected, and what is trained on",
+    "methods": "list the methods with formula, settings and paper",
+    "cache": "show or clear the stored reference log-probs",
+    "cite": "print BibTeX for the methods of a run",
+    "demo": "teach a small model to write friendlier reviews, in minutes, without downloads",
+}
+
+# These read their arguments themselves: settings are the fields of classes whose import takes seconds.
+_READ_THEMSELVES = frozenset({"sft", "dpo", "demo"})
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are errors like all others, one line long."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage.
+
+        Raises:
+            ConfigError: Always.
+        """
+        where = f"`{self.prog}`" if " " in self.prog else "command line"
+        raise ConfigError(message, where=where, remedy=f"see `{self.prog} --help`")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The outermost parser: verbs and one line for each, nothing imported."""
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {name:<{width}}{text}" for name, text in VERBS.items())
+    parser = OneLineParser(
+        prog="preftune",
+        usage="preftune VERB [--config FILE.yaml] [--name value ...]",
+        description="Offline preference optimisation of language models.",
+        epilog=f"verbs:\n{verbs}\n\n`preftune VERB --help` lists what a verb takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"preftune {__version__}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv[1:]`` by default.
+
+    Returns:
+        The exit code: 0, the code of the error's kind, or 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except PreftuneError as error:
+        # Every process of a distributed run finds the same mistake in its settings: one of them says so.
+        if not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):
+            print(f"preftune: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("preftune: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader, for example `head`, has gone; Python would complain again while closing the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb.startswith("-"):
+        try:
+            parser.parse_args(arguments)
+        except SystemExit as done:
+            return int(done.code or 0)
+        raise ConfigError("no verb", where="command line", allowed=", ".join(VERBS))
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"unknown verb {verb!r}",
+            where="command line",
+            allowed=", ".join(VERBS),
+            remedy=f"did you mean `preftune {close[0]}`?" if close else None,
+        )
+    module = import_module(f"preftune.cli.{verb}")
+    if verb in _READ_THEMSELVES:
+        code: int | None = module.main(rest)
+    else:
+        code = _run_argparse(module, arguments)
+    return code or 0
+
+
+def _run_argparse(module: object, arguments: list[str]) -> int:
+    """Let the verb's module add its own arguments, and only its own."""
+    parser = OneLineParser(prog="preftune")
+    subparsers = parser.add_subparsers(dest="verb", required=True, parser_class=OneLineParser)
+    module.add_parser(subparsers)  # type: ignore[attr-defined]
+    try:
+        parsed = parser.parse_args(arguments)
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    result: int | None = module.run(parsed)  # type: ignore[attr-defined]
+    return result or 0

@@ -1,0 +1,225 @@
+"""Runs a row worker over a data set and gathers its outcomes in Arrow columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
+
+from preftune.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+BATCH_SIZE = 1000
+# Below this number of rows, starting processes takes longer than the work they would share.
+MIN_ROWS_FOR_PROCESSES = 2000
+
+TRUNCATED, MERGED, DOUBLED_BOS, EOS_MISSING, EOS_APPENDED = 1, 2, 4, 8, 16
+
+#: Status of a row that was left out because it is bad; any other text is the reason why it was dropped.
+BAD = "bad"
+
+
+@dataclass
+class Outcome:
+    """What became of one row.
+
+    Attributes:
+        status: Empty where the row is kept, :data:`BAD`, or the reason why it was dropped.
+        bad: Reason why the row is bad, whether it is kept or not.
+        flags: Sum of the flags above.
+        example: Text shown as an example of a merged boundary.
+        lists: Lists of integers, one per column of the worker.
+        floats: Numbers that travel with the row.
+    """
+
+    status: str = ""
+    bad: str = ""
+    flags: int = 0
+    example: str | None = None
+    lists: Sequence[Sequence[int] | None] = ()
+    floats: Mapping[str, float] = field(default_factory=dict)
+
+
+class Worker(Protocol):
+    """Turns rows into outcomes; must be picklable for ``num_proc``."""
+
+    columns: tuple[str, ...]
+    floats: tuple[str, ...]
+
+    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
+        """One outcome per row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over all outcomes."""
+
+    dropped: dict[str, int]
+    bad: dict[str, int]
+    num_bad_left_out: int
+    flags: dict[int, int]
+    num_tokenised: int
+    example: str | None
+
+    def count(self, flag: int) -> int:
+        """Rows with a flag."""
+        return self.flags.get(flag, 0)
+
+
+def run(dataset: Dataset, worker: Worker, num_proc: int | None, desc: str) -> tuple[Dataset, Tally]:
+    """Apply a worker to every row.
+
+    Args:
+        dataset: Rows.
+        worker: What to do with them.
+        num_proc: Processes; used from :data:`MIN_ROWS_FOR_PROCESSES` rows on.
+        desc: Title of the progress bar that large data sets get.
+
+    Returns:
+        The kept rows (ids only, in order) and the sums.
+    """
+    import pyarrow as pa
+    from datasets import Dataset as HFDataset
+
+    dataset = dataset.with_format(None)
+    if num_proc is not None and num_proc > 1 and len(dataset) >= MIN_ROWS_FOR_PROCESSES:
+        table = _in_processes(dataset, worker, num_proc, desc)
+    else:
+        table = pa.concat_tables(_in_batches(dataset, worker, desc))
+    tally = _tally(table)
+    kept = table.filter(pa.compute.equal(table["_status"], "")) if tally.dropped or tally.num_bad_left_out else table
+    names = [name for name in worker.columns + worker.floats if not _all_null(kept, name, worker)]
+    return HFDataset(kept.select(names).combine_chunks()), tally
+
+
+def _all_null(table: Any, name: str, worker: Worker) -> bool:
+    return name in worker.floats and table[name].null_count == table.num_rows
+
+
+def _in_batches(dataset: Dataset, worker: Worker, desc: str) -> Iterable[pa.Table]:
+    from datasets.utils import tqdm
+
+    starts = range(0, len(dataset), BATCH_SIZE)
+    for start in tqdm(starts, desc=desc, unit="k rows", disable=len(dataset) < 10 * BATCH_SIZE or None):
+        yield to_table(dataset[start : start + BATCH_SIZE], range(start, len(dataset)), worker)
+
+
+def _in_processes(dataset: Dataset, worker: Worker, num_proc: int, desc: str) -> pa.Table:
+    from datasets.fingerprint import generate_random_fingerprint
+
+    mapped = dataset.map(
+        to_table,
+        fn_kwargs={"worker": worker},
+        batched=True,
+        batch_size=BATCH_SIZE,
+        with_indices=True,
+        num_proc=num_proc,
+        remove_columns=dataset.column_names,
+        # Nothing is written to the shared cache folder, and no hash of the tokenizer has to be computed.
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=generate_random_fingerprint(),
+        desc=desc,
+    )
+    return mapped.data.table
+
+
+def to_table(batch: Mapping[str, list[Any]], indices: Sequence[int], worker: Worker) -> pa.Table:
+    """Arrow table of the outcomes of one batch."""
+    import pyarrow as pa
+
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    outcomes = worker.outcomes(rows, indices[: len(rows)])
+    columns: dict[str, Any] = {
+        name: list_array([outcome.lists[i] if outcome.lists else () for outcome in outcomes])
+        for i, name in enumerate(worker.columns)
+    }
+    for name in worker.floats:
+        columns[name] = pa.array([outcome.floats.get(name) for outcome in outcomes], pa.float64())
+    columns["_status"] = pa.array([outcome.status for outcome in outcomes], pa.string())
+    columns["_bad"] = pa.array([outcome.bad for outcome in outcomes], pa.string())
+    columns["_flags"] = pa.array([outcome.flags for outcome in outcomes], pa.int32())
+    columns["_example"] = pa.array([outcome.example for outcome in outcomes], pa.string())
+    return pa.table(columns)
+
+
+def list_array(lists: Sequence[Sequence[int] | None]) -> pa.Array:
+    """Lists of integers as an Arrow list array of int32, with nulls where a list is ``None``."""
+    import numpy as np
+    import pyarrow as pa
+
+    sizes = np.fromiter((0 if ids is None else len(ids) for ids in lists), np.int64, len(lists))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    values = np.fromiter(chain.from_iterable(ids for ids in lists if ids is not None), np.int32, int(offsets[-1]))
+    nulls = np.fromiter((ids is None for ids in lists), bool, len(lists))
+    mask = pa.array(nulls) if nulls.any() else None
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values), mask=mask)
+
+
+def _tally(table: pa.Table) -> Tally:
+    import numpy as np
+
+    statuses = Counter(table["_status"].to_pylist())
+    bad = Counter(table["_bad"].to_pylist())
+    flags = table["_flags"].to_numpy()
+    examples = table["_example"].drop_null()
+    num_bad = statuses.pop(BAD, 0)
+    statuses.pop("", None)
+    bad.pop("", None)
+    return Tally(
+        dropped=dict(statuses),
+        bad=dict(bad),
+        num_bad_left_out=num_bad,
+        flags={flag: int(np.count_nonzero(flags & flag)) for flag in (1, 2, 4, 8, 16)},
+        num_tokenised=table.num_rows - num_bad,
+        example=examples[0].as_py() if len(examples) else None,
+    )
+
+
+def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
+    """A data set with random access, and notes about how it came to be.
+
+    Raises:
+        DataError: No rows, or not a data set.
+    """
+    import datasets
+
+    notes = []
+    if isinstance(dataset, datasets.IterableDataset):
+        rows = list(dataset)
+        if rows:
+            dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+            notes.append(f"the streamed data set was read completely ({len(rows)} rows), because packing needs lengths")
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        raise DataError(
+            "not a data set", where=name, value=type(dataset).__name__, allowed="datasets.Dataset, datasets.IterableDataset"
+        )
+    if isinstance(dataset, datasets.IterableDataset) or len(dataset) == 0:
+        raise DataError("the data set holds no rows", where=name, remedy="check the split and the file")
+    return dataset, notes
+
+
+def check_share(tally: Tally, rows_read: int, num_lost_before: int, max_share: float | None, name: str) -> None:
+    """Refuse to go on after losing too much, or everything.
+
+    Raises:
+        DataError: More than ``max_share`` of the rows was lost, or no row is left.
+    """
+    lost = num_lost_before + tally.num_bad_left_out + sum(tally.dropped.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in {**tally.bad, **tally.dropped}.items())
+    remedy = "raise max_length, set truncation_mode: keep_end, or correct the data"
+    if lost >= rows_read:
+        raise DataError(f"no row is left of {rows_read}: {reasons}", where=name, remedy=remedy)
+    if max_share is not None and lost > max_share * rows_read:
+        raise DataError(
+            f"{lost} of {rows_read} rows are lost ({lost / rows_read:.1%}): {reasons}",
+            where=name,
+            allowed=f"up to {max_share:.0%}",
+            remedy=f"{remedy}; or go on as it is with a higher max_dropped_share",
+        )

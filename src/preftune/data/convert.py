@@ -1,0 +1,108 @@
+"""Raw rows of any format to checked canonical rows, and canonical rows to a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from preftune.data.formats.base import BadRow, FormatSpec, Row
+from preftune.data.pairing import expand_ranked, pair_unpaired
+from preftune.data.rows import BadRowHandler, check_pair, check_sft
+from preftune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def canonical_rows(
+    numbered: Iterable[tuple[str, Any]], spec: FormatSpec, handler: BadRowHandler, pairing: str = "best_worst"
+) -> tuple[list[Row], list[str]]:
+    """Convert and check rows.
+
+    Args:
+        numbered: ``(place, row)``; a row that could not even be read is a :class:`BadRow`.
+        spec: Format of the rows.
+        handler: Decides about bad rows.
+        pairing: What to do with ranked and unpaired rows.
+
+    Returns:
+        Canonical rows and notes for the user.
+
+    Raises:
+        DataError: A bad row that the policy does not allow.
+        ConfigError: Ranked rows cannot be left unpaired.
+    """
+    if spec.kind == "ranked" and pairing == "none":
+        raise ConfigError(
+            "ranked responses cannot be used unpaired", where="pairing", value=pairing, allowed="best_worst, all"
+        )
+    rows: list[Row] = []
+    for place, raw in numbered:
+        rows += convert_row(raw, place, spec, handler, pairing)
+    if spec.kind != "unpaired" or pairing == "none":
+        return rows, []
+    pairs, num_left = pair_unpaired(rows, pairing)
+    kept = [pair for pair in pairs if _keep_pair(pair, "pairs made from labelled answers", handler)]
+    notes = [f"{num_left} of {len(rows)} labelled answers have no counterpart with the other label"] if num_left else []
+    return kept, notes
+
+
+def convert_row(raw: Any, place: str, spec: FormatSpec, handler: BadRowHandler, pairing: str = "best_worst") -> list[Row]:
+    """Canonical rows of one raw row: none if it is bad and skipped, several if it ranks many responses."""
+    try:
+        if isinstance(raw, BadRow):
+            raise raw
+        if not isinstance(raw, Mapping):
+            raise BadRow("not_a_mapping", "row", "the row is not an object", value=raw, remedy="write {field: value}")
+        row = spec.convert(raw)
+        expanded = expand_ranked(row, pairing) if spec.kind == "ranked" else [row]
+    except BadRow as bad:
+        handler.keep(bad, place, raw, converted=False)
+        return []
+    check = check_sft if spec.kind in ("sft", "unpaired") else check_pair
+    kept = []
+    for row in expanded:
+        try:
+            check(row)
+        except BadRow as bad:
+            if not handler.keep(bad, place, raw):
+                continue
+        kept.append(row)
+    return kept
+
+
+def _keep_pair(pair: Row, place: str, handler: BadRowHandler) -> bool:
+    try:
+        check_pair(pair)
+    except BadRow as bad:
+        return handler.keep(bad, place, pair)
+    return True
+
+
+def to_dataset(rows: list[Row], where: str) -> Dataset:
+    """A data set of canonical rows.
+
+    Args:
+        rows: Canonical rows; optional fields may be absent from some of them.
+        where: Name for messages.
+
+    Returns:
+        The data set. Messages whose fields differ from row to row are stored as JSON, so that Arrow does not fill the
+        fields of one into another.
+
+    Raises:
+        DataError: No rows, or rows of text and of messages in one column.
+    """
+    from datasets import Dataset
+
+    if not rows:
+        raise DataError("no usable rows", where=where, remedy="check the file, the split and the bad-row counts")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        if len({isinstance(row[column], str) for row in rows if row.get(column) is not None}) > 1:
+            raise DataError(
+                f"{column!r} is text in some rows and messages in others",
+                where=where,
+                remedy="convert them to one form, or train on them separately",
+            )
+    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns}, on_mixed_types="use_json")

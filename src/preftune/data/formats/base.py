@@ -1,0 +1,240 @@
+"""What every data format shares: its specification, the bad-row signal and helpers to read fields."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+Row: TypeAlias = dict[str, Any]
+Message: TypeAlias = dict[str, Any]
+Kind: TypeAlias = Literal["preference", "sft", "ranked", "unpaired"]
+
+#: Roles that chat templates know. ShareGPT names are translated to these first.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+#: Numbers that travel with a pair untouched.
+FLOAT_EXTRAS = ("margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
+
+_SCORE_COLUMNS = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+
+
+class BadRow(Exception):
+    """A row that cannot be used as it is. The policy in :mod:`preftune.data.rows` decides what happens next.
+
+    Args:
+        reason: Short code that rows are counted under, for example ``empty_completion``.
+        field: Column the problem is in.
+        what: The problem as a short sentence.
+        remedy: What the user can do about it.
+        value: The offending value, where it helps.
+        raw: The whole line, where a row could not even be parsed.
+    """
+
+    def __init__(
+        self, reason: str, field: str, what: str, *, remedy: str = "", value: Any = None, raw: str | None = None
+    ) -> None:
+        super().__init__(what)
+        self.reason = reason
+        self.field = field
+        self.what = what
+        self.remedy = remedy
+        self.value = value
+        self.raw = raw
+
+
+@dataclass(frozen=True)
+class FormatSpec:
+    """One data format.
+
+    Attributes:
+        name: Name for ``dataset_format``.
+        kind: What a converted row is: a preference pair, an SFT example, ranked responses, or an unpaired answer.
+        required: Columns without which the format cannot be read.
+        detect: ``(columns, first row) -> bool``.
+        convert: ``row -> canonical row``; raises :class:`BadRow`.
+        summary: One line for help texts.
+    """
+
+    name: str
+    kind: Kind
+    required: tuple[str, ...]
+    detect: Callable[[Collection[str], Mapping[str, Any]], bool]
+    convert: Callable[[Mapping[str, Any]], Row]
+    summary: str
+
+
+def has(columns: Collection[str], *names: str) -> bool:
+    """Whether all ``names`` are among ``columns``."""
+    return all(name in columns for name in names)
+
+
+def is_messages(value: Any) -> bool:
+    """Whether ``value`` is a non-empty list of messages (``role``/``content`` or ``from``/``value``)."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and bool({"role", "from"} & set(value[0]))
+
+
+def need(row: Mapping[str, Any], field: str) -> Any:
+    """The value of ``field``; a missing column and a null are bad rows."""
+    if field not in row:
+        raise BadRow(
+            "missing_column",
+            field,
+            f"the field {field!r} is missing",
+            remedy="add it, or rename a column with `columns: {theirs: ours}`",
+        )
+    value = row[field]
+    if value is None:
+        raise BadRow("null", field, f"{field!r} is null", remedy="fill it in or remove the row")
+    return value
+
+
+def need_text(row: Mapping[str, Any], field: str) -> str:
+    """The value of ``field``, which must be a string."""
+    value = need(row, field)
+    if not isinstance(value, str):
+        raise _not_text(field, value)
+    return value
+
+
+def optional_text(row: Mapping[str, Any], field: str) -> str:
+    """The value of ``field``, or an empty string where it is absent or null."""
+    return need_text(row, field) if row.get(field) is not None else ""
+
+
+def need_number(value: Any, field: str) -> float:
+    """``value`` as a finite float; numbers written as text are accepted (CSV has nothing else)."""
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRow("not_a_number", field, f"{field!r} is not a finite number", value=value, remedy="give a number")
+    return number
+
+
+def need_text_or_messages(row: Mapping[str, Any], field: str) -> str | list[Message]:
+    """The value of ``field``: a string, a list of messages, or one message (made a list)."""
+    value = need(row, field)
+    return value if isinstance(value, str) else need_messages(row, field)
+
+
+def need_messages(row: Mapping[str, Any], field: str) -> list[Message]:
+    """The messages of ``field`` with ``role`` and ``content``; ShareGPT's ``from`` and ``value`` are translated."""
+    value = need(row, field)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        raise _not_text(field, value)
+    if not value:
+        raise BadRow("empty_messages", field, f"{field!r} holds no messages", remedy="add a message or remove the row")
+    return [_message(item, field) for item in value]
+
+
+def _message(item: Any, field: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise _not_text(field, item)
+    if "role" in item:
+        return dict(item)
+    if "from" in item and "value" in item:
+        role = str(item["from"])
+        rest = {key: value for key, value in item.items() if key not in ("from", "value")}
+        if role == "function_call":
+            return {"role": "assistant", "tool_calls": _tool_calls(item["value"], field), **rest}
+        return {"role": _SHAREGPT_ROLES.get(role, role), "content": item["value"], **rest}
+    raise BadRow(
+        "malformed_message",
+        field,
+        f"a message in {field!r} has neither role and content nor from and value",
+        value=item,
+        remedy="write messages as {role, content}",
+    )
+
+
+def _tool_calls(value: Any, field: str) -> list[Any]:
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise BadRow(
+            "malformed_message", field, "a function_call is not JSON", value=value, remedy="write it as JSON"
+        ) from error
+    calls = calls if isinstance(calls, list) else [calls]
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _not_text(field: str, value: Any) -> BadRow:
+    return BadRow(
+        "not_text",
+        field,
+        f"{field!r} is neither text nor a list of messages",
+        value=value,
+        remedy="convert it to text, or name the right column with `columns`",
+    )
+
+
+def extras(row: Mapping[str, Any]) -> Row:
+    """Optional fields of a canonical row: tools, template arguments, score gap, weight, reference log-probs.
+
+    Tools become a JSON string: Arrow would otherwise merge the schemas of different tools into one.
+    """
+    out: Row = {}
+    tools = row.get("tools")
+    if tools not in (None, ""):
+        out["tools"] = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+    kwargs = row.get("chat_template_kwargs")
+    if isinstance(kwargs, str) and kwargs:
+        try:
+            kwargs = json.loads(kwargs)
+        except json.JSONDecodeError:
+            kwargs = [kwargs]
+    if kwargs not in (None, ""):
+        if not isinstance(kwargs, Mapping):
+            raise BadRow(
+                "not_a_mapping",
+                "chat_template_kwargs",
+                "'chat_template_kwargs' is not a mapping",
+                value=kwargs,
+                remedy="write it as {name: value}",
+            )
+        out["chat_template_kwargs"] = dict(kwargs)
+    for name in FLOAT_EXTRAS:
+        if row.get(name) not in (None, ""):
+            out[name] = need_number(row[name], name)
+    if "margin" not in out:
+        for better, worse in _SCORE_COLUMNS:
+            if row.get(better) not in (None, "") and row.get(worse) not in (None, ""):
+                out["margin"] = need_number(row[better], better) - need_number(row[worse], worse)
+                break
+    return out
+
+
+def system_turn(row: Mapping[str, Any]) -> list[Message]:
+    """The ``system`` column as a list of no or one message."""
+    text = optional_text(row, "system")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def common_prefix(first: Any, second: Any) -> int:
+    """Length of the longest common prefix of two strings or lists."""
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length

@@ -1,0 +1,52 @@
+"""Transcripts in the style of Anthropic's HH-RLHF: ``\\n\\nHuman: ... \\n\\nAssistant: ...`` without a prompt column."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from preftune.data.formats.base import BadRow, FormatSpec, Row, extras, has, need_text
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+
+
+def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
+    """Both answers are transcripts, and no column holds the prompt."""
+    answers = (row.get("chosen"), row.get("rejected"))
+    return (
+        has(columns, "chosen", "rejected")
+        and "prompt" not in columns
+        and all(isinstance(text, str) and HUMAN in text and ASSISTANT in text for text in answers)
+    )
+
+
+def convert(row: Mapping[str, Any]) -> Row:
+    """Split after the last ``\\n\\nAssistant:`` that both transcripts share.
+
+    A common prefix of characters would put the first words that two answers happen to share into the prompt, and
+    would cut through words.
+    """
+    chosen, rejected = need_text(row, "chosen"), need_text(row, "rejected")
+    shared = os.path.commonprefix([chosen, rejected])
+    position = shared.rfind(ASSISTANT)
+    if position < 0:
+        raise BadRow(
+            "no_shared_prompt",
+            "rejected",
+            "the two transcripts share no assistant turn to answer in",
+            remedy="remove the row or set on_bad_rows: skip",
+        )
+    end = position + len(ASSISTANT)
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:], **extras(row)}
+
+
+HH = FormatSpec(
+    name="hh",
+    kind="preference",
+    required=("chosen", "rejected"),
+    detect=detect,
+    convert=convert,
+    summary="chosen, rejected; whole transcripts with Human: and Assistant: turns",
+)

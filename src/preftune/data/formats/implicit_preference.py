@@ -1,0 +1,48 @@
+"""TRL's preference format without a prompt column: both answers begin with the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from preftune.data.formats.base import BadRow, FormatSpec, Row, common_prefix, extras, has, need_text_or_messages
+
+
+def split_index(chosen: Any, rejected: Any) -> int:
+    """Where TRL 1.16 ends the prompt of two answers (``trl.data_utils.extract_prompt``).
+
+    The prompt is the longest common prefix, without a space that it ends with. Where one answer is a prefix of the
+    other, its last element stays in the completion. The result can be -1 when nothing is shared and ``chosen`` ends
+    with a space: TRL looks at the element before the first, which Python takes to be the last.
+    """
+    shorter = min(len(chosen), len(rejected))
+    index = common_prefix(chosen, rejected)
+    if index == shorter:
+        return shorter - 1
+    return index - 1 if chosen[index - 1] == " " else index
+
+
+def convert(row: Mapping[str, Any]) -> Row:
+    """Split the shared beginning off both answers, exactly where TRL does."""
+    chosen, rejected = (need_text_or_messages(row, field) for field in ("chosen", "rejected"))
+    for field, value in (("chosen", chosen), ("rejected", rejected)):
+        if len(value) == 0:
+            raise BadRow(
+                "empty_completion", field, f"{field!r} is empty", remedy="remove the row or set on_bad_rows: skip"
+            )
+    if isinstance(chosen, str) is not isinstance(rejected, str):
+        raise BadRow(
+            "mixed_types", "rejected", "one answer is text and the other messages", remedy="use one form for both"
+        )
+    index = split_index(chosen, rejected)
+    return {"prompt": chosen[:index], "chosen": chosen[index:], "rejected": rejected[index:], **extras(row)}
+
+
+IMPLICIT_PREFERENCE = FormatSpec(
+    name="implicit_preference",
+    kind="preference",
+    required=("chosen", "rejected"),
+    detect=lambda columns, row: has(columns, "chosen", "rejected"),
+    convert=convert,
+    summary="chosen, rejected; the prompt is their common beginning",
+)

@@ -1,0 +1,104 @@
+"""Ranked or rated responses: one prompt, n answers, a score or rank for each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from preftune.data.formats.base import (
+    BadRow,
+    FormatSpec,
+    Row,
+    extras,
+    is_messages,
+    need,
+    need_number,
+    need_text_or_messages,
+)
+
+PROMPTS = ("prompt", "question", "instruction")
+RESPONSES = ("responses", "completions", "answers", "candidates")
+SCORES = ("scores", "ratings", "rewards")
+RANKS = ("ranks", "ranking", "rank")
+_TEXT_KEYS = ("response", "answer", "text", "content", "completion")
+_SCORE_KEYS = ("score", "overall_score", "rating", "reward")
+
+
+def _first(names: tuple[str, ...], available: Collection[str]) -> str | None:
+    return next((name for name in names if name in available), None)
+
+
+def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
+    """A prompt beside a list of responses that carry scores or ranks."""
+    responses = _first(RESPONSES, columns)
+    if _first(PROMPTS, columns) is None or responses is None or not isinstance(row.get(responses), list):
+        return False
+    if _first(SCORES + RANKS, columns):
+        return True
+    first = next(iter(row[responses]), None)
+    return isinstance(first, Mapping) and _first((*_SCORE_KEYS, "rank"), first) is not None
+
+
+def convert(row: Mapping[str, Any]) -> Row:
+    """``{prompt, responses, scores}`` with higher scores better; a rank counts from 1, the best, and is negated."""
+    prompt_name = _first(PROMPTS, row) or "prompt"
+    field = _first(RESPONSES, row) or "responses"
+    prompt = need_text_or_messages(row, prompt_name)
+    items = need(row, field)
+    if not isinstance(items, list) or len(items) < 2:
+        raise BadRow(
+            "too_few_responses", field, f"{field!r} must list two or more responses", remedy="remove the row or add one"
+        )
+    if isinstance(items[0], Mapping) and not is_messages(items):
+        responses, scores = zip(*(_read_item(item, field) for item in items), strict=True)
+    else:
+        responses, scores = tuple(items), _read_scores(row, len(items))
+    out: Row = {"prompt": prompt, "responses": [_response(text, prompt, field) for text in responses]}
+    return {**out, "scores": list(scores), **extras(row)}
+
+
+def _read_item(item: Any, field: str) -> tuple[Any, float]:
+    text = _first(_TEXT_KEYS, item) if isinstance(item, Mapping) else None
+    score = _first((*_SCORE_KEYS, "rank"), item) if isinstance(item, Mapping) else None
+    if text is None or score is None:
+        raise BadRow(
+            "malformed_response",
+            field,
+            f"an entry of {field!r} has no text or no score",
+            value=item,
+            remedy=f"give each entry one of {', '.join(_TEXT_KEYS)} and one of {', '.join(_SCORE_KEYS)} or rank",
+        )
+    number = need_number(item[score], score)
+    return item[text], -number if score == "rank" else number
+
+
+def _read_scores(row: Mapping[str, Any], count: int) -> tuple[float, ...]:
+    field = _first(SCORES, row) or _first(RANKS, row) or "scores"
+    values = need(row, field)
+    if not isinstance(values, list) or len(values) != count:
+        raise BadRow(
+            "scores_do_not_match",
+            field,
+            f"{field!r} must list one number per response",
+            value=values,
+            remedy=f"give {count} numbers",
+        )
+    sign = -1.0 if field in RANKS else 1.0
+    return tuple(sign * need_number(value, field) for value in values)
+
+
+def _response(value: Any, prompt: Any, field: str) -> Any:
+    answer = need_text_or_messages({field: value}, field)
+    if isinstance(answer, str) and not isinstance(prompt, str):
+        return [{"role": "assistant", "content": answer}]
+    return answer
+
+
+RANKED = FormatSpec(
+    name="ranked",
+    kind="ranked",
+    required=(),
+    detect=detect,
+    convert=convert,
+    summary="prompt, responses and their scores or ranks; made into best-worst or all pairs",
+)

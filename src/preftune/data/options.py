@@ -1,0 +1,81 @@
+"""Options of data preparation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from preftune.data.formats import check_format_name
+from preftune.errors import ConfigError
+
+BadRowPolicy = Literal["error", "skip", "warn"]
+TruncationMode = Literal["keep_start", "keep_end"]
+ImplicitPrompt = Literal["common_prefix", "transcript"]
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among ``allowed``.
+
+    Raises:
+        ConfigError: Names the option, the value and the choices.
+    """
+    if value not in allowed:
+        raise ConfigError(f"unknown {name}", where=name, value=value, allowed=", ".join(allowed))
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How rows become token ids. The defaults are those of TRL's ``DPOConfig``.
+
+    Attributes:
+        max_length: Longest sequence (prompt and completion) in tokens; ``None`` keeps all.
+        max_prompt_length: Longest prompt in tokens, applied before ``max_length``; ``keep_end`` keeps its last tokens,
+            ``keep_start`` its first.
+        truncation_mode: Which end of a sequence survives ``max_length``.
+        on_bad_rows: ``error`` stops at the first bad row; ``skip`` leaves bad rows out, counts them and writes them to
+            ``quarantine_path``; ``warn`` trains on them where TRL would, counts them, and stops where TRL would.
+        dataset_format: ``auto``, or a name from :data:`preftune.data.formats.FORMATS`.
+        implicit_prompt: Where a row has no prompt column: ``common_prefix`` is TRL's rule (the longest common prefix);
+            ``transcript`` first looks for ``Human:``/``Assistant:`` transcripts.
+        append_eos: Append the end-of-sequence token to a conversational completion whose template leaves it out.
+        num_proc: Processes to tokenise with; used from 2,000 rows on, because starting them costs more before that.
+        quarantine_path: JSON-lines file that skipped rows are appended to.
+        max_dropped_share: Refuse to go on when more than this share of the rows is lost; ``None`` only warns.
+        chat_template: Jinja template to use instead of the tokenizer's own.
+    """
+
+    max_length: int | None = 1024
+    max_prompt_length: int | None = None
+    truncation_mode: TruncationMode = "keep_start"
+    on_bad_rows: BadRowPolicy = "error"
+    dataset_format: str = "auto"
+    implicit_prompt: ImplicitPrompt = "common_prefix"
+    append_eos: bool = False
+    num_proc: int | None = None
+    quarantine_path: str | None = None
+    max_dropped_share: float | None = None
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
+        check_choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
+        check_choice("implicit_prompt", self.implicit_prompt, ("common_prefix", "transcript"))
+        check_format_name(self.dataset_format)
+        for name in ("max_length", "max_prompt_length", "num_proc"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(
+                    f"{name} must be a whole number of at least 1", where=name, value=value, allowed="1, 2, ... or null"
+                )
+        share = self.max_dropped_share
+        if share is not None and (isinstance(share, bool) or not 0 <= share <= 1):
+            raise ConfigError(
+                "max_dropped_share must be a share", where="max_dropped_share", value=share, allowed="0 to 1, or null"
+            )
+        if self.quarantine_path is not None and self.on_bad_rows != "skip":
+            raise ConfigError(
+                "quarantine_path is only written with on_bad_rows: skip",
+                where="quarantine_path",
+                value=self.quarantine_path,
+                remedy="set on_bad_rows: skip, or leave quarantine_path out",
+            )

@@ -1,0 +1,271 @@
+"""From rows to tokenised preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from preftune.data import batches
+from preftune.data.batches import Outcome, Tally
+from preftune.data.convert import canonical_rows, convert_row, to_dataset
+from preftune.data.files import from_dataset
+from preftune.data.formats import FORMATS, FormatSpec, Row, resolve
+from preftune.data.formats.base import FLOAT_EXTRAS, BadRow
+from preftune.data.options import DataOptions
+from preftune.data.report import PrepareReport, build_warnings, describe_lengths
+from preftune.data.rows import BadRowHandler, to_error
+from preftune.data.sources import load_report
+from preftune.data.tokenise import Encoder, TokenisedPair, tokenise_pairs
+from preftune.data.truncate import TokenPair, truncate
+from preftune.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_prompt_ids")
+
+
+def place_of(name: str, index: int) -> str:
+    """How messages call row ``index`` of a data set."""
+    return f"{name} data set, row {index} (the first is 0)"
+
+
+class PairWorker:
+    """Rows of one format to tokenised, truncated pairs.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        options: Data options.
+        spec: Format of the rows.
+        name: Name of the data set, for messages.
+    """
+
+    columns = PAIR_COLUMNS
+    floats = FLOAT_EXTRAS
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, spec: FormatSpec, name: str
+    ) -> None:
+        self.encoder = Encoder(tokenizer, options.chat_template)
+        self.options = options
+        # The table of formats, not the format: its functions need not be picklable.
+        self.format = spec.name
+        self.name = name
+
+    def canonical(
+        self, raw: Sequence[Any], indices: Sequence[int], handler: BadRowHandler
+    ) -> tuple[list[Outcome], list[int], list[Row]]:
+        """Outcomes with the bad rows marked, and positions and canonical rows of those to go on with."""
+        spec = FORMATS[self.format]
+        outcomes, positions, rows = [Outcome() for _ in raw], [], []
+        for position, (row, index) in enumerate(zip(raw, indices, strict=True)):
+            handler.reason = ""
+            converted = convert_row(row, place_of(self.name, index), spec, handler)
+            outcomes[position].bad = handler.reason
+            if converted:
+                positions.append(position)
+                rows.append(converted[0])
+            else:
+                outcomes[position].status = batches.BAD
+        return outcomes, positions, rows
+
+    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
+        """One outcome per row."""
+        handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
+        outcomes, positions, canonical = self.canonical(rows, indices, handler)
+        results = tokenise_pairs(self.encoder, canonical, self.options.append_eos)
+        for position, row, result in zip(positions, canonical, results, strict=True):
+            if isinstance(result, BadRow):
+                handler.keep(result, place_of(self.name, indices[position]), rows[position], converted=False)
+                outcomes[position] = Outcome(status=batches.BAD, bad=result.reason)
+            else:
+                self._fill(outcomes[position], row, result)
+        self._add_example(outcomes, results)
+        return outcomes
+
+    def _fill(self, outcome: Outcome, row: Row, result: TokenisedPair) -> None:
+        options = self.options
+        pair, reason = truncate(
+            result.ids, options.max_length, options.max_prompt_length, options.truncation_mode
+        )
+        appended = result.eos_missing and options.append_eos and not isinstance(row["prompt"], str)
+        outcome.flags = (
+            batches.MERGED * bool(result.merged)
+            + batches.DOUBLED_BOS * result.doubled_bos
+            + batches.EOS_MISSING * result.eos_missing
+            + batches.EOS_APPENDED * appended
+        )
+        keep(outcome, result.ids, pair, reason)
+        outcome.floats = {name: row[name] for name in FLOAT_EXTRAS if name in row}
+
+    def _add_example(self, outcomes: list[Outcome], results: Sequence[TokenisedPair | BadRow]) -> None:
+        merged = next((r.merged for r in results if isinstance(r, TokenisedPair) and r.merged), None)
+        if merged is not None:
+            outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
+
+
+class TokenisedWorker:
+    """Pairs that are tokenised already: only truncation is left to do.
+
+    Args:
+        options: Data options.
+        name: Name of the data set, for messages.
+    """
+
+    columns = PAIR_COLUMNS
+    floats = FLOAT_EXTRAS
+
+    def __init__(self, options: DataOptions, name: str) -> None:
+        self.options = options
+        self.name = name
+
+    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
+        """One outcome per row."""
+        options = self.options
+        out = []
+        for row, index in zip(rows, indices, strict=True):
+            for column in PAIR_COLUMNS[:3]:
+                if not isinstance(row[column], list):
+                    bad = BadRow("not_token_ids", column, f"{column!r} holds no list of token ids", value=row[column])
+                    raise to_error(bad, place_of(self.name, index))
+            before = TokenPair(
+                row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], row.get("rejected_prompt_ids")
+            )
+            outcome = Outcome(floats={name: row[name] for name in FLOAT_EXTRAS if row.get(name) is not None})
+            pair, reason = truncate(before, options.max_length, options.max_prompt_length, options.truncation_mode)
+            keep(outcome, before, pair, reason)
+            out.append(outcome)
+        return out
+
+
+def keep(outcome: Outcome, before: TokenPair, pair: TokenPair | None, reason: str | None) -> None:
+    """Enter the result of truncation into an outcome."""
+    if pair is None:
+        outcome.status = reason or ""
+        return
+    outcome.flags |= batches.TRUNCATED * (pair.num_tokens < before.num_tokens)
+    outcome.lists = (pair.prompt, pair.chosen, pair.rejected, pair.rejected_prompt)
+
+
+def prepare(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, options: DataOptions, name: str = "train"
+) -> tuple[Dataset, PrepareReport]:
+    """Tokenise and truncate preference data.
+
+    Args:
+        dataset: Rows of any format, or a data set with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
+        tokenizer: Tokenizer of the model, with its chat template where the rows are conversations.
+        options: Data options.
+        name: Name of the data set, for messages and the report.
+
+    Returns:
+        A data set with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``rejected_prompt_ids`` (null where it equals
+        ``prompt_ids``), and ``margin``, ``weight`` or given reference log-probs where the rows carry them; and the
+        report. Token ids, boundaries and truncation are those of TRL 1.16's ``DPOTrainer``, with two exceptions: a
+        doubled BOS token is removed, and a pair with no scored token on one side is dropped.
+
+    Raises:
+        DataError: Bad rows that the policy does not allow, too many lost rows, or not preference data.
+        ModelError: The tokenizer has no chat template or no end-of-sequence token.
+    """
+    loaded = load_report(dataset)
+    dataset, notes = batches.materialise(dataset, name)
+    worker: PairWorker | TokenisedWorker
+    bad_before: dict[str, int] = {}
+    if all(column in dataset.column_names for column in PAIR_COLUMNS[:3]):
+        format_name, rows_read = "tokenised", len(dataset)
+        worker = TokenisedWorker(options, name)
+    else:
+        spec = _format_of(dataset, options, name)
+        format_name, rows_read = spec.name, len(dataset)
+        if spec.kind in ("ranked", "unpaired"):
+            handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
+            rows, more = canonical_rows(from_dataset(name, dataset), spec, handler)
+            dataset, bad_before, spec = to_dataset(rows, name), dict(handler.counts), FORMATS["preference"]
+            notes += more
+        worker = PairWorker(tokenizer, options, spec, name)
+    result, tally = batches.run(dataset, worker, options.num_proc, f"Preparing {name}")
+    bad = _sum_counts(bad_before, tally.bad, loaded.bad_rows if loaded else {})
+    lost_before = (sum(bad_before.values()) if options.on_bad_rows == "skip" else 0) + (loaded.num_lost if loaded else 0)
+    rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
+    batches.check_share(tally, rows_read, lost_before, options.max_dropped_share, name)
+    report = _report(name, format_name, rows_read, result, tally, bad, options, [*(loaded.notes if loaded else ()), *notes])
+    return result, report
+
+
+def _sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for some in counts:
+        for reason, count in some.items():
+            out[reason] = out.get(reason, 0) + count
+    return out
+
+
+def _format_of(dataset: Dataset, options: DataOptions, name: str) -> FormatSpec:
+    skip = ("hh",) if options.implicit_prompt == "common_prefix" else ()
+    example = from_dataset(name, dataset).example()
+    spec = resolve(options.dataset_format, dataset.column_names, example, where=f"{name} data set", skip=skip)
+    if spec.kind == "sft":
+        raise DataError(
+            f"preference tuning needs chosen and rejected answers, and this is SFT data ({spec.name})",
+            where=f"{name} data set",
+            value=dataset.column_names,
+            remedy="use `preftune sft`, or rename columns with `columns: {theirs: ours}`",
+        )
+    return spec
+
+
+def _report(
+    name: str,
+    format_name: str,
+    rows_read: int,
+    result: Dataset,
+    tally: Tally,
+    bad: dict[str, int],
+    options: DataOptions,
+    notes: list[str],
+) -> PrepareReport:
+    import pyarrow.compute as pc
+
+    table = result.data.table
+    prompt, chosen, rejected = (pc.list_value_length(table[column]).to_numpy() for column in PAIR_COLUMNS[:3])
+    other = pc.coalesce(pc.list_value_length(table["rejected_prompt_ids"]), pc.list_value_length(table["prompt_ids"]))
+    lengths = {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "prompt_and_chosen": prompt + chosen,
+        "prompt_and_rejected": other.to_numpy() + rejected,
+    }
+    own_prompts = pc.sum(pc.list_value_length(table["rejected_prompt_ids"])).as_py() or 0
+    merged = tally.count(batches.MERGED) / max(1, tally.num_tokenised)
+    common: dict[str, Any] = {
+        "dropped": tally.dropped,
+        "merged_share": merged,
+        "merged_example": tally.example,
+        "num_doubled_bos_fixed": tally.count(batches.DOUBLED_BOS),
+        "num_eos_missing": tally.count(batches.EOS_MISSING),
+        "num_eos_appended": tally.count(batches.EOS_APPENDED),
+    }
+    return PrepareReport(
+        name=name,
+        format=format_name,
+        rows_read=rows_read,
+        rows_kept=len(result),
+        bad_rows=bad,
+        num_truncated=tally.count(batches.TRUNCATED),
+        num_prompt_tokens=int(prompt.sum()) + own_prompts,
+        num_chosen_tokens=int(chosen.sum()),
+        num_rejected_tokens=int(rejected.sum()),
+        lengths=describe_lengths(lengths),
+        warnings=build_warnings(
+            bad_rows=bad,
+            skipped=options.on_bad_rows == "skip",
+            quarantine_path=options.quarantine_path,
+            rows_read=rows_read,
+            notes=notes,
+            **common,
+        ),
+        **common,
+    )

@@ -1,0 +1,132 @@
+"""What preparation did to a data set, for the user, the summary panel and the provenance file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from preftune.data.rows import shorten
+
+_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """Counts of one prepared data set.
+
+    Attributes:
+        name: Name of the data set, for example ``train``.
+        format: Data format, or ``tokenised`` for a data set that was prepared before.
+        rows_read: Rows found at the source.
+        rows_kept: Rows to train on. Ranked rows may become several.
+        dropped: Rows without anything to learn from after truncation, by reason.
+        bad_rows: Bad rows by reason: left out with ``skip``, trained on with ``warn``.
+        num_truncated: Kept rows that lost tokens.
+        merged_share: Share of tokenised rows whose tokens merge across the prompt boundary, or whose prompt renders
+            differently alone.
+        merged_example: The end of one such prompt that the training sequence does not contain.
+        num_doubled_bos_fixed: Rows a second beginning-of-sequence token was removed from.
+        num_eos_missing: Rows with a completion that lacks an end-of-sequence token of its own accord.
+        num_eos_appended: Of these, rows it was appended to.
+        num_prompt_tokens: Prompt tokens of all kept rows, a shared prompt counted once. SFT: tokens not trained on.
+        num_chosen_tokens: Tokens of chosen completions. SFT: tokens trained on.
+        num_rejected_tokens: Tokens of rejected completions. SFT: 0.
+        lengths: Mean, quantiles and maximum of the lengths in tokens, by part.
+        warnings: Lines for the user.
+    """
+
+    name: str
+    format: str
+    rows_read: int
+    rows_kept: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    bad_rows: dict[str, int] = field(default_factory=dict)
+    num_truncated: int = 0
+    merged_share: float = 0.0
+    merged_example: str | None = None
+    num_doubled_bos_fixed: int = 0
+    num_eos_missing: int = 0
+    num_eos_appended: int = 0
+    num_prompt_tokens: int = 0
+    num_chosen_tokens: int = 0
+    num_rejected_tokens: int = 0
+    lengths: dict[str, dict[str, float]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as values that JSON can hold."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+    def lines(self) -> list[str]:
+        """The report in words, one fact per line."""
+        out = [f"{self.name}: {self.rows_kept} of {self.rows_read} rows ({self.format})"]
+        if self.dropped:
+            out.append(f"dropped after truncation: {shorten(self.dropped)}")
+        if self.bad_rows:
+            out.append(f"bad rows: {shorten(self.bad_rows)}")
+        if self.num_truncated:
+            out.append(f"truncated: {self.num_truncated}")
+        return out + list(self.warnings)
+
+
+def describe_lengths(columns: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Mean, quantiles and maximum of each column of lengths.
+
+    Args:
+        columns: Name -> array of lengths in tokens.
+
+    Returns:
+        Name -> statistic -> tokens.
+    """
+    import numpy as np
+
+    out: dict[str, dict[str, float]] = {}
+    for name, lengths in columns.items():
+        if len(lengths) == 0:
+            continue
+        stats = {"mean": float(np.mean(lengths))}
+        stats |= {key: float(np.quantile(lengths, q)) for key, q in _QUANTILES.items()}
+        out[name] = {**stats, "max": float(np.max(lengths))}
+    return out
+
+
+def build_warnings(
+    *,
+    bad_rows: Mapping[str, int],
+    skipped: bool,
+    quarantine_path: str | None,
+    dropped: Mapping[str, int],
+    rows_read: int,
+    merged_share: float,
+    merged_example: str | None,
+    num_doubled_bos_fixed: int,
+    num_eos_missing: int,
+    num_eos_appended: int,
+    notes: Iterable[str],
+) -> tuple[str, ...]:
+    """The lines a user should read, in order of weight."""
+    out = list(notes)
+    if bad_rows:
+        total = sum(bad_rows.values())
+        where = f", see {quarantine_path}" if skipped and quarantine_path else ""
+        out.append(f"{total} bad rows {'left out' if skipped else 'kept, as TRL would'}: {shorten(bad_rows)}{where}")
+    if dropped:
+        total = sum(dropped.values())
+        out.append(f"{total} of {rows_read} rows dropped, nothing to learn from after truncation: {shorten(dropped)}")
+    if merged_share > 0:
+        out.append(
+            f"in {merged_share:.1%} of the rows the prompt alone is tokenised differently from the prompt with its answer;"
+            f" the completion starts where they part, and {merged_example!r} at the end of a prompt is not trained on as"
+            " the model will see it. End prompts on a token boundary, or use a template that renders both alike"
+        )
+    if num_doubled_bos_fixed:
+        out.append(f"{num_doubled_bos_fixed} rows began with two beginning-of-sequence tokens; one was removed")
+    if num_eos_appended:
+        out.append(f"the end-of-sequence token was appended to completions of {num_eos_appended} rows")
+    elif num_eos_missing:
+        out.append(
+            f"{num_eos_missing} rows have a completion without the end-of-sequence token: the model does not learn to"
+            " stop there. Use a template that writes it, or append_eos"
+        )
+    return tuple(out)

@@ -1,0 +1,6 @@
+"""Attention over packed rows: a plain reference, fast backends, and the selection between them."""
+
+from preftune.kernels.attention.reference import AttentionSpec
+from preftune.kernels.attention.select import BACKEND_NAMES, RowContext, attend
+
+__all__ = ["BACKEND_NAMES", "AttentionSpec", "RowContext", "attend"]

@@ -1,0 +1,237 @@
+"""Per-token log-probs from hidden states without ever holding the logits of a batch.
+
+The head's matmul, the soft cap and the log-softmax run over tiles of tokens. What is kept for the backward depends on
+the head:
+
+* frozen (LoRA): the gradient of a token's log-prob with respect to its hidden state, ``(onehot - p) @ W``, is computed in
+  the forward, where the tile's probabilities are at hand, and only scaled in the backward: no recomputation;
+* trainable: the probabilities in the compute dtype, while they fit a memory budget; else the tile is recomputed.
+
+Legend: N scored tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Elements of one tile of logits. About 16 MiB in fp32: large enough for the matmul, small enough for the caches.
+TILE_ELEMENTS = 1 << 22
+#: Probabilities of a trainable head are kept for the backward up to this many bytes per row, else recomputed.
+KEEP_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """What a model does to the output ``z`` of its head: ``scale * z``, then ``softcap * tanh(. / softcap)``.
+
+    Attributes:
+        scale: Factor on the head's output.
+        softcap: Bound of the logits; ``None`` for none.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, z: Tensor) -> Tensor:
+        """Logits from the head's output, in place where possible; ``z`` must not be needed afterwards."""
+        if self.scale != 1.0:
+            z = z.mul_(self.scale)
+        if self.softcap is not None:
+            z = z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Turn a gradient with respect to ``logits`` into one with respect to the head's output, in place."""
+        if self.softcap is not None:
+            grad.mul_(1 - (logits / self.softcap).square_())
+        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of ``N`` tokens, each ``(N,)``; the optional ones carry no gradient.
+
+    Attributes:
+        logps: Log-prob of each token, at least fp32.
+        entropy: Entropy of the predicted distribution, in nats.
+        mean_logit: Mean of the logits over the vocabulary.
+        top1: Whether the token is the most probable one.
+        log_sum_sq: ``log sum_v p_v^2``, the log of the probability that two draws agree (used by WPO).
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    top1: Tensor | None = None
+    log_sum_sq: Tensor | None = None
+
+
+def token_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: HeadTransform = HeadTransform(),  # noqa: B008 - immutable
+    *,
+    compute_dtype: torch.dtype | None = None,
+    with_stats: bool = False,
+    with_log_sum_sq: bool = False,
+    keep_bytes: int | None = None,
+) -> TokenScores:
+    """Log-probs of ``targets`` under the head, and their gradients, tile by tile.
+
+    Args:
+        hidden: Hidden states that predict the targets, ``(N, H)``.
+        weight: Head weight, ``(V, H)``.
+        bias: Head bias, ``(V,)``, or ``None``.
+        targets: Token ids, ``(N,)``.
+        transform: What the model does after the head.
+        compute_dtype: Dtype of the matmul; by default that of ``hidden``. Log-softmax is fp32 at least.
+        with_stats: Also return entropy, mean logit and top-1.
+        with_log_sum_sq: Also return ``log_sum_sq``.
+        keep_bytes: Memory budget for kept probabilities; by default :data:`KEEP_BYTES`.
+
+    Returns:
+        The scores; differentiable in ``logps`` with respect to ``hidden``, ``weight`` and ``bias``.
+    """
+    dtype = compute_dtype or hidden.dtype
+    keep = KEEP_BYTES if keep_bytes is None else keep_bytes
+    out: tuple[Any, ...] = _TokenScores.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, transform, dtype, with_stats, with_log_sum_sq, keep
+    )
+    return TokenScores(*out)
+
+
+def scores_from_logits(logits: Tensor, targets: Tensor, *, with_stats: bool, with_log_sum_sq: bool) -> TokenScores:
+    """Scores from logits that a model insists on computing itself, ``(N, V)``; differentiable in ``logps``."""
+    logp = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    logps = logp.gather(1, targets.unsqueeze(1)).squeeze(1)
+    stats = _tile_stats(logits.detach(), logp.detach(), targets, with_stats, with_log_sum_sq)
+    return TokenScores(logps, *stats)
+
+
+def _tile_stats(
+    logits: Tensor, logp: Tensor, targets: Tensor, with_stats: bool, with_log_sum_sq: bool
+) -> tuple[Tensor | None, ...]:
+    entropy = mean_logit = top1 = log_sum_sq = None
+    if with_stats:
+        entropy = -(logp.exp() * logp).nan_to_num_(0.0).sum(-1)
+        mean_logit = logits.mean(-1, dtype=logp.dtype)
+        top1 = logits.argmax(-1) == targets
+    if with_log_sum_sq:
+        log_sum_sq = torch.logsumexp(2 * logp, -1)
+    return entropy, mean_logit, top1, log_sum_sq
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: HeadTransform,
+        dtype: torch.dtype,
+        with_stats: bool,
+        with_log_sum_sq: bool,
+        keep_bytes: int,
+    ) -> tuple[Tensor | None, ...]:
+        train_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        frozen_grad = ctx.needs_input_grad[0] and not train_head
+        h, w = hidden.to(dtype), weight.to(dtype)
+        num_tokens, vocab = h.shape[0], w.shape[0]
+        keep = train_head and num_tokens * vocab * dtype.itemsize <= keep_bytes and transform.softcap is None
+        wide = torch.promote_types(dtype, torch.float32)
+        logps = torch.empty(num_tokens, dtype=wide, device=h.device)
+        lse = torch.empty_like(logps)
+        direction = torch.empty_like(h) if frozen_grad else None
+        probs = torch.empty(num_tokens, vocab, dtype=dtype, device=h.device) if keep else None
+        stats: list[tuple[Tensor | None, ...]] = []
+        for part in _tiles(num_tokens, vocab):
+            logits, logp = _tile_logp(h[part], w, bias, transform, wide)
+            chosen = targets[part].unsqueeze(1)
+            logps[part] = logp.gather(1, chosen).squeeze(1)
+            lse[part] = (logits.gather(1, chosen).to(wide) - logp.gather(1, chosen)).squeeze(1)
+            if with_stats or with_log_sum_sq:
+                stats.append(_tile_stats(logits, logp, targets[part], with_stats, with_log_sum_sq))
+            if probs is not None:
+                torch.exp(logp, out=probs[part]) if probs.dtype == wide else probs[part].copy_(logp.exp_())
+            if direction is not None:
+                grad = logp.exp_().neg_()
+                grad.scatter_(1, chosen, -torch.expm1(logps[part]).unsqueeze(1))
+                direction[part] = transform.backward_(grad, logits).to(dtype) @ w
+        ctx.save_for_backward(h, w, bias, targets, logps, lse, direction, probs)
+        ctx.transform, ctx.dtypes = transform, (hidden.dtype, weight.dtype)
+        columns = [None if column[0] is None else torch.cat(column) for column in zip(*stats, strict=True)]
+        extras = columns or [None] * 4
+        ctx.mark_non_differentiable(*(extra for extra in extras if extra is not None))
+        return (logps, *extras)
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        h, w, bias, targets, logps, lse, direction, probs = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        if direction is not None:
+            return ((direction * grad_logps.unsqueeze(1)).to(hidden_dtype), *[None] * 8)
+        grad_hidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        # Accumulated over tiles in at least fp32: a half-precision sum over many tiles would lose its small terms.
+        grad_weight = torch.zeros_like(w, dtype=logps.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=logps.dtype) if ctx.needs_input_grad[2] else None
+        for part in _tiles(*_shape(h, w), whole=probs is not None):
+            # d logp / d logits = onehot - p; the target's own entry comes from its exact log-prob, since 1 - p loses
+            # all digits in half precision where p is near one.
+            scale = grad_logps[part].unsqueeze(1)
+            own = -torch.expm1(logps[part]).unsqueeze(1) * scale
+            if probs is not None:
+                grad = probs[part] * -scale.to(probs.dtype)
+                grad.scatter_(1, targets[part].unsqueeze(1), own.to(grad.dtype))
+                grad = ctx.transform.backward_(grad, grad)
+            else:
+                logits = ctx.transform.apply(_linear(h[part], w, bias)).to(lse.dtype)
+                grad = torch.exp(logits - lse[part].unsqueeze(1)).mul_(-scale)
+                grad.scatter_(1, targets[part].unsqueeze(1), own)
+                grad = ctx.transform.backward_(grad, logits)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0, dtype=grad_bias.dtype)
+            grad = grad.to(h.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, w, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight = _add_outer(grad_weight, grad, h[part])
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden_dtype),
+            None if grad_weight is None else grad_weight.to(weight_dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 6,
+        )
+
+
+def _add_outer(total: Tensor, grad: Tensor, h: Tensor) -> Tensor:
+    if grad.dtype == total.dtype:
+        return total.addmm_(grad.t(), h)
+    return total.add_(grad.t() @ h)
+
+
+def _shape(h: Tensor, w: Tensor) -> tuple[int, int]:
+    return h.shape[0], w.shape[0]
+
+
+def _linear(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(h, w, None if bias is None else bias.to(h.dtype))
+
+
+def _tile_logp(
+    h: Tensor, w: Tensor, bias: Tensor | None, transform: HeadTransform, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    logits = transform.apply(_linear(h, w, bias))
+    return logits, torch.log_softmax(logits, -1, dtype=wide)
+
+
+def _tiles(num_tokens: int, vocab: int, whole: bool = False) -> list[slice]:
+    size = num_tokens if whole else max(1, TILE_ELEMENTS // vocab)
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, max(size, 1))]

@@ -1,0 +1,173 @@
+"""From a packed row to per-token log-probs, through the model's own forward.
+
+Two paths compute the same numbers. The *packed* path runs the row as it is, with shared prompts computed once. The
+*padded* path unfolds the row into separate right-padded sequences; it serves models whose attention cannot be packed and
+is the oracle of the packed path's tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from preftune.errors import ModelError
+from preftune.kernels.attention import RowContext
+from preftune.kernels.head import HeadTransform, TokenScores, scores_from_logits, token_scores
+from preftune.models.attention import KEYWORD, attention_configs, packed_attention
+from preftune.models.head import HeadProbe, base_model, find_head, head_parameters, probe_head, replaced_head
+from preftune.packing import PackedRow
+
+
+@dataclass
+class RowForward:
+    """A model prepared to score packed rows.
+
+    Attributes:
+        model: The policy or reference, without distributed wrappers.
+        packed: Packed or padded path.
+        backend: Attention backend of the packed path.
+        head: What was found out about the head.
+        pad_token_id: Fills padded batches; masked out everywhere.
+        backends_used: Attention backends that have served so far.
+    """
+
+    model: nn.Module
+    packed: bool
+    backend: str
+    head: HeadProbe
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        self.backends_used: set[str] = set()
+        self._configs = attention_configs(base_model(self.model))
+
+    @classmethod
+    def of(cls, model: nn.Module, *, packed: bool, backend: str = "auto", pad_token_id: int = 0) -> RowForward:
+        """Probe the model's head and build the forward."""
+        return cls(model, packed, backend, probe_head(model), pad_token_id)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Must surround the forward *and* the backward of every row on the packed path."""
+        with packed_attention(self._configs) if self.packed else nullcontext():
+            yield
+
+    def __call__(
+        self,
+        row: PackedRow,
+        *,
+        wrapped: nn.Module | None = None,
+        with_stats: bool = False,
+        with_log_sum_sq: bool = False,
+        extra: dict[str, Any] | None = None,
+    ) -> tuple[TokenScores, Any]:
+        """Score the row's ``N`` target tokens.
+
+        Args:
+            row: The packed row.
+            wrapped: Distributed wrapper of the model to call instead of it.
+            with_stats: Also compute entropy, mean logit and top-1.
+            with_log_sum_sq: Also compute ``log sum p^2``.
+            extra: Further keywords for the model's forward.
+
+        Returns:
+            Scores in the order of the row's targets, and the model's output object (whose logits are placeholders).
+        """
+        device = next(self.model.parameters()).device
+        inputs, source = self._packed_inputs(row, device) if self.packed else self._padded_inputs(row, device)
+        source_index = _put(source, device)
+        targets = _put(row.target_ids, device)
+        options = {"with_stats": with_stats, "with_log_sum_sq": with_log_sum_sq}
+        found: list[TokenScores] = []
+        head = find_head(self.model)
+        parameters = head_parameters(head)
+        transform = self.head.transform
+        fused = self.head.called and transform is not None and parameters is not None
+        original = head.forward
+
+        def score(hidden: Tensor) -> Tensor:
+            picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, source_index)
+            if not fused:
+                logits: Tensor = original(picked.unsqueeze(0))
+                return logits
+            assert parameters is not None and transform is not None
+            found.append(_fused_scores(picked, parameters, targets, transform, options))
+            # Distributed wrappers follow the graph from the model's outputs, so the result has to pass through them.
+            return found[0].logps.view(1, -1, 1)
+
+        replace = replaced_head(head, score) if self.head.called else nullcontext()
+        with replace:
+            output = (wrapped or self.model)(**inputs, use_cache=False, **(extra or {}))
+        if found:
+            return found[0], output
+        logits = output.logits.reshape(-1, output.logits.shape[-1])
+        if not self.head.called:
+            logits = logits.index_select(0, source_index)
+        return scores_from_logits(logits, targets, **options), output
+
+    def _packed_inputs(self, row: PackedRow, device: torch.device) -> tuple[dict[str, Any], Any]:
+        context = RowContext(row.layout, self.backend, used=self.backends_used)
+        inputs = {
+            "input_ids": _put(row.input_ids, device).unsqueeze(0),
+            "position_ids": _put(row.position_ids, device).unsqueeze(0),
+            KEYWORD: context,
+        }
+        self.last_context = context
+        return inputs, row.source
+
+    def _padded_inputs(self, row: PackedRow, device: torch.device) -> tuple[dict[str, Any], Any]:
+        sequences, sources = unfold(row)
+        longest = max(map(len, sequences))
+        ids = np.full((len(sequences), longest), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for number, sequence in enumerate(sequences):
+            ids[number, : len(sequence)] = sequence
+            mask[number, : len(sequence)] = 1
+        inputs = {"input_ids": _put(ids, device), "attention_mask": _put(mask, device)}
+        return inputs, sources[:, 0] * longest + sources[:, 1]
+
+
+def unfold(row: PackedRow) -> tuple[list[Any], Any]:
+    """The separate sequences of a row, and where its targets are predicted in them.
+
+    Returns:
+        Token ids of every ``prefix + branch``, and an array ``(N, 2)`` of sequence number and position, in the order of
+        the row's targets.
+    """
+    sequences, prefix_lengths = [], []
+    for span in row.layout.spans:
+        prefix = row.input_ids[span.start : span.start + span.prefix]
+        for start, length in zip(span.branch_starts(), span.branches, strict=True):
+            sequences.append(np.concatenate([prefix, row.input_ids[start : start + length]]))
+            prefix_lengths.append(span.prefix)
+    before = np.array(prefix_lengths, dtype=np.int64)[row.target_branch] + row.target_rank - 1
+    return sequences, np.stack([row.target_branch, before], axis=1)
+
+
+def _fused_scores(
+    hidden: Tensor,
+    parameters: tuple[Tensor, Tensor | None],
+    targets: Tensor,
+    transform: HeadTransform,
+    options: dict[str, bool],
+) -> TokenScores:
+    weight, bias = parameters
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if weight.device != hidden.device:
+        raise ModelError("the language-model head lies on another device than the hidden states it receives")
+    return token_scores(hidden, weight, bias, targets, transform, compute_dtype=dtype, **options)
+
+
+def _put(array: Any, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        # Pinned, so that the copy overlaps with whatever the device still computes.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,332 @@
+"""Model, tokenizer, adapter and quantisation from settings, with every failure turned into one line and a remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from preftune.config import ModelConfig
+from preftune.errors import ConfigError, ModelError, PreftuneError, SetupError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import PeftConfig
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What training starts from.
+
+    Attributes:
+        model: The policy; a ``PeftModel`` where the settings name a folder with an adapter.
+        tokenizer: Its tokenizer, chat template set.
+        ref_model: An explicit reference model, or ``None`` where the policy as loaded is the reference.
+        peft_config: Adapter to add, or ``None``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    ref_model: PreTrainedModel | None
+    peft_config: PeftConfig | None
+
+
+def load_model_and_tokenizer(
+    config: ModelConfig, *, model_init_kwargs: Mapping[str, Any] | None = None, with_reference: bool = True
+) -> Loaded:
+    """Load everything that :class:`~preftune.config.ModelConfig` describes.
+
+    Args:
+        config: Which model, and how.
+        model_init_kwargs: Further keywords for ``from_pretrained``; they win over the settings.
+        with_reference: Load ``ref_model_name_or_path``, if it is set.
+
+    Returns:
+        Model, tokenizer, reference and adapter settings.
+
+    Raises:
+        ConfigError: If settings contradict each other.
+        ModelError: If something cannot be found or read.
+        SetupError: If a library is missing.
+    """
+    name = config.require_model()
+    tokenizer = load_tokenizer(config)
+    peft_config = peft_config_from(config)
+    adapter = _adapter_base(name, config.model_revision)
+    if (config.load_in_4bit or config.load_in_8bit) and peft_config is None and adapter is None:
+        field = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+        raise ConfigError("quantised weights cannot be trained", where=field, value=True, remedy="add --use_peft")
+    keywords = _keywords(config, config.model_revision, model_init_kwargs)
+    model = _load_adapter(name, keywords) if adapter else _load_plain(name, keywords, "model_name_or_path")
+    reference = None
+    if with_reference and config.ref_model_name_or_path:
+        keywords = _keywords(config, config.ref_model_revision, model_init_kwargs)
+        reference = _load_plain(config.ref_model_name_or_path, keywords, "ref_model_name_or_path")
+    return Loaded(model, tokenizer, reference, peft_config)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer and give it the chat template of the settings.
+
+    An adapter's folder without a tokenizer falls back to its base model's.
+
+    Raises:
+        ModelError: If there is none, or it cannot be read.
+        ConfigError: If the chat template cannot be found or parsed.
+    """
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer_name_or_path or config.require_model()
+    where = "tokenizer_name_or_path" if config.tokenizer_name_or_path else "model_name_or_path"
+    revision = config.model_revision
+    base = None if config.tokenizer_name_or_path else _adapter_base(name, revision)
+    if base and Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
+        name, revision = base, "main"
+    with _explained(name, where, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=config.trust_remote_code
+        )
+    if config.chat_template:
+        tokenizer.chat_template = read_chat_template(config.chat_template)
+    return tokenizer
+
+
+def read_chat_template(text_or_path: str) -> str:
+    """Chat template from text, or from a file that holds one.
+
+    Args:
+        text_or_path: Jinja text, or the path of a file.
+
+    Returns:
+        The template, checked to be parseable in the sandbox that transformers renders it in.
+
+    Raises:
+        ConfigError: If the file is missing or the template is not valid Jinja.
+    """
+    looks_like_text = "{" in text_or_path or "\n" in text_or_path
+    source = "chat_template"
+    template = text_or_path
+    if not looks_like_text:
+        source = text_or_path
+        try:
+            template = Path(text_or_path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                "cannot read the chat template",
+                where="chat_template",
+                value=text_or_path,
+                allowed="Jinja text, or the path of a UTF-8 file that holds it",
+            ) from error
+    _check_template(template, source)
+    return template
+
+
+def require_chat_template(tokenizer: Any, name: str, *, conversational: bool) -> None:
+    """Refuse conversations for which no template is known.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: Name of the model, for the message.
+        conversational: Whether the data are lists of messages.
+
+    Raises:
+        ConfigError: If the data need a template and the tokenizer has none.
+    """
+    if conversational and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"the data are conversations, and the tokenizer of {name} has no chat template",
+            where="chat_template",
+            remedy="set --chat_template to a .jinja file, or start from a chat model",
+        )
+
+
+def peft_config_from(config: ModelConfig) -> PeftConfig | None:
+    """LoRA settings, or ``None`` without ``use_peft``.
+
+    Raises:
+        ConfigError: If PEFT refuses the combination.
+    """
+    if not config.use_peft:
+        return None
+    from peft import LoraConfig
+
+    keywords: dict[str, Any] = {
+        "task_type": config.lora_task_type,
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": config.lora_target_modules,
+        "modules_to_save": config.lora_modules_to_save,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "bias": "none",
+    }
+    if config.lora_target_parameters is not None:
+        keywords["target_parameters"] = config.lora_target_parameters
+    try:
+        return LoraConfig(**keywords)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(" ".join(str(error).split()), where="lora settings") from error
+
+
+def quantization_config_from(config: ModelConfig) -> BitsAndBytesConfig | None:
+    """Quantisation through bitsandbytes, or ``None`` where none is asked for.
+
+    Raises:
+        SetupError: If bitsandbytes is not installed.
+    """
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return None
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        field = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+        raise SetupError(
+            "bitsandbytes is not installed", where=field, remedy="run pip install 'preftune[quantization]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        # Dequantised products are computed in the type of the remaining weights.
+        bnb_4bit_compute_dtype=None if config.dtype == "auto" else config.dtype,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=config.bnb_4bit_quant_storage,
+    )
+
+
+def _keywords(config: ModelConfig, revision: str, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    keywords: dict[str, Any] = {
+        "revision": revision,
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.attn_implementation is not None:
+        keywords["attn_implementation"] = config.attn_implementation
+    quantization = quantization_config_from(config)
+    if quantization is not None:
+        keywords["quantization_config"] = quantization
+        # Quantised weights are placed while they are loaded: one whole copy for each process.
+        keywords["device_map"] = {"": _own_device()}
+    return keywords | dict(extra or {})
+
+
+def _own_device() -> str:
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _load_plain(name: str, keywords: dict[str, Any], where: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with _explained(name, where, "model"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **keywords)
+    return model
+
+
+def _load_adapter(name: str, keywords: dict[str, Any]) -> PreTrainedModel:
+    """Continue an adapter: load its base model and put the adapter on, trainable."""
+    from peft import AutoPeftModelForCausalLM
+
+    with _explained(name, "model_name_or_path", "adapter"):
+        model: PreTrainedModel = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **keywords)
+    return model
+
+
+def _adapter_base(name: str, revision: str) -> str | None:
+    """Name of the base model where ``name`` is an adapter, else ``None``."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with _explained(name, "model_name_or_path", "model"):
+        path = find_adapter_config_file(name, revision=revision)
+        if path is None:
+            return None
+        base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            "the adapter does not name its base model", where=str(path), remedy="add base_model_name_or_path to it"
+        )
+    return str(base)
+
+
+def _check_template(template: str, source: str) -> None:
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    compile_template: Callable[[str], Any] = _compile_jinja_template
+    try:
+        compile_template(template)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"not a valid Jinja template ({error.message})", where=f"{source}:{error.lineno}") from error
+    except ImportError as error:
+        raise SetupError(str(error), where="chat_template", remedy="run pip install -U jinja2") from error
+
+
+@contextmanager
+def _explained(name: str, where: str, kind: str) -> Iterator[None]:
+    """Turn whatever the loaders raise into one line that names the thing and the remedy."""
+    try:
+        yield
+    except (PreftuneError, KeyboardInterrupt):
+        raise
+    except ImportError as error:
+        raise SetupError(_first_line(error), where=where, value=name) from error
+    except Exception as error:
+        raise _diagnosis(error, name, where, kind) from error
+
+
+def _diagnosis(error: Exception, name: str, where: str, kind: str) -> ModelError:
+    said = f"{type(error).__name__}: {error}"
+    cause = error.__cause__ or error.__context__
+    whole = said + (f" {type(cause).__name__}: {cause}" if cause else "")
+    exists = os.path.exists(os.path.expanduser(name))
+    if "trust_remote_code" in whole:
+        what, remedy = (
+            f"the {kind} brings its own Python code",
+            "read that code, then pass --trust_remote_code with a pinned --model_revision",
+        )
+    elif exists:
+        what, remedy = f"cannot load the {kind} ({_first_line(error)})", _remedy_for_folder(name)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        what, remedy = f"no such {kind} folder", "check the path"
+    elif any(word in whole for word in ("GatedRepo", "gated repo", "401", "403")):
+        what, remedy = f"no access to the {kind}", "ask for access on its page, then run `hf auth login`"
+    elif any(word in whole for word in ("RevisionNotFound", "not a valid git identifier")):
+        what, remedy = f"the {kind} has no such revision", "check --model_revision"
+    elif any(word in whole for word in ("RepositoryNotFound", "not a valid model identifier", "404")):
+        what, remedy = f"no such {kind}, neither on this machine nor on the Hub", "check the name, or give a folder"
+    elif any(word in whole for word in ("connect", "Connect", "ffline", "LocalEntryNotFound", "resolve", "timed out")):
+        what = f"the {kind} is not on this machine and the Hub cannot be reached"
+        remedy = "give the path of a folder, or try again with a network connection"
+    else:
+        what, remedy = f"cannot load the {kind} ({_first_line(error)})", "check the name"
+    return ModelError(what, where=where, value=name, remedy=remedy)
+
+
+def _remedy_for_folder(name: str) -> str:
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        return "give the folder, not a file in it"
+    if not (folder / "config.json").exists() and not (folder / ADAPTER_FILE).exists():
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        return f"did you mean {checkpoints[-1]}?" if checkpoints else "the folder has no config.json"
+    return "check that its files are complete"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return " ".join(text.splitlines()[0].split()).rstrip(".")[:240] if text else type(error).__name__

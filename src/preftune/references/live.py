@@ -1,0 +1,58 @@
+"""References that are computed while training: a shadow of the trainable parameters, or another model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Shadow:
+    """An earlier state of a model's trainable parameters, swapped in for the reference's forward.
+
+    One mechanism serves every reference that shares the policy's architecture: the frozen initial policy of full
+    fine-tuning, the adapter as it was before training (a fresh one computes nothing, a trained one is the SFT model), and
+    a reference that follows the policy. Frozen parameters are shared, and swapping exchanges pointers, not data.
+
+    Args:
+        model: The policy, in the state that the reference is to have.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._values = [p.detach().clone() for p in self._parameters]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the shadow takes."""
+        return sum(value.numel() * value.element_size() for value in self._values)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make the model compute the reference. No gradient may be taken, and no autocast cache may outlive this."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for index, parameter in enumerate(self._parameters):
+            parameter.data, self._values[index] = self._values[index], parameter.data
+
+    def follow(self, share: float) -> None:
+        """Move towards the policy: ``reference <- share * policy + (1 - share) * reference`` (TR-DPO, 2404.09656)."""
+        with torch.no_grad():
+            for value, parameter in zip(self._values, self._parameters, strict=True):
+                value.lerp_(parameter.detach(), share)
+
+    def state(self) -> list[Tensor]:
+        """The shadow's tensors, in the order of the trainable parameters."""
+        return self._values
+
+    def load_state(self, values: list[Tensor]) -> None:
+        """Take over tensors from :meth:`state`."""
+        for mine, other in zip(self._values, values, strict=True):
+            mine.copy_(other)

@@ -1,0 +1,352 @@
+"""The thin trainer under all preftune trainers: transformers' loop around packed rows.
+
+What is transformers': data order, optimizer, schedule, callbacks, checkpoints, evaluation schedule, distributed set-up.
+What is changed: all examples of an optimizer step are packed together, one backward runs per row, and the loss is a sum
+over examples divided by their global number, so that no split of the batch changes the result.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from preftune.errors import ModelError, TrainingError
+from preftune.kernels.head import TokenScores
+from preftune.models.forward import RowForward
+from preftune.models.gate import Verdict, check_declared, probe
+from preftune.models.head import base_model, probe_head
+from preftune.packing import PackedRow, Tree, build_row, plan_rows
+from preftune.training import memory
+from preftune.training.batch import Batch, Example, collate
+from preftune.training.config import PackedConfig
+from preftune.training.metrics import MetricSums, Term
+
+
+@dataclass
+class RowTerms:
+    """What one row adds to the loss and the metrics.
+
+    Attributes:
+        loss: Sum of the examples' losses divided by the global number of examples; a scalar with graph.
+        metrics: ``{name: (sum, weight)}``.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Term]
+
+
+class PackedTrainer(Trainer):  # type: ignore[misc]
+    """Base of the trainers. Subclasses say what an example's trees are and how a row's scores become a loss."""
+
+    args: PackedConfig
+    #: Columns that the data loader hands on.
+    example_columns: tuple[str, ...] = ()
+    #: Which optional scores the objective needs at every step.
+    needs_log_sum_sq = False
+
+    # ---- what subclasses define -----------------------------------------------------------------------------------
+
+    def example_trees(self, example: Example, number: int) -> tuple[Tree, ...]:
+        """Trees of the ``number``-th example of a row; it owns the slots from ``2 * number`` on."""
+        raise NotImplementedError
+
+    def example_totals(self, examples: list[Example]) -> list[float]:
+        """Numbers to be summed over all examples of a step and all processes; the first is the number of examples."""
+        return [float(len(examples))]
+
+    def row_terms(self, row: PackedRow, scores: TokenScores, examples: list[Example], totals: list[float]) -> RowTerms:
+        """Loss and metrics of one row, the loss being divided by the step's totals."""
+        raise NotImplementedError
+
+    def before_rows(self, rows: list[PackedRow], batch: Batch) -> None:
+        """Called with the rows of a step before the policy runs on them."""
+
+    # ---- construction ---------------------------------------------------------------------------------------------
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("data_collator", collate)
+        super().__init__(**kwargs)
+        if self.args.n_gpu > 1:
+            raise TrainingError(
+                "one process sees several GPUs",
+                value=self.args.n_gpu,
+                remedy="start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU",
+            )
+        self.is_trained = False
+        self._eval_sums = MetricSums(self.args.device)
+        self._train_sums = MetricSums(self.args.device)
+        self._num_train_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self.forward_policy, self.verdict = self._choose_path(self.model)
+        self._measure_memory()
+
+    def _choose_path(self, model: nn.Module) -> tuple[RowForward, Verdict]:
+        """Packed or padded: what the user asked for, what the gate allows, what the probe shows."""
+        pad = getattr(getattr(self.processing_class, "tokenizer", self.processing_class), "pad_token_id", None) or 0
+        mode, backend = self.args.packing_mode, self.args.attention_backend
+        verdict = Verdict(False, "asked for by packing_mode: padded")
+        if mode != "padded":
+            verdict = check_declared(model, max_length=self.longest_example())
+            if verdict.ok:
+                verdict = probe(model, backend=backend, pad_token_id=pad)
+            if mode == "packed" and not verdict.ok:
+                raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
+        return RowForward(model, verdict.ok, backend, probe_head(model), pad), verdict
+
+    def longest_example(self) -> int:
+        """Tokens of the longest sequence in the training data, or 0 where that is unknown."""
+        return 0
+
+    def longest_row_item(self) -> int:
+        """Row tokens of the largest example, or 0 where that is unknown."""
+        return 0
+
+    def _measure_memory(self) -> None:
+        device = self.args.device
+        trainable = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        self.bytes_per_token = memory.activation_bytes_per_token(self.forward_policy, self.accelerator.autocast)
+        self.max_tokens_per_row = self.args.max_tokens_per_row or memory.row_budget(
+            self.bytes_per_token, device, 3 * trainable
+        )
+        free = memory.available_bytes(device)
+        most = None if free is None else max(free - 3 * trainable, free // 10)
+        self.checkpoint_above = 0 if self.args.checkpoint_policy == "always" else _tokens(most, self.bytes_per_token)
+
+    # ---- data -----------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(self.example_columns)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Batches of this process's share of the evaluation data, every example exactly once over all processes."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("Trainer: evaluation requires an eval_dataset.")
+        return self._plain_loader(dataset, self.args.eval_batch_size)
+
+    get_test_dataloader = get_eval_dataloader
+
+    def _plain_loader(self, dataset: Any, batch_size: int) -> DataLoader[Any]:
+        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
+            dataset = self._remove_unused_columns(dataset, description="evaluation")
+        world, rank = self.args.world_size, self.args.process_index
+        if world > 1:
+            if not hasattr(dataset, "shard"):
+                raise TrainingError("this dataset cannot be split over processes", value=type(dataset).__name__)
+            dataset = dataset.shard(world, rank, contiguous=False)
+        return DataLoader(
+            dataset, batch_size=batch_size, collate_fn=collate, num_workers=self.args.dataloader_num_workers
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """All micro-batches of an optimizer step as one, preceded by empty ones to keep transformers' step count."""
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        if not batches:
+            return [], None
+        return [*(Batch() for _ in batches[1:]), Batch.merged(batches)], None
+
+    def _plan(self, batch: Batch, min_rows: int = 1) -> list[PackedRow]:
+        trees = [self.example_trees(example, 0) for example in batch.examples]
+        lengths = [sum(tree.num_tokens for tree in each) for each in trees]
+        rows = []
+        for numbers in plan_rows(lengths, self.max_tokens_per_row, min_rows):
+            in_row = [self.example_trees(batch.examples[n], k) for k, n in enumerate(numbers)]
+            rows.append(build_row([tree for each in in_row for tree in each], numbers))
+        return rows
+
+    # ---- one optimizer step ---------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of all rows of an optimizer step. Returns the loss, detached."""
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        if not len(inputs):
+            return torch.zeros((), device=self.args.device)
+        totals = self._sum_over_processes(self.example_totals(inputs.examples))
+        rows = self._plan(inputs)
+        rows += [rows[-1]] * (self._rows_everywhere(len(rows)) - len(rows))
+        self.before_rows(rows, inputs)
+        return self._run_rows(model, rows, inputs, totals)
+
+    def _run_rows(self, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
+        loss = torch.zeros((), device=self.args.device)
+        real = {id(row) for row in rows}
+        stats = self._stats_due()
+        # One autocast region around all rows keeps the half-precision copies of the weights for the whole step.
+        with self.accelerator.autocast(), self.forward_policy.active(), memory.offloading(self.args.activation_offloading):
+            for number, row in enumerate(rows):
+                padding = id(row) not in real
+                real.discard(id(row))
+                terms = self._forward_row(model, row, batch, totals, stats and not padding)
+                if not padding:
+                    self._train_sums.add(terms.metrics)
+                    loss += terms.loss.detach()
+                self._backward(model, terms.loss * 0 if padding else terms.loss, last=number == len(rows) - 1)
+        self._num_train_tokens += float(self.num_tokens(batch.examples))
+        return loss
+
+    def _forward_row(self, model: nn.Module, row: PackedRow, batch: Batch, totals: list[float], stats: bool) -> RowTerms:
+        examples = [batch.examples[n] for n in row.examples]
+        recompute = bool(self.args.gradient_checkpointing) and row.num_tokens > self.checkpoint_above
+        with memory.checkpointing(self.model, recompute):
+            scores, _ = self.forward_policy(
+                row, wrapped=model, with_stats=stats, with_log_sum_sq=self.needs_log_sum_sq
+            )
+        return self.row_terms(row, scores, examples, totals)
+
+    def _backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
+        """Add a row's gradient; processes exchange gradients once, with the last row."""
+        sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if not last and self.args.world_size > 1:
+            sync = partial(self.accelerator.no_sync, model=model)
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        with sync():
+            # Wrappers average gradients over processes, while the loss is already divided by the global count.
+            self.accelerator.backward(loss * self.args.world_size)
+
+    def _stats_due(self) -> bool:
+        """Whether this step's log line is due, so that entropy, mean logit and top-1 are worth their time."""
+        step, every = self.state.global_step + 1, max(int(self.state.logging_steps), 1)
+        first = self.args.logging_first_step and step == 1
+        return first or step % every == 0 or self.args.logging_strategy == "epoch"
+
+    def num_tokens(self, examples: list[Example]) -> int:
+        """Tokens of the examples, prompts counted once per sequence as padded trainers count them."""
+        raise NotImplementedError
+
+    # ---- processes ------------------------------------------------------------------------------------------------
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return tensor
+        reduced = self.accelerator.reduce(tensor.clone(), reduction="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _sum_over_processes(self, values: list[float]) -> list[float]:
+        if self.args.world_size == 1:
+            return values
+        result: list[float] = self._reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device)).tolist()
+        return result
+
+    def _rows_everywhere(self, rows: int) -> int:
+        """Rows that every process has to run: sharded models gather parameters in step."""
+        if self.args.world_size == 1 or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return rows
+        counts = self.accelerator.gather(torch.tensor([rows], device=self.args.device))
+        return int(counts.max())
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and metrics over the evaluation data, every example weighing one."""
+        self.model.eval()
+        if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):
+            self.optimizer.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        predictions: list[Tensor] = []
+        for batch in dataloader:
+            totals = self.example_totals(batch.examples)
+            with torch.no_grad():
+                self._evaluate_batch(batch, totals, predictions)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = self._eval_sums.pop(self._reduce)
+        num_samples = int(self._sum_over_processes([float(len(dataloader.dataset))])[0])  # type: ignore[arg-type]
+        stacked = self._gather_predictions(predictions)
+        output = EvalLoopOutput(predictions=stacked, label_ids=None, metrics=metrics, num_samples=num_samples)
+        if self.compute_metrics is not None:
+            metrics.update(self.user_metrics(stacked))
+        named = {f"{metric_key_prefix}_{k}" if not k.startswith(metric_key_prefix) else k: v for k, v in metrics.items()}
+        return output._replace(metrics=named)
+
+    def _evaluate_batch(self, batch: Batch, totals: list[float], predictions: list[Tensor]) -> None:
+        rows = self._plan(batch)
+        self.before_rows(rows, batch)
+        with self.accelerator.autocast(), self.forward_policy.active():
+            for row in rows:
+                examples = [batch.examples[n] for n in row.examples]
+                scores, _ = self.forward_policy(row, with_stats=True, with_log_sum_sq=self.needs_log_sum_sq)
+                terms = self.row_terms(row, scores, examples, totals)
+                # row_terms divides by the batch's totals; the mean over the whole set weighs every example alike.
+                terms.metrics["loss"] = (terms.loss * totals[0], float(len(examples)))
+                self._eval_sums.add(terms.metrics)
+                found = self.row_predictions(terms)
+                if found is not None:
+                    predictions.append(found)
+
+    def row_predictions(self, terms: RowTerms) -> Tensor | None:
+        """Per-example values that ``compute_metrics`` receives, or ``None``."""
+        return None
+
+    def user_metrics(self, predictions: Any) -> Mapping[str, float]:
+        """What the user's ``compute_metrics`` makes of the predictions."""
+        return {}
+
+    def _gather_predictions(self, predictions: list[Tensor]) -> Any:
+        if self.compute_metrics is None or not predictions:
+            return None
+        local = torch.cat(predictions)
+        return self.accelerator.gather(local).cpu().numpy()
+
+    # ---- logging --------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last line to a training line."""
+        if "loss" in logs and "eval_loss" not in logs:
+            logs.update(self._train_sums.pop(self._reduce))
+            logs["num_tokens"] = float(self._sum_over_processes([float(self._num_train_tokens)])[0])
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Floating-point operations of a step: six per parameter and computed token."""
+        examples = inputs.examples if isinstance(inputs, Batch) else []
+        if not examples:
+            return 0
+        if not hasattr(self, "_num_parameters"):
+            self._num_parameters = base_model(self.model).num_parameters(exclude_embeddings=True)
+        tokens = sum(tree.num_tokens for example in examples for tree in self.example_trees(example, 0))
+        return int(6 * tokens * self._num_parameters)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean loss of a batch, with graph; for code that asks the trainer for it. Training itself goes row by row."""
+        if return_outputs:
+            warnings.warn("return_outputs has no logits to return: preftune never builds them", UserWarning, stacklevel=2)
+        totals = self.example_totals(inputs.examples)
+        rows = self._plan(inputs)
+        self.before_rows(rows, inputs)
+        with self.accelerator.autocast(), self.forward_policy.active():
+            losses = [self._forward_row(model, row, inputs, totals, False).loss for row in rows]
+        loss = torch.stack(losses).sum()
+        return (loss, {}) if return_outputs else loss
+
+
+def _tokens(num_bytes: int | None, per_token: float) -> int:
+    return 1 << 62 if num_bytes is None or per_token <= 0 else int(num_bytes / per_token)

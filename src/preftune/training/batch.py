@@ -1,0 +1,49 @@
+"""Examples on their way from the data loader to the packed rows of one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Example = dict[str, Any]
+
+
+@dataclass
+class Batch:
+    """Examples as the data loader yields them.
+
+    No mapping on purpose: data-loader wrappers walk mappings and lists element by element, which costs more than the
+    tokens are worth.
+
+    Attributes:
+        examples: One mapping per example.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @classmethod
+    def merged(cls, batches: Iterable[Batch]) -> Batch:
+        """All examples of several batches, in order."""
+        return cls([example for batch in batches for example in batch.examples])
+
+
+def as_arrays(example: Example) -> Example:
+    """The example with its token columns as int64 arrays, and masks as booleans."""
+    out = dict(example)
+    for name, value in example.items():
+        if value is not None and name.endswith("_ids"):
+            out[name] = np.asarray(value, dtype=np.int64)
+        elif value is not None and name.endswith("_mask"):
+            out[name] = np.asarray(value, dtype=bool)
+    return out
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Collate function of every preftune trainer: nothing is padded, nothing becomes a tensor yet."""
+    return Batch([as_arrays(example) for example in examples])

@@ -1,0 +1,143 @@
+"""A model card beside the weights: what was done, with what, and how it came out."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FILE_NAME = "README.md"
+
+# Markdown that could change the page when it stands in a value: links, code, emphasis, tables, headings.
+_ACTIVE = re.compile(r"([\\`*_{}\[\]()#+!|~])")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card says.
+
+    Attributes:
+        title: Name of the tuned model.
+        verb: ``dpo`` or ``sft``.
+        base_model: Hub id or folder of the model before training.
+        datasets: Names of the datasets, as given.
+        methods: Names of the losses, empty for SFT.
+        papers: ``(title, link)`` of each method's paper.
+        settings: The settings that were not left at their default, plus the decisive ones.
+        metrics: Final metrics by name.
+        data_lines: One line per split about rows kept and dropped.
+        versions: Library versions.
+        is_adapter: Whether the folder holds a LoRA adapter.
+        extra_tags: Further tags for the front matter.
+    """
+
+    title: str
+    verb: str
+    base_model: str
+    datasets: Sequence[str] = ()
+    methods: Sequence[str] = ()
+    papers: Sequence[tuple[str, str]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    data_lines: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    is_adapter: bool = False
+    extra_tags: Sequence[str] = ()
+
+
+def render(card: Card) -> str:
+    """Write the card as Markdown with a YAML front matter; values cannot become markup.
+
+    Args:
+        card: What to say.
+
+    Returns:
+        The text of ``README.md``.
+    """
+    parts = [
+        _front_matter(card),
+        f"# {escape(card.title)}\n",
+        _opening(card),
+        _section("Data", [f"- {escape(line)}" for line in [*card.data_lines]]),
+        _section("Results", _table(("metric", "value"), _numbers(card.metrics))),
+        _section("Settings", _table(("setting", "value"), [(name, _shown(v)) for name, v in card.settings.items()])),
+        _section("Papers", [f"- {escape(title)}: <{_link(link)}>" for title, link in card.papers]),
+        _section("Versions", [", ".join(f"{escape(name)} {escape(text)}" for name, text in card.versions.items())]),
+        "How the model was made, to the last setting, is in `provenance.json` in this folder.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def write(folder: str | Path, card: Card) -> Path:
+    """Write the card into a folder, in place of any template that a library left there.
+
+    Returns:
+        Path of the file.
+    """
+    target = Path(folder) / FILE_NAME
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render(card), encoding="utf-8")
+    return target
+
+
+def escape(value: Any) -> str:
+    """Text that shows as itself in Markdown and HTML, on one line."""
+    flat = " ".join(str(value).split())
+    return html.escape(_ACTIVE.sub(r"\\\1", flat), quote=False)
+
+
+def _front_matter(card: Card) -> str:
+    local = re.compile(r"^[./~]|\\|^[A-Za-z]:|\.(json|jsonl|gz|csv|parquet)$")
+    fields: dict[str, Any] = {
+        "library_name": "peft" if card.is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["preftune", card.verb, *card.methods, *card.extra_tags],
+    }
+    # The Hub resolves these names; paths on somebody's disk would be dead links there.
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", card.base_model) and not Path(card.base_model).exists():
+        fields["base_model"] = card.base_model
+    hub_datasets = [name for name in card.datasets if not local.search(name) and not Path(name).exists()]
+    if hub_datasets:
+        fields["datasets"] = hub_datasets
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _opening(card: Card) -> str:
+    kind = "A LoRA adapter for" if card.is_adapter else "A version of"
+    how = "tuned on preference pairs" if card.verb != "sft" else "tuned on completions"
+    method = f" with {escape(', '.join(card.methods))}" if card.methods else ""
+    data = f", data: {escape(', '.join(card.datasets))}" if card.datasets else ""
+    return f"{kind} {escape(card.base_model)}, {how}{method}{data}.\n"
+
+
+def _section(heading: str, lines: Sequence[str]) -> str:
+    lines = [line for line in lines if line]
+    return f"## {heading}\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _table(header: tuple[str, str], rows: Sequence[tuple[str, str]]) -> list[str]:
+    if not rows:
+        return []
+    body = [f"| {escape(name)} | {escape(value)} |" for name, value in rows]
+    return [f"| {header[0]} | {header[1]} |", "|---|---|", *body]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    kept = {name: value for name, value in metrics.items() if isinstance(value, (int, float, str))}
+    return [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in kept.items()]
+
+
+def _shown(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _link(link: str) -> str:
+    """Only web addresses become links, without characters that end one."""
+    clean = re.sub(r"[\s<>\"]", "", link)
+    return clean if re.match(r"https?://", clean) else "about:blank"

@@ -1,0 +1,244 @@
+"""Settings of the trainers: TRL's fields with TRL's defaults, and the few that packing adds."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from preftune.errors import ConfigError
+from preftune.kernels.attention import BACKEND_NAMES
+from preftune.objectives import Objective, build_objective
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError("unknown value", where=name, value=value, allowed=", ".join(allowed))
+
+
+def _at_least(name: str, value: int | float | None, least: int | float) -> None:
+    if value is not None and value < least:
+        raise ConfigError("value too small", where=name, value=value, allowed=f"{least} or more")
+
+
+@dataclass
+class PackedConfig(TrainingArguments):
+    """Settings that every preftune trainer shares. Names and defaults that TRL also has are TRL's.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        logging_steps: Log every so many optimizer steps.
+        gradient_checkpointing: Recompute activations in the backward where memory asks for it; see
+            ``checkpoint_policy``.
+        bf16: Mixed precision; by default on unless ``fp16`` is.
+        model_init_kwargs: Keywords for loading the model where it is given by name.
+        trust_remote_code: Run code shipped with a model.
+        router_aux_loss_coef: Weight of the load-balancing loss of mixture-of-experts models.
+        dataset_num_proc: Processes for preparing data.
+        max_length: Longest sequence in tokens; ``None`` for no limit.
+        truncation_mode: Which end of an overlong sequence survives: ``keep_start`` or ``keep_end``.
+        pad_to_multiple_of: Accepted from TRL; packed rows carry no padding, so that numbers other than ``None`` and
+            ``"auto"`` only draw a warning.
+        padding_free: Accepted from TRL; packed rows are always free of padding.
+        activation_offloading: Keep activations in host memory between forward and backward.
+        pad_token: Padding token, where the tokenizer's is not to be used.
+        chat_template: Chat template, or the path of a file that holds it, in place of the tokenizer's own.
+        packing_mode: ``auto`` packs where the model passes gate and probe; ``packed`` insists; ``padded`` never packs.
+        attention_backend: Attention kernel for packed rows; ``auto`` takes the fastest that is exact.
+        max_tokens_per_row: Token budget of one packed row; derived from memory by default.
+        checkpoint_policy: With ``gradient_checkpointing``, recompute ``always``, or only where the estimated
+            activations do not fit (``needed``). The numbers are the same either way.
+        dataset_format: Name of the data's format; ``auto`` recognises it.
+        on_bad_rows: ``error`` stops, ``skip`` sets bad rows aside, ``warn`` goes on where TRL does and says how many.
+        quarantine_path: File for rows set aside.
+        max_dropped_share: Refuse to start where truncation drops a larger share of the rows; ``None`` only warns.
+        append_eos: Add the end-of-sequence token where the chat template leaves it out.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    logging_steps: float = 10
+    gradient_checkpointing: bool = True
+    bf16: bool | None = None
+    lr_scheduler_kwargs: dict[str, Any] | str | None = None
+
+    model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
+    router_aux_loss_coef: float | None = None
+    dataset_num_proc: int | None = None
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | str | None = "auto"
+    padding_free: bool = False
+    activation_offloading: bool = False
+    pad_token: str | None = None
+
+    chat_template: str | None = None
+    packing_mode: str = "auto"
+    attention_backend: str = "auto"
+    max_tokens_per_row: int | None = None
+    checkpoint_policy: str = "needed"
+    dataset_format: str = "auto"
+    on_bad_rows: str = "warn"
+    quarantine_path: str | None = None
+    max_dropped_share: float | None = None
+    append_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        _choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
+        _choice("packing_mode", self.packing_mode, ("auto", "packed", "padded"))
+        _choice("attention_backend", self.attention_backend, BACKEND_NAMES)
+        _choice("checkpoint_policy", self.checkpoint_policy, ("needed", "always"))
+        _choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
+        _at_least("max_length", self.max_length, 2)
+        _at_least("max_tokens_per_row", self.max_tokens_per_row, 1)
+        _at_least("per_device_train_batch_size", self.per_device_train_batch_size, 1)
+        _at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        if self.pad_to_multiple_of not in (None, "auto", "none", "null"):
+            warnings.warn("pad_to_multiple_of has no effect: packed rows are not padded", UserWarning, stacklevel=3)
+        super().__post_init__()
+
+
+@dataclass
+class DPOConfig(PackedConfig):
+    """Settings of :class:`~preftune.DPOTrainer`.
+
+    Attributes:
+        disable_dropout: Switch dropout off in policy and reference.
+        max_prompt_length: Longest prompt in tokens; ``None`` for no limit of its own.
+        precompute_ref_log_probs: Compute reference log-probs before training. They are whenever the reference is fixed
+            and ``reference_store`` is on, so that this only matters without the store.
+        precompute_ref_batch_size: Accepted from TRL; the reference pass packs rows under ``max_tokens_per_row``.
+        reference_store: Keep reference log-probs on disk and never compute one twice.
+        loss_type: One method or several, see ``preftune methods``.
+        loss_weights: Weight of each method; all one by default.
+        beta: Strength of the pull towards the reference.
+        label_smoothing: Assumed share of flipped labels, for the methods that have it.
+        f_divergence_type: Divergence between policy and reference.
+        f_alpha_divergence_coef: Alpha of ``alpha_divergence``.
+        ld_alpha: Weight of completion tokens beyond the shorter answer (LD-DPO); ``None`` for one.
+        use_weighting: Weight pairs by the policy's own probability of them (WPO).
+        discopop_tau: Temperature of ``discopop``.
+        ipo_normalize: Use per-token averages in ``ipo``, as TRL does, rather than sums.
+        sync_ref_model: Let the reference follow the policy (TR-DPO).
+        ref_model_mixup_alpha: Share of the policy in each synchronisation.
+        ref_model_sync_steps: Optimizer steps between synchronisations.
+        implicit_prompt: How the prompt is found where the data have none: ``common_prefix`` as TRL does, or
+            ``transcript`` at the last assistant turn.
+        first_step_check: Verify that policy and reference agree before the first update, and say what is wrong if not.
+    """
+
+    learning_rate: float = 1e-6
+    disable_dropout: bool = True
+    max_prompt_length: int | None = None
+    precompute_ref_log_probs: bool = False
+    precompute_ref_batch_size: int | None = None
+    reference_store: bool = True
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    loss_weights: list[float] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    discopop_tau: float = 0.05
+    ipo_normalize: bool = True
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
+    implicit_prompt: str = "common_prefix"
+    first_step_check: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        _choice("implicit_prompt", self.implicit_prompt, ("common_prefix", "transcript"))
+        _at_least("max_prompt_length", self.max_prompt_length, 1)
+        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
+            raise ConfigError("value out of range", where="ld_alpha", value=self.ld_alpha, allowed="0 to 1, or null")
+        if self.sync_ref_model:
+            self._check_sync()
+        self.build_objective()
+        super().__post_init__()
+
+    def _check_sync(self) -> None:
+        if self.precompute_ref_log_probs:
+            raise ConfigError(
+                "a reference that follows the policy cannot be precomputed",
+                where="precompute_ref_log_probs",
+                value=True,
+                remedy="turn off precompute_ref_log_probs or sync_ref_model",
+            )
+        if not 0.0 < self.ref_model_mixup_alpha <= 1.0:
+            raise ConfigError(
+                "value out of range",
+                where="ref_model_mixup_alpha",
+                value=self.ref_model_mixup_alpha,
+                allowed="more than 0, up to 1",
+            )
+        _at_least("ref_model_sync_steps", self.ref_model_sync_steps, 1)
+
+    def build_objective(self) -> Objective:
+        """The objective that these settings describe; refuses contradictory ones."""
+        return build_objective(
+            self.loss_type,
+            loss_weights=self.loss_weights,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            discopop_tau=self.discopop_tau,
+            ipo_normalize=self.ipo_normalize,
+            use_weighting=self.use_weighting,
+        )
+
+
+@dataclass
+class SFTConfig(PackedConfig):
+    """Settings of :class:`~preftune.SFTTrainer`.
+
+    Attributes:
+        dataset_text_field: Column that holds plain text.
+        completion_only_loss: Train on completions only; by default where the data have prompt and completion.
+        assistant_only_loss: Train on all assistant turns of conversational data.
+        eos_token: End-of-sequence token, where the tokenizer's is not to be used.
+        chat_template_path: File with a chat template, or a tokenizer folder to take it from.
+        shuffle_dataset: Shuffle before training.
+        loss_type: ``nll``, or ``dft`` which weights every token by its own probability (2508.05629).
+        packing: Accepted from TRL; rows are always packed without mixing examples.
+        packing_strategy: Accepted from TRL; ``wrapped`` cuts examples apart and is refused.
+        eval_packing: Accepted from TRL.
+        dataset_kwargs: ``{"skip_prepare_dataset": true}`` takes the data as tokenised.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*PackedConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
+
+    learning_rate: float = 2e-5
+    dataset_text_field: str = "text"
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    eos_token: str | None = None
+    chat_template_path: str | None = None
+    shuffle_dataset: bool = False
+    loss_type: str = "nll"
+    packing: bool = False
+    packing_strategy: str = "bfd"
+    eval_packing: bool | None = None
+    dataset_kwargs: dict[str, Any] | str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("loss_type", self.loss_type, ("nll", "dft"))
+        if self.packing and self.packing_strategy != "bfd":
+            raise ConfigError(
+                "preftune packs whole examples and never cuts one apart",
+                where="packing_strategy",
+                value=self.packing_strategy,
+                allowed="bfd",
+                remedy="drop packing_strategy",
+            )
+        super().__post_init__()

@@ -1,0 +1,437 @@
+"""DPO and its family: a drop-in for TRL's trainer on packed, prompt-sharing rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from preftune.data import PrepareReport, prepare
+from preftune.errors import ModelError, TrainingError
+from preftune.kernels.head import TokenScores
+from preftune.models.forward import RowForward
+from preftune.models.head import probe_head
+from preftune.objectives import Objective, PairLogps, ld_token_weights, wpo_weight
+from preftune.packing import PackedRow, Tree, pair_trees
+from preftune.references.store import ReferenceStore
+from preftune.training import setup
+from preftune.training.base import PackedTrainer, RowTerms
+from preftune.training.batch import Batch, Example
+from preftune.training.config import DPOConfig
+from preftune.training.metrics import Term
+from preftune.training.reference import COLUMNS, Reference
+from preftune.training.visits import visited_rows
+
+#: Relative difference of policy and reference per token that rounding can explain, by half-precision or not.
+_AGREEMENT = {True: 5e-2, False: 2e-3}
+
+
+class DPOTrainer(PackedTrainer):
+    """Direct preference optimisation (2305.18290) and the methods of its family.
+
+    Takes the arguments of TRL's trainer of the same name, with the same meaning.
+
+    Args:
+        model: Name or path, or a model, PEFT-wrapped or not.
+        ref_model: Reference model; by default the policy as it is before training.
+        args: Settings.
+        data_collator: Not used: rows are packed, not collated. Passing one is refused.
+        train_dataset: Preference data in any known format.
+        eval_dataset: Held-out preference data, or a mapping of names to such.
+        processing_class: Tokenizer; by default the model's own.
+        compute_metrics: Receives an ``EvalPrediction`` whose predictions are ``(pairs, 2)`` rewards of the chosen and
+            the rejected completion, and whose labels are zeros, the index of the chosen one.
+        callbacks: Trainer callbacks.
+        optimizers: Optimizer and scheduler to use instead of the configured ones.
+        quantization_config: Quantisation for a model given by name.
+        peft_config: Adapter to train instead of the whole model.
+    """
+
+    args: DPOConfig
+    example_columns = (
+        "prompt_ids",
+        "chosen_ids",
+        "rejected_ids",
+        "rejected_prompt_ids",
+        "margin",
+        "weight",
+        *COLUMNS,
+    )
+    _tag_names = ("preftune", "dpo")
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        args = args or DPOConfig(setup.default_output_dir(model, "DPO"))
+        setup.refuse_collator(data_collator)
+        setup.require_dataset(train_dataset)
+        if ref_model is model:
+            raise ModelError(
+                "model and ref_model are the same object, so that they would always agree",
+                where="ref_model",
+                remedy="leave ref_model out: the initial policy is the reference",
+            )
+        set_seed(args.seed)
+        model, processing_class = setup.load(model, processing_class, args, quantization_config)
+        self._refuse_images(train_dataset)
+        model = setup.wrap_peft(model, peft_config, args)
+        if args.disable_dropout:
+            for each in (model, ref_model):
+                setup.disable_dropout(each)
+        self.reports: dict[str, PrepareReport] = {}
+        self._data_options = setup.data_options(
+            args, max_prompt_length=args.max_prompt_length, implicit_prompt=args.implicit_prompt
+        )
+        self.objective: Objective = args.build_objective()
+        self.needs_log_sum_sq = args.use_weighting
+        train_dataset = self._prepared(train_dataset, processing_class, "train")
+        eval_dataset = self._prepared_eval(eval_dataset, processing_class)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        setup.add_tags(self.model, self._tag_names)
+        self.ref_model = ref_model
+        self.reference = self._make_reference(ref_model) if self.objective.needs_reference else None
+        self._live: dict[int, tuple[Tensor, Tensor]] = {}
+        self._checked_first_step = not args.first_step_check
+        if args.sync_ref_model:
+            self.add_callback(_SyncReference(self))
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _refuse_images(self, dataset: Any) -> None:
+        names = set(getattr(dataset, "column_names", None) or ())
+        if names & {"image", "images"}:
+            raise ModelError(
+                "vision-language data are not supported",
+                where="train_dataset",
+                value=sorted(names & {"image", "images"}),
+                remedy="remove the image column to train on the text alone",
+            )
+
+    def _prepared(self, dataset: Any, tokenizer: Any, name: str) -> Any:
+        prepared, self.reports[name] = prepare(dataset, tokenizer, self._data_options, name)
+        return prepared
+
+    def _prepared_eval(self, dataset: Any, tokenizer: Any) -> Any:
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {name: self._prepared(each, tokenizer, name) for name, each in dataset.items()}
+        return self._prepared(dataset, tokenizer, "eval")
+
+    def example_trees(self, example: Example, number: int) -> tuple[Tree, ...]:
+        """A pair's trees."""
+        slots = (2 * number, 2 * number + 1)
+        return pair_trees(
+            example["prompt_ids"],
+            example["chosen_ids"],
+            example["rejected_ids"],
+            example.get("rejected_prompt_ids"),
+            slots,
+        )
+
+    def example_totals(self, examples: list[Example]) -> list[float]:
+        """Number of pairs, and of scored chosen tokens."""
+        scored = sum(len(e["chosen_ids"]) - (len(e["prompt_ids"]) == 0) for e in examples)
+        return [float(len(examples)), float(scored)]
+
+    def num_tokens(self, examples: list[Example]) -> int:
+        """Tokens of both sequences of every pair."""
+        total = 0
+        for e in examples:
+            other = e.get("rejected_prompt_ids")
+            total += len(e["prompt_ids"]) + len(e["prompt_ids"] if other is None else other)
+            total += len(e["chosen_ids"]) + len(e["rejected_ids"])
+        return total
+
+    # ---- reference --------------------------------------------------------------------------------------------------
+
+    def _make_reference(self, ref_model: Any) -> Reference:
+        separate = None
+        if ref_model is not None:
+            ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            inner = self.accelerator.unwrap_model(ref_model)
+            same = type(inner) is type(self.accelerator.unwrap_model(self.model))
+            packed = self.verdict.ok if same else self._choose_path(inner)[0].packed
+            separate = RowForward(
+                inner, packed, self.args.attention_backend, probe_head(inner), self.forward_policy.pad_token_id
+            )
+        fixed = self.args.reference_store and not self.args.sync_ref_model and self._is_map_style(self.train_dataset)
+        return Reference(
+            self.forward_policy,
+            self.accelerator.autocast,
+            store=ReferenceStore() if fixed else None,
+            model=separate,
+            ld_alpha=self.args.ld_alpha,
+            compute={"mixed_precision": str(self.accelerator.mixed_precision)},
+        )
+
+    @staticmethod
+    def _is_map_style(dataset: Any) -> bool:
+        return isinstance(dataset, datasets.Dataset)
+
+    def prepare_reference(self) -> None:
+        """Know the reference before the policy moves: score what is missing, or keep what will be run along.
+
+        Called by :meth:`train` and :meth:`evaluate`; harmless to call again.
+        """
+        reference = self.reference
+        if reference is None or reference.policy_moved:
+            return
+        if reference.store is None:
+            reference.keep_shadow()
+            return
+        state = torch.get_rng_state()
+        self.train_dataset = self._with_reference(self.train_dataset, visited_rows(self), "train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {k: self._with_reference(each, None, k) for k, each in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_reference(self.eval_dataset, None, "eval")
+        torch.set_rng_state(state)
+        if self._is_peft():
+            # An adapter is small enough to keep, and lets new data be evaluated later.
+            reference.keep_shadow()
+
+    def _is_peft(self) -> bool:
+        return hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+
+    def _with_reference(self, dataset: Any, rows: list[int] | None, name: str) -> Any:
+        assert self.reference is not None
+        if not self._is_map_style(dataset):
+            self.reference.keep_shadow()
+            return dataset
+        rows = list(range(len(dataset))) if rows is None else rows
+        if set(COLUMNS) <= set(dataset.column_names):
+            known = np.isfinite(np.asarray(dataset[COLUMNS[0]], dtype=np.float32))
+            if known[rows].all():
+                return dataset
+            dataset = dataset.remove_columns(list(COLUMNS))
+        sums = self.reference.sums(
+            dataset,
+            rows,
+            # Without a graph a row costs a fraction of a training row's memory.
+            max_tokens=4 * self.max_tokens_per_row,
+            share=(self.args.process_index, self.args.world_size),
+            exchange=self._exchange,
+            description=f"Reference log-probs ({name})",
+        )
+        for column, values in zip(COLUMNS, sums.T, strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _exchange(self, values: dict[bytes, Any]) -> dict[bytes, Any]:
+        if self.args.world_size == 1:
+            return values
+        from accelerate.utils import gather_object
+
+        merged: dict[bytes, Any] = {}
+        for part in gather_object([values]):
+            merged.update(part)
+        return merged
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see transformers' ``Trainer.train``."""
+        self.prepare_reference()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.reference is not None and self.state.global_step:
+                self.reference.policy_moved = True
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate on ``eval_dataset``, raw or tokenised, or on the data given at construction."""
+        self.prepare_reference()
+        if isinstance(eval_dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, each in eval_dataset.items():
+                metrics.update(self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, self.processing_class, metric_key_prefix)
+            if self.reference is not None and self.reference.store is not None:
+                eval_dataset = self._with_reference(eval_dataset, None, metric_key_prefix)
+        result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return result
+
+    def before_rows(self, rows: list[PackedRow], batch: Batch) -> None:
+        """Run the reference along where its values are not in the data."""
+        if self.reference is None or (batch.examples and COLUMNS[0] in batch.examples[0]):
+            return
+        self._live = {id(row): self._sums(row, self.reference.row_logps(row)) for row in rows}
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def _sums(self, row: PackedRow, logps: Tensor, modified: bool = True) -> tuple[Tensor, Tensor]:
+        """Per-sequence sums ``(pairs,)`` of per-token log-probs ``(N,)``: chosen and rejected."""
+        slots = torch.from_numpy(row.target_slot).to(logps.device)
+        if modified and self.args.ld_alpha is not None:
+            lengths = torch.bincount(slots, minlength=2 * len(row.examples)).view(-1, 2)
+            shared = lengths.min(1).values[slots // 2]
+            ranks = torch.from_numpy(_scored_ranks(row)).to(logps.device)
+            logps = logps * ld_token_weights(ranks, shared, self.args.ld_alpha).to(logps.dtype)
+        sums = logps.new_zeros(2 * len(row.examples)).index_add(0, slots, logps)
+        return sums[0::2], sums[1::2]
+
+    def _reference_sums(self, row: PackedRow, examples: list[Example], like: Tensor) -> tuple[Any, Any]:
+        if self.reference is None:
+            return None, None
+        if COLUMNS[0] not in examples[0]:
+            return self._live[id(row)]
+        values = torch.tensor([[e[column] for column in COLUMNS] for e in examples], dtype=like.dtype)
+        if bool(values.isnan().any()):
+            raise TrainingError(
+                "a pair's reference log-probs were not computed before training",
+                remedy="set reference_store: false, and report this: the data order was foreseen wrongly",
+            )
+        values = values.to(like.device, non_blocking=True)
+        return values[:, 0], values[:, 1]
+
+    def pair_logps(
+        self, row: PackedRow, scores: TokenScores, examples: list[Example], totals: list[float]
+    ) -> PairLogps:
+        """Everything the objective may ask for about a row's pairs."""
+        device = scores.logps.device
+        chosen, rejected = self._sums(row, scores.logps)
+        plain = chosen if self.args.ld_alpha is None else self._sums(row, scores.logps, modified=False)[0]
+        ref_chosen, ref_rejected = self._reference_sums(row, examples, chosen)
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=chosen.dtype).to(device, non_blocking=True)
+
+        weights = [e["weight"] for e in examples if e.get("weight") is not None]
+        margins = [e["margin"] for e in examples if e.get("margin") is not None]
+        return PairLogps(
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            ref_chosen_logps=ref_chosen,
+            ref_rejected_logps=ref_rejected,
+            chosen_lengths=column([len(e["chosen_ids"]) for e in examples]),
+            rejected_lengths=column([len(e["rejected_ids"]) for e in examples]),
+            chosen_sum_logps=plain,
+            chosen_scored=column([len(e["chosen_ids"]) - (len(e["prompt_ids"]) == 0) for e in examples]),
+            margins=column(margins) if len(margins) == len(examples) else None,
+            weights=column(weights) if len(weights) == len(examples) else None,
+            wpo_weights=self._wpo_weights(row, scores) if self.args.use_weighting else None,
+            mean_chosen_scored=totals[1] / totals[0],
+        )
+
+    def _wpo_weights(self, row: PackedRow, scores: TokenScores) -> Tensor:
+        assert scores.log_sum_sq is not None
+        chosen, rejected = self._sums(row, scores.logps.detach() - scores.log_sum_sq, modified=False)
+        slots = torch.from_numpy(row.target_slot).to(chosen.device)
+        lengths = torch.bincount(slots, minlength=2 * len(row.examples)).to(chosen.dtype)
+        return wpo_weight(chosen, rejected, lengths[0::2], lengths[1::2])
+
+    def row_terms(self, row: PackedRow, scores: TokenScores, examples: list[Example], totals: list[float]) -> RowTerms:
+        """Objective and TRL's metrics of one row."""
+        logps = self.pair_logps(row, scores, examples, totals)
+        if not self._checked_first_step and self.model.training:
+            self._check_first_step(logps)
+        result = self.objective(logps)
+        terms = RowTerms(result.loss.sum() / totals[0], self._metrics_of(row, scores, logps))
+        if len(self.objective.names) > 1:
+            for name, part in result.parts.items():
+                terms.metrics[f"loss/{name}"] = (part.detach().sum(), float(len(examples)))
+        self._last_rewards = torch.stack(self.objective.rewards(logps), 1).detach()
+        return terms
+
+    def _metrics_of(self, row: PackedRow, scores: TokenScores, logps: PairLogps) -> dict[str, Term]:
+        chosen, rejected = (each.detach() for each in self.objective.rewards(logps))
+        pairs = float(logps.num_pairs)
+        terms: dict[str, Term] = {
+            "rewards/chosen": (chosen.sum(), pairs),
+            "rewards/rejected": (rejected.sum(), pairs),
+            "rewards/accuracies": ((chosen > rejected).sum(), pairs),
+            "rewards/margins": ((chosen - rejected).sum(), pairs),
+            "logps/chosen": (logps.chosen_logps.detach().sum(), pairs),
+            "logps/rejected": (logps.rejected_logps.detach().sum(), pairs),
+        }
+        if scores.entropy is not None and scores.mean_logit is not None and scores.top1 is not None:
+            is_chosen = torch.from_numpy(row.target_slot % 2 == 0).to(scores.entropy.device)
+            number = float(len(row.target_slot))
+            num_chosen = float((row.target_slot % 2 == 0).sum())
+            terms["entropy"] = (scores.entropy.sum(), number)
+            terms["logits/chosen"] = ((scores.mean_logit * is_chosen).sum(), num_chosen)
+            terms["logits/rejected"] = ((scores.mean_logit * ~is_chosen).sum(), number - num_chosen)
+            terms["mean_token_accuracy"] = ((scores.top1 & is_chosen).sum(), num_chosen)
+        return terms
+
+    def row_predictions(self, terms: RowTerms) -> Tensor | None:
+        """Rewards of the row's pairs, ``(pairs, 2)``."""
+        return self._last_rewards if self.compute_metrics is not None else None
+
+    def user_metrics(self, predictions: Any) -> Any:
+        """Call ``compute_metrics`` with rewards as predictions and the chosen column as label."""
+        from transformers import EvalPrediction
+
+        assert self.compute_metrics is not None
+        return self.compute_metrics(EvalPrediction(predictions, np.zeros(len(predictions), dtype=np.int64)))
+
+    def _check_first_step(self, logps: PairLogps) -> None:
+        """Before the first update the policy is the reference: every log-ratio is zero and a logistic loss is ln 2."""
+        self._checked_first_step = True
+        if self.state.global_step or self.reference is None or self.ref_model is not None:
+            return
+        with torch.no_grad():
+            ratios = torch.cat([logps.chosen_logratios, logps.rejected_logratios]).abs()
+            tokens = torch.cat([logps.chosen_lengths, logps.rejected_lengths])
+            worst = float((ratios / tokens.to(ratios.dtype)).max())
+        half = self.accelerator.mixed_precision != "no" or next(self.model.parameters()).dtype != torch.float32
+        if worst > _AGREEMENT[half]:
+            warnings.warn(
+                f"policy and reference differ by {worst:.2g} nats per token before the first update, so that the loss does "
+                "not start where it should; likely causes: dropout is on (disable_dropout: true), the reference "
+                "is not the model that training starts from, or an adapter was merged or switched in between",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+class _SyncReference(TrainerCallback):
+    """Moves the reference towards the policy every so many steps (TR-DPO, 2404.09656)."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: DPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        reference = self.trainer.reference
+        if reference is not None and reference.shadow is not None and state.global_step % args.ref_model_sync_steps == 0:
+            reference.shadow.follow(args.ref_model_mixup_alpha)
+
+
+def _scored_ranks(row: PackedRow) -> Any:
+    """Position of each target among the scored tokens of its sequence: ranks count unscored first tokens too."""
+    first = np.full(int(row.target_slot.max()) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, row.target_slot, row.target_rank)
+    return row.target_rank - first[row.target_slot]
+
+
+__all__ = ["DPOTrainer"]

@@ -1,0 +1,109 @@
+"""Memory: what a run will need, and how long a packed row may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from preftune.models.forward import RowForward
+from preftune.models.head import base_model
+from preftune.packing import build_row, pair_trees
+from preftune.training.plan import MemoryEstimate
+
+#: Longer rows do not run faster: the matmuls are large enough, and caches prefer shorter ones.
+MOST_TOKENS = {"cpu": 4096, "cuda": 32768}
+#: A prime, so that an axis of this length can only be the tokens.
+_SAMPLE_TOKENS = 53
+#: Share of the free memory that activations may take.
+_ACTIVATION_SHARE = 0.5
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of the device, or ``None`` where it is unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return None
+
+
+def activation_bytes_per_token(forward: RowForward, autocast: Any) -> float:
+    """Bytes that one row token keeps alive between forward and backward, measured on a short row.
+
+    Counts the distinct storages with a token axis that autograd saves; half-precision copies of weights have none.
+    """
+    vocab = int(base_model(forward.model).config.get_text_config().vocab_size)
+    ids = np.random.default_rng(0).integers(0, vocab, _SAMPLE_TOKENS)
+    row = build_row(pair_trees(ids[:20], ids[20:35], ids[35:], None, (0, 1)))
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if any(size and size % _SAMPLE_TOKENS == 0 for size in tensor.shape):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    watch = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.enable_grad(), forward.active(), autocast(), checkpointing(forward.model, False), watch:
+        # Held until the sum is taken: a freed storage's address would be used again.
+        result = forward(row)
+    total = sum(saved.values())
+    del result
+    return total / _SAMPLE_TOKENS
+
+
+@contextmanager
+def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Switch the model's activation checkpointing for one row; nothing happens to a model that has none enabled."""
+    layers = [m for m in model.modules() if hasattr(m, "_gradient_checkpointing_func")]
+    before = [layer.gradient_checkpointing for layer in layers]
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = on  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer.gradient_checkpointing = flag
+
+
+def offloading(on: bool) -> Any:
+    """Context that keeps saved activations in host memory."""
+    return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()) if on else nullcontext()
+
+
+def row_budget(per_token: float, device: torch.device, reserved: int) -> int:
+    """Tokens per packed row: as many as half the free memory holds, within what is fast.
+
+    Args:
+        per_token: Activation bytes per token.
+        device: Where the model lies.
+        reserved: Bytes that gradients and optimizer state are still going to take.
+    """
+    most = MOST_TOKENS.get(device.type, 8192)
+    free = available_bytes(device)
+    if free is None or per_token <= 0:
+        return most
+    fits = int(max(free - reserved, free // 10) * _ACTIVATION_SHARE / per_token)
+    return max(256, min(most, fits))
+
+
+def estimate(
+    model: nn.Module, *, per_token: float, row_tokens: int, head_bytes: int, reference_bytes: int, device: torch.device
+) -> MemoryEstimate:
+    """Peak memory of training by cause, with an Adam-like optimizer of two fp32 moments."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return MemoryEstimate(
+        weights=weights + reference_bytes,
+        gradients=sum(p.numel() * p.element_size() for p in trainable),
+        optimizer=sum(2 * p.numel() * p.element_size() for p in trainable),
+        activations=int(per_token * row_tokens),
+        head=head_bytes,
+        available=available_bytes(device),
+    )

@@ -1,0 +1,43 @@
+"""Metrics that stay on the device until a log line is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+#: Sum and weight of one metric over some examples or tokens; their ratio is the metric.
+Term = tuple[Tensor, Tensor | float]
+
+
+class MetricSums:
+    """Running sums of metrics, reduced over processes once per log line.
+
+    Every metric is a weighted mean: pairs weigh one each in rewards, tokens in the entropy. Means of means, which change
+    with the way a batch was split, are not formed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, terms: Mapping[str, Term]) -> None:
+        """Add ``{name: (sum, weight)}`` without waiting for the device."""
+        for name, (total, weight) in terms.items():
+            pair = torch.stack(
+                [
+                    torch.as_tensor(total, dtype=torch.float64, device=self._device),
+                    torch.as_tensor(weight, dtype=torch.float64, device=self._device),
+                ]
+            )
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over all processes since the last call; ``reduce`` sums a tensor over them."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = reduce(torch.stack([self._sums[name] for name in names])).tolist()
+        self._sums.clear()
+        return {name: total / weight for name, (total, weight) in zip(names, sums, strict=True) if weight}

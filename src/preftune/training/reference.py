@@ -1,0 +1,266 @@
+"""Where a preference trainer's reference log-probs come from.
+
+A reference that stays fixed is scored once, before training, over the pairs that training will see; the values go to the
+content-addressed store, and a run finds there what any earlier run has computed. The initial policy *is* the usual
+reference, so that no second model is loaded for it. Where values cannot be known beforehand (streamed data, a reference that
+follows the policy, the store switched off) a shadow of the trainable parameters, or the model that was given, is run
+along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from preftune.errors import TrainingError
+from preftune.models.forward import RowForward
+from preftune.objectives import ld_weights
+from preftune.packing import PackedRow, build_row, pair_trees, plan_rows
+from preftune.references.fingerprint import model_weights_key, sequence_keys
+from preftune.references.live import Shadow
+from preftune.references.store import ReferenceStore
+from preftune.training.batch import Example, as_arrays
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Columns that hold the reference's sums.
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_PAIRS_PER_CHUNK = 512
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass
+class PairSequences:
+    """The two sequences of a pair, as the store and the packed row need them.
+
+    Attributes:
+        chosen: Prompt and chosen completion, token ids.
+        rejected: Prompt and rejected completion, token ids.
+        chosen_prompt: Prompt tokens in ``chosen``.
+        rejected_prompt: Prompt tokens in ``rejected``.
+    """
+
+    chosen: Any
+    rejected: Any
+    chosen_prompt: int
+    rejected_prompt: int
+
+    @classmethod
+    def of(cls, example: Example) -> PairSequences:
+        """Join prompt and completions of a tokenised pair."""
+        prompt = example["prompt_ids"]
+        other = example.get("rejected_prompt_ids")
+        other = prompt if other is None else other
+        return cls(
+            np.concatenate([prompt, example["chosen_ids"]]),
+            np.concatenate([other, example["rejected_ids"]]),
+            len(prompt),
+            len(other),
+        )
+
+
+class Reference:
+    """Reference of one trainer.
+
+    Args:
+        forward: The policy's forward, in its initial state; the reference too unless ``model`` is given.
+        autocast: Makes the autocast region that the policy trains in.
+        store: Store for fixed references; ``None`` computes them along with the training.
+        model: Separate reference model, or ``None``.
+        ld_alpha: Weight of tokens beyond the shorter completion.
+        compute: What beside the weights decides the numbers, for the store's key.
+    """
+
+    def __init__(
+        self,
+        forward: RowForward,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        *,
+        store: ReferenceStore | None,
+        model: RowForward | None = None,
+        ld_alpha: float | None = None,
+        compute: dict[str, Any] | None = None,
+    ) -> None:
+        self.policy = forward
+        self.separate = model
+        self.store = store
+        self.ld_alpha = ld_alpha
+        self.num_scored = 0
+        self.num_found = 0
+        self.policy_moved = False
+        self.shadow: Shadow | None = None
+        self._autocast = autocast
+        self._compute = compute or {}
+        self._key: str | None = None
+
+    # ---- fixed references -----------------------------------------------------------------------------------------
+
+    @property
+    def weights_key(self) -> str:
+        """Content key of the reference's weights; taken while the policy still is in its initial state."""
+        if self._key is None:
+            model = (self.separate or self.policy).model
+            self._key = model_weights_key(model, self._compute, adapter=trained_adapter(model))
+        return self._key
+
+    def sums(
+        self,
+        dataset: Dataset,
+        indices: Sequence[int],
+        *,
+        max_tokens: int,
+        share: tuple[int, int] = (0, 1),
+        exchange: Callable[[dict[bytes, Any]], dict[bytes, Any]] = lambda values: values,
+        description: str = "Reference",
+    ) -> Floats:
+        """Reference sums of the pairs ``indices``, from the store where known, computed and stored where not.
+
+        Args:
+            dataset: Tokenised pairs.
+            indices: Rows that are needed.
+            max_tokens: Token budget of a row of the reference pass.
+            share: This process's number and the number of processes, which divide the missing pairs.
+            exchange: Gathers ``{key: values}`` from all processes.
+            description: Title of the progress bar.
+
+        Returns:
+            ``(len(dataset), 2)``: chosen and rejected; NaN in rows that were not asked for.
+        """
+        assert self.store is not None
+        out = np.full((len(dataset), 2), np.nan, dtype=np.float32)
+        chunks = [indices[i : i + _PAIRS_PER_CHUNK] for i in range(0, len(indices), _PAIRS_PER_CHUNK)]
+        with tqdm(total=len(indices), desc=description, unit="pair", disable=not self._shows_progress(share)) as bar:
+            for chunk in chunks:
+                pairs = [PairSequences.of(as_arrays(example)) for example in _rows(dataset, chunk)]
+                values = self._values(pairs, max_tokens, share, exchange)
+                for index, pair, keys in zip(chunk, pairs, _pair_keys(pairs), strict=True):
+                    out[index] = self._weighted_sums(values[keys[0]], values[keys[1]], pair)
+                bar.update(len(chunk))
+        return out
+
+    def _shows_progress(self, share: tuple[int, int]) -> bool:
+        return share[0] == 0
+
+    def _values(
+        self,
+        pairs: list[PairSequences],
+        max_tokens: int,
+        share: tuple[int, int],
+        exchange: Callable[[dict[bytes, Any]], dict[bytes, Any]],
+    ) -> dict[bytes, Floats]:
+        assert self.store is not None
+        keys = _pair_keys(pairs)
+        known: dict[bytes, Floats] = dict(
+            self.store.get_many(self.weights_key, [key for both in keys for key in both])
+        )
+        self.num_found += sum(both[0] in known and both[1] in known for both in keys)
+        missing = {both: n for n, both in enumerate(keys) if not (both[0] in known and both[1] in known)}
+        # Every process must come to the same division, so that it goes by what is needed, in a fixed order.
+        numbers = sorted(missing.values())[share[0] :: share[1]]
+        computed = self._score_pairs([pairs[n] for n in numbers], [keys[n] for n in numbers], max_tokens)
+        if computed:
+            self.store.put_many(self.weights_key, computed)
+        known.update(exchange(computed))
+        return known
+
+    def _score_pairs(
+        self, pairs: list[PairSequences], keys: list[tuple[bytes, bytes]], max_tokens: int
+    ) -> dict[bytes, Floats]:
+        if not pairs:
+            return {}
+        if self.policy_moved and self.separate is None and self.shadow is None:
+            raise TrainingError(
+                "reference log-probs of new pairs are asked for, but the policy has been trained since it was the reference",
+                remedy="pass these pairs as eval_dataset from the start, give a ref_model, or set reference_store: false",
+            )
+        trees = [_trees(pair, 0) for pair in pairs]
+        lengths = [sum(tree.num_tokens for tree in each) for each in trees]
+        found: dict[bytes, Floats] = {}
+        for numbers in plan_rows(lengths, max_tokens):
+            row = build_row([tree for k, n in enumerate(numbers) for tree in _trees(pairs[n], 2 * k)], numbers)
+            logps = self.row_logps(row).float().cpu().numpy()
+            slots = row.target_slot
+            for k, n in enumerate(numbers):
+                found[keys[n][0]] = logps[slots == 2 * k]
+                found[keys[n][1]] = logps[slots == 2 * k + 1]
+        self.num_scored += len(pairs)
+        return found
+
+    def _weighted_sums(self, chosen: Floats, rejected: Floats, pair: PairSequences) -> tuple[float, float]:
+        if self.ld_alpha is None:
+            return float(chosen.sum(dtype=np.float64)), float(rejected.sum(dtype=np.float64))
+        lengths = torch.tensor([len(chosen), len(rejected)])
+        weights = ld_weights(lengths, lengths.flip(0), self.ld_alpha).numpy().astype(np.float64)
+        return float(chosen @ weights[: len(chosen)]), float(rejected @ weights[len(chosen) :])
+
+    # ---- running the reference --------------------------------------------------------------------------------------
+
+    def keep_shadow(self) -> None:
+        """Remember the policy's present state as the reference, for use while the policy moves on."""
+        if self.shadow is None and self.separate is None:
+            self.shadow = Shadow(self.policy.model)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[RowForward]:
+        if self.separate is not None:
+            yield self.separate
+            return
+        with self.shadow.active() if self.shadow is not None else nullcontext():
+            yield self.policy
+
+    def row_logps(self, row: PackedRow) -> Tensor:
+        """Per-token log-probs of a row's targets under the reference, ``(N,)``, without graph."""
+        with torch.no_grad(), self._as_reference() as forward:
+            training = forward.model.training
+            forward.model.eval()
+            try:
+                with self._autocast(), forward.active():
+                    return forward(row)[0].logps
+            finally:
+                forward.model.train(training)
+
+
+def trained_adapter(model: nn.Module) -> str | None:
+    """Name of the active adapter where it changes the model's output; ``None`` for no adapter or a fresh one."""
+    names = getattr(model, "active_adapters", None)
+    if not hasattr(model, "peft_config") or not names:
+        return None
+    ups = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    if ups and not any(bool(p.detach().any()) for p in ups):
+        return None
+    return str(names[0])
+
+
+def _trees(pair: PairSequences, first_slot: int) -> Any:
+    prompt, chosen = pair.chosen[: pair.chosen_prompt], pair.chosen[pair.chosen_prompt :]
+    other, rejected = pair.rejected[: pair.rejected_prompt], pair.rejected[pair.rejected_prompt :]
+    same = len(prompt) == len(other) and np.array_equal(prompt, other)
+    return pair_trees(prompt, chosen, rejected, None if same else other, (first_slot, first_slot + 1))
+
+
+def _pair_keys(pairs: list[PairSequences]) -> list[tuple[bytes, bytes]]:
+    sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    prompts = [length for pair in pairs for length in (pair.chosen_prompt, pair.rejected_prompt)]
+    if not sequences:
+        return []
+    masks = [np.arange(len(ids)) >= max(length, 1) for ids, length in zip(sequences, prompts, strict=True)]
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])])
+    keys = sequence_keys(np.concatenate(sequences), np.concatenate(masks), offsets)
+    return list(zip(keys[0::2], keys[1::2], strict=True))
+
+
+def _rows(dataset: Dataset, indices: Sequence[int]) -> Iterable[Example]:
+    columns = dataset[list(indices)]
+    names = list(columns)
+    for values in zip(*(columns[name] for name in names), strict=True):
+        yield dict(zip(names, values, strict=True))

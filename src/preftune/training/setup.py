@@ -1,0 +1,183 @@
+"""What every trainer does to its model and data before training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from preftune.data import DataOptions
+from preftune.errors import ConfigError, DataError, ModelError
+from preftune.training.config import PackedConfig
+
+
+def default_output_dir(model: Any, suffix: str) -> str:
+    """Folder name made of the model's name and the method, as TRL makes it."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+    return f"{str(name).rstrip('/').split('/')[-1]}-{suffix}"
+
+
+def refuse_collator(data_collator: Any) -> None:
+    """Packed rows are not collated."""
+    if data_collator is not None:
+        raise ConfigError(
+            "a data collator cannot be used: examples are packed into rows, not padded into batches",
+            where="data_collator",
+            value=type(data_collator).__name__,
+            remedy="leave data_collator out",
+        )
+
+
+def require_dataset(dataset: Any) -> None:
+    """Training needs data."""
+    if dataset is None:
+        raise DataError("training data are missing", where="train_dataset", remedy="pass train_dataset")
+
+
+def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: Any) -> tuple[Any, Any]:
+    """Load model and tokenizer where they are given by name, and make them agree on the padding token."""
+    revision = None
+    if isinstance(model, str):
+        kwargs = dict(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            if "quantization_config" in kwargs:
+                raise ConfigError("quantization_config is given twice", where="model_init_kwargs")
+            kwargs["quantization_config"] = quantization_config
+        revision = kwargs.get("revision")
+        kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        model = from_name(model, args, kwargs)
+    else:
+        if args.model_init_kwargs is not None:
+            warnings.warn("model_init_kwargs has no effect on a model that is loaded already", UserWarning, stacklevel=4)
+        if quantization_config is not None:
+            raise ConfigError(
+                "quantization_config has no effect on a model that is loaded already",
+                where="quantization_config",
+                remedy="pass the model by name",
+            )
+    if tokenizer is None:
+        tokenizer = tokenizer_for(model, revision, args)
+    if not hasattr(tokenizer, "encode") or hasattr(tokenizer, "tokenizer"):
+        raise ModelError(
+            "processing_class is no tokenizer; vision-language processors are not supported",
+            where="processing_class",
+            value=type(tokenizer).__name__,
+        )
+    if args.pad_token is not None:
+        if args.pad_token not in tokenizer.get_vocab():
+            raise ConfigError("no such token in the vocabulary", where="pad_token", value=args.pad_token)
+        tokenizer.pad_token = args.pad_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if args.chat_template is not None:
+        path = Path(args.chat_template)
+        is_file = len(args.chat_template) < 4096 and "\n" not in args.chat_template and path.is_file()
+        tokenizer.chat_template = path.read_text() if is_file else args.chat_template
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def from_name(name: str, args: PackedConfig, kwargs: dict[str, Any]) -> Any:
+    """Load a causal language model by name or path, in fp32 unless another dtype is asked for."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = kwargs.get("dtype", "float32")
+    if isinstance(dtype, str) and dtype != "auto":
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise ConfigError("unknown dtype", where="dtype", value=dtype, allowed="auto, bfloat16, float16, float32")
+        dtype = getattr(torch, dtype)
+    kwargs["dtype"] = dtype
+    if "device_map" not in kwargs and args.device.type == "cuda" and args.world_size == 1:
+        kwargs["device_map"] = {"": args.device}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise ModelError("the model cannot be loaded", where=name, remedy=_first_line(error)) from error
+
+
+def tokenizer_for(model: Any, revision: str | None, args: PackedConfig) -> Any:
+    """The tokenizer that belongs to a model."""
+    from transformers import AutoTokenizer
+
+    name = model.config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "the model's tokenizer cannot be loaded",
+            where=name or type(model).__name__,
+            remedy=f"pass processing_class; {_first_line(error)}",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+def wrap_peft(model: Any, peft_config: Any, args: PackedConfig) -> Any:
+    """Put an adapter on the model where one is asked for."""
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if peft_config is not None:
+        from peft import PeftConfig, PeftModel, get_peft_model
+
+        if not isinstance(peft_config, PeftConfig):
+            raise ConfigError(
+                "peft_config is no PEFT configuration",
+                where="peft_config",
+                value=type(peft_config).__name__,
+                allowed="a peft.PeftConfig such as LoraConfig",
+            )
+        if isinstance(model, PeftModel):
+            raise ConfigError(
+                "the model already carries an adapter",
+                where="peft_config",
+                remedy="leave peft_config out to go on training that adapter, or merge it first",
+            )
+        model = get_peft_model(model, peft_config)
+    if hasattr(model, "peft_config") and args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if quantized:
+        # As the QLoRA authors advise; DoRA's magnitudes need more digits than half precision has.
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def disable_dropout(model: nn.Module | None) -> None:
+    """Switch off every dropout of a model, those that attention layers keep as plain numbers included."""
+    if model is None:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "hidden_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def data_options(args: PackedConfig, **extra: Any) -> DataOptions:
+    """The data settings of a trainer's configuration."""
+    return DataOptions(
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
+        on_bad_rows=args.on_bad_rows,  # type: ignore[arg-type]
+        dataset_format=args.dataset_format,
+        append_eos=args.append_eos,
+        num_proc=args.dataset_num_proc,
+        quarantine_path=args.quarantine_path,
+        max_dropped_share=args.max_dropped_share,
+        **extra,
+    )
+
+
+def add_tags(model: Any, tags: Sequence[str]) -> None:
+    """Mark the model card."""
+    if hasattr(model, "add_model_tags"):
+        model.add_model_tags(list(tags))

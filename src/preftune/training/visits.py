@@ -1,0 +1,56 @@
+"""Which rows of the training data a run is going to visit."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from preftune.training.base import PackedTrainer
+
+
+class _Indices(Dataset[int]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def visited_rows(trainer: PackedTrainer) -> list[int]:
+    """Rows that any process will train on, ascending.
+
+    Only a run shorter than one epoch leaves rows out. Its data order is that of transformers' sampler, which a loader over
+    bare indices with the same sampler repeats; random state is left as it was.
+    """
+    args, size = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.max_steps <= 0 or args.max_steps * per_step >= size or args.train_sampling_strategy != "random":
+        return list(range(size))
+    state = torch.get_rng_state()
+    try:
+        sampler = trainer._get_train_sampler(trainer.train_dataset)
+        order = _seeded_order(sampler, args.data_seed)
+        # Processes take turns batch by batch, so that together they consume the order from its beginning.
+        return sorted({int(i) for i in itertools.islice(order, args.max_steps * per_step)})
+    finally:
+        torch.set_rng_state(state)
+
+
+def _seeded_order(sampler: Any, data_seed: int | None) -> Any:
+    from accelerate.data_loader import SeedableRandomSampler
+
+    seedable = SeedableRandomSampler(
+        data_source=_Indices(len(sampler.data_source)),
+        replacement=sampler.replacement,
+        num_samples=sampler._num_samples,
+        generator=torch.Generator(),
+        data_seed=data_seed,
+    )
+    return iter(seedable)

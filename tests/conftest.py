@@ -1,0 +1,39 @@
+"""One thread per worker, no network, and a reference store of its own for every test session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports torch, datasets or huggingface_hub, which read these once.
+_CACHES = tempfile.mkdtemp(prefix="preftune-tests-")
+os.environ["PREFTUNE_CACHE"] = os.path.join(_CACHES, "preftune")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHES, "datasets")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# A busy machine is no defect: examples are bounded by number, not by the clock.
+settings.register_profile("preftune", deadline=None)
+settings.load_profile("preftune")
+
+
+def pytest_unconfigure() -> None:
+    """Remove the caches that this process made."""
+    shutil.rmtree(_CACHES, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the preference files that lie beside the checkout, or a skip that says so."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no preference files beside the checkout ({folder.name} is absent)")
+    return folder

@@ -1,0 +1,195 @@
+"""Every attention backend against plain attention over the separate sequences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from preftune.errors import ConfigError
+from preftune.kernels.attention import AttentionSpec, RowContext, attend, cpu, flex, reference, sdpa, varlen
+from preftune.packing import RowLayout, TreeSpan
+
+LAYOUTS = {
+    "pair": [(5, (4, 7))],
+    "pairs": [(5, (4, 7)), (1, (1, 1)), (9, (2, 33))],
+    "single branches": [(3, (4,)), (0, (6,))],
+    "no prefix": [(0, (6,)), (0, (1,))],
+    "four branches": [(6, (2, 5, 1, 3))],
+    "long": [(130, (70, 65))],
+}
+
+
+def layout_of(name: str) -> RowLayout:
+    spans, start = [], 0
+    for prefix, branches in LAYOUTS[name]:
+        spans.append(TreeSpan(start, prefix, branches))
+        start += spans[-1].num_tokens
+    return RowLayout(tuple(spans))
+
+
+def tensors(layout: RowLayout, heads: int, groups: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    count = layout.num_tokens
+    shapes = [(1, heads, count, dim), (1, heads // groups, count, dim), (1, heads // groups, count, dim)]
+    # Strided as a model's projections leave them: tokens before heads in memory.
+    made = [torch.randn(s[0], s[2], s[1], s[3], dtype=dtype).transpose(1, 2) for s in shapes]
+    return [t.detach().requires_grad_(True) for t in made]
+
+
+def separate(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, spec: AttentionSpec) -> Tensor:
+    """An oracle of its own: token by token, softmax over an explicit list of visible keys, in fp64."""
+    query, key, value = (t.double() for t in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    rows = []
+    for span in layout.spans:
+        prefix = list(range(span.start, span.start + span.prefix))
+        sequences = [prefix + list(range(s, s + n)) for s, n in zip(span.branch_starts(), span.branches, strict=True)]
+        for number, sequence in enumerate(sequences):
+            begin = 0 if number == 0 else span.prefix
+            for place in range(begin, len(sequence)):
+                least = 0 if spec.window is None else max(0, place - spec.window + 1)
+                seen = sequence[least : place + 1]
+                heads = []
+                for head in range(query.shape[1]):
+                    q, k, v = query[0, head, sequence[place]], key[0, head // groups, seen], value[0, head // groups, seen]
+                    score = (k @ q) * spec.scale
+                    if spec.softcap is not None:
+                        score = spec.softcap * torch.tanh(score / spec.softcap)
+                    top = torch.cat([score, spec.sinks[head : head + 1].double()]) if spec.sinks is not None else score
+                    weight = torch.exp(score - torch.logsumexp(top, 0))
+                    heads.append(weight @ v)
+                rows.append(torch.stack(heads))
+    return torch.stack(rows).unsqueeze(0)
+
+
+SPECS = {
+    "plain": {},
+    "window": {"window": 4},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "all": {"window": 3, "softcap": 1.5, "sinks": True},
+}
+
+
+def spec_of(name: str, heads: int, dim: int) -> AttentionSpec:
+    options: dict[str, Any] = dict(SPECS[name])
+    if options.pop("sinks", False):
+        options["sinks"] = torch.linspace(-1, 1, heads)
+    return AttentionSpec(scale=1 / math.sqrt(dim), **options)
+
+
+def check(function: Any, layout: RowLayout, spec: AttentionSpec, groups: int, dtype: torch.dtype, tol: float) -> None:
+    inputs = tensors(layout, 4, groups, 16, dtype)
+    out = function(*inputs, layout, spec)
+    expected = separate(*inputs, layout, spec)
+    assert out.shape == expected.shape == (1, layout.num_tokens, 4, 16)
+    torch.testing.assert_close(out.double(), expected, atol=tol, rtol=tol)
+    grad = torch.randn_like(expected)
+    got = torch.autograd.grad(out, inputs, grad.to(out.dtype))
+    wanted = torch.autograd.grad(expected, inputs, grad)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g.double(), w.double(), atol=10 * tol, rtol=10 * tol)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_cpu_backend(layout: str, groups: int, dtype: torch.dtype) -> None:
+    check(cpu.attend, layout_of(layout), spec_of("plain", 4, 16), groups, dtype, 1e-10 if dtype.itemsize == 8 else 2e-6)
+
+
+@pytest.mark.parametrize("layout", ["pairs", "long"])
+def test_cpu_backend_in_bf16(layout: str) -> None:
+    """Half precision: within a few units in the last place (2^-8) of the fp64 oracle."""
+    check(cpu.attend, layout_of(layout), spec_of("plain", 4, 16), 2, torch.bfloat16, 1.6e-2)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reference_backend(layout: str, spec: str) -> None:
+    check(reference.attend, layout_of(layout), spec_of(spec, 4, 16), 2, torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("spec", ["plain", "window"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sdpa_backend(layout: str, spec: str) -> None:
+    check(sdpa.attend, layout_of(layout), spec_of(spec, 4, 16), 2, torch.float64, 1e-10)
+
+
+def emulated_kernel(
+    query: Tensor, key: Tensor, value: Tensor, plan: varlen.VarlenPlan, scale: float, window: int | None
+) -> Tensor:
+    """Variable-length attention as documented: per sequence, causal, the last query aligned with the last key."""
+    pieces = []
+    groups = query.shape[1] // key.shape[1]
+    bounds = zip(plan.cu_query.tolist(), plan.cu_query[1:].tolist(), plan.cu_key.tolist(), plan.cu_key[1:].tolist(), strict=False)
+    for q0, q1, k0, k1 in bounds:
+        q, k, v = query[q0:q1], key[k0:k1].repeat_interleave(groups, 1), value[k0:k1].repeat_interleave(groups, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        q_pos, k_pos = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None], torch.arange(k1 - k0)
+        visible = (k_pos <= q_pos) & (True if window is None else k_pos > q_pos - window)
+        pieces.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -math.inf).softmax(-1), v))
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("spec", ["plain", "window"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_varlen_gathers_and_offsets(layout: str, spec: str) -> None:
+    """Everything of the CUDA backend but the kernel, which stands in here by its documented semantics."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, rows: RowLayout, asked: AttentionSpec) -> Tensor:
+        return varlen.attend(q, k, v, rows, asked, kernel=emulated_kernel)
+
+    check(function, layout_of(layout), spec_of(spec, 4, 16), 2, torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("layout", ["pairs", "four branches"])
+def test_flex_forward(layout: str, spec: str) -> None:
+    """FlexAttention's mask, cap and sinks; its CPU version has no backward."""
+    rows, asked = layout_of(layout), spec_of(spec, 4, 16)
+    inputs = [t.detach() for t in tensors(rows, 4, 2, 16, torch.float32)]
+    torch.testing.assert_close(
+        flex.attend(*inputs, rows, asked).double(), separate(*inputs, rows, asked), atol=3e-6, rtol=3e-6
+    )
+
+
+def test_selection_prefers_the_fast_kernel_and_falls_back() -> None:
+    layout = layout_of("pairs")
+    inputs = tensors(layout, 4, 2, 16, torch.float32)
+    context = RowContext(layout)
+    attend(*inputs, context, spec_of("plain", 4, 16))
+    attend(*inputs, context, spec_of("window", 4, 16))
+    attend(*inputs, context, spec_of("softcap", 4, 16))
+    assert context.calls == 3
+    assert context.used == {"cpu", "sdpa", "reference"}
+
+
+def test_a_backend_asked_for_by_name_must_fit() -> None:
+    layout = layout_of("pairs")
+    inputs = tensors(layout, 4, 2, 16, torch.float32)
+    with pytest.raises(ConfigError, match="attention_backend"):
+        attend(*inputs, RowContext(layout, "cpu"), spec_of("softcap", 4, 16))
+    with pytest.raises(ConfigError, match="varlen"):
+        attend(*inputs, RowContext(layout, "nonsense"), spec_of("plain", 4, 16))
+
+
+def test_mask_of_the_row_is_that_of_the_separate_sequences() -> None:
+    layout = layout_of("pairs")
+    count = layout.num_tokens
+    visible = flex.mask_function(layout, None, torch.device("cpu"))
+    index = torch.arange(count)
+    mask = visible(index, index, index[:, None], index[None, :]).numpy()
+    expected = np.zeros((count, count), dtype=bool)
+    for span in layout.spans:
+        prefix = list(range(span.start, span.start + span.prefix))
+        for start, length in zip(span.branch_starts(), span.branches, strict=True):
+            sequence = prefix + list(range(start, start + length))
+            for place, q in enumerate(sequence):
+                expected[q, sequence[: place + 1]] = True
+    assert (mask == expected).all()

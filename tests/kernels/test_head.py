@@ -1,0 +1,91 @@
+"""The tiled head against whole logits in fp64, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from preftune.kernels import head
+from preftune.kernels.head import HeadTransform, token_scores
+
+TRANSFORMS = [HeadTransform(), HeadTransform(0.25), HeadTransform(1.0, 3.0), HeadTransform(0.5, 2.0)]
+
+
+def oracle(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: HeadTransform) -> Tensor:
+    logits = (hidden.double() @ weight.double().T + (0 if bias is None else bias.double())) * t.scale
+    if t.softcap is not None:
+        logits = t.softcap * torch.tanh(logits / t.softcap)
+    return logits - torch.logsumexp(logits, -1, keepdim=True), logits
+
+
+def case(num: int, dtype: torch.dtype, with_bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    torch.manual_seed(1)
+    hidden = torch.randn(num, 12, dtype=dtype, requires_grad=True)
+    weight = torch.randn(37, 12, dtype=dtype, requires_grad=True)
+    bias = torch.randn(37, dtype=dtype, requires_grad=True) if with_bias else None
+    return hidden, weight, bias, torch.randint(0, 37, (num,))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("num", [0, 1, 5, 23])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("keep", [0, 1 << 20])
+def test_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, transform: HeadTransform, num: int, with_bias: bool, trainable: bool, keep: int
+) -> None:
+    monkeypatch.setattr(head, "TILE_ELEMENTS", 37 * 4)  # four tokens a tile: tiles and an odd rest
+    hidden, weight, bias, targets = case(num, torch.float64, with_bias)
+    if not trainable:
+        weight.requires_grad_(False)
+        if bias is not None:
+            bias.requires_grad_(False)
+    got = token_scores(hidden, weight, bias, targets, transform, with_stats=True, with_log_sum_sq=True, keep_bytes=keep)
+    logp, logits = oracle(hidden, weight, bias, targets, transform)
+    expected = logp.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(got.logps, expected, atol=1e-10, rtol=1e-10)
+    if num:
+        torch.testing.assert_close(got.entropy, -(logp.exp() * logp).sum(-1).detach(), atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(got.mean_logit, logits.mean(-1).detach(), atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(got.log_sum_sq, torch.log((2 * logp).exp().sum(-1)).detach(), atol=1e-10, rtol=1e-10)
+        assert got.top1 is not None
+        assert torch.equal(got.top1, logits.argmax(-1) == targets)
+    scale = torch.randn(num, dtype=torch.float64)
+    wanted_inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    for g, w in zip(
+        torch.autograd.grad((got.logps * scale).sum(), wanted_inputs),
+        torch.autograd.grad((expected * scale).sum(), wanted_inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(g, w, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("keep", [0, 1 << 20])
+def test_bf16_gradient_of_a_confident_token_keeps_its_digits(keep: int) -> None:
+    """Where p is near one, 1 - p has to come from the exact log-prob: rounding p to bf16 first loses all of it."""
+    hidden = torch.zeros(1, 2, requires_grad=True)
+    with torch.no_grad():
+        hidden[0, 0] = 8.0
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    out = token_scores(hidden, weight, None, torch.tensor([0]), compute_dtype=torch.bfloat16, keep_bytes=keep)
+    out.logps.sum().backward()
+    exact = 1 / (1 + torch.exp(torch.tensor(8.0)))
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad[0, 0], exact, rtol=1e-2, atol=0)
+
+
+def test_log_softmax_is_fp32_for_half_hidden_states() -> None:
+    hidden, weight, _, targets = case(9, torch.float32, False)
+    half = token_scores(hidden.to(torch.bfloat16), weight.to(torch.bfloat16), None, targets)
+    assert half.logps.dtype == torch.float32
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden = torch.full((3, 1), 1e4, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+    out = token_scores(hidden, weight, None, torch.tensor([0, 1, 2]))
+    out.logps.sum().backward()
+    assert torch.isfinite(out.logps).all()
+    assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
+    assert weight.grad is not None and torch.isfinite(weight.grad).all()

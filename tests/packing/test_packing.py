@@ -1,0 +1,90 @@
+"""Layouts, rows and plans: integers that have to be exactly right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preftune.packing import Branch, RowLayout, Tree, build_row, pair_trees, plan_rows
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def test_a_pair_is_laid_out_as_prompt_chosen_rejected() -> None:
+    row = build_row(pair_trees(ids(1, 2, 3), ids(4, 5), ids(6), None, (0, 1)), [7])
+    assert row.input_ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3]
+    # Both first completion tokens are predicted by the last prompt token.
+    assert row.source.tolist() == [2, 3, 2]
+    assert row.target_ids.tolist() == [4, 5, 6]
+    assert row.target_slot.tolist() == [0, 0, 1]
+    assert row.target_rank.tolist() == [0, 1, 0]
+    assert row.target_branch.tolist() == [0, 0, 1]
+    assert row.examples == (7,)
+
+
+def test_pairs_stand_behind_one_another() -> None:
+    trees = [
+        *pair_trees(ids(1), ids(2), ids(3, 4), None, (0, 1)),
+        *pair_trees(ids(5, 6), ids(7), ids(8), None, (2, 3)),
+    ]
+    row = build_row(trees)
+    assert row.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert row.position_ids.tolist() == [0, 1, 1, 2, 0, 1, 2, 2]
+    assert row.source.tolist() == [0, 0, 2, 5, 5]
+    assert row.target_ids.tolist() == [2, 3, 4, 7, 8]
+
+
+def test_different_prompts_are_two_trees() -> None:
+    row = build_row(pair_trees(ids(1, 2), ids(3), ids(4, 5), ids(2), (0, 1)))
+    assert row.input_ids.tolist() == [1, 2, 3, 2, 4, 5]
+    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 2]
+    assert row.source.tolist() == [1, 3, 4]
+
+
+def test_the_first_token_of_a_sequence_is_never_scored() -> None:
+    row = build_row(pair_trees(ids(), ids(3, 4), ids(5, 6, 7), None, (0, 1)))
+    assert row.input_ids.tolist() == [3, 4, 5, 6, 7]
+    assert row.target_ids.tolist() == [4, 6, 7]
+    assert row.source.tolist() == [0, 2, 3]
+
+
+def test_masked_tokens_are_not_scored() -> None:
+    branch = Branch(ids(1, 2, 3, 4), 0, np.array([True, False, True, True]))
+    row = build_row([Tree(ids(), (branch,))])
+    assert row.target_ids.tolist() == [3, 4]
+    assert row.source.tolist() == [1, 2]
+
+
+def test_layout_names_tree_and_branch_of_every_token() -> None:
+    layout = RowLayout.of(pair_trees(ids(1, 2), ids(3), ids(4, 5), None, (0, 1)))
+    tree, branch = layout.tree_and_branch()
+    assert tree.tolist() == [0] * 5
+    assert branch.tolist() == [-1, -1, 0, 1, 1]
+    assert layout.longest == 4
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(1, 500), st.integers(1, 4))
+def test_every_example_is_in_exactly_one_row_within_budget(lengths: list[int], budget: int, least: int) -> None:
+    rows = plan_rows(lengths, budget, least)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert len(rows) >= least
+    for row in rows:
+        assert len(row) <= 1 or sum(lengths[index] for index in row) <= budget
+
+
+@given(st.lists(st.integers(1, 50), min_size=8, max_size=40))
+def test_rows_are_evenly_filled(lengths: list[int]) -> None:
+    rows = plan_rows(lengths, max(sum(lengths) // 2, max(lengths)))
+    filled = [sum(lengths[index] for index in row) for row in rows]
+    # Longest-processing-time scheduling never leaves two rows further apart than one item.
+    assert max(filled) - min(filled) <= max(lengths)
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_no_examples_make_one_empty_row(budget: int) -> None:
+    assert plan_rows([], budget) == [[]]
