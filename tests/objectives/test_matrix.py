@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -187,7 +188,14 @@ def test_better_chosen_gives_smaller_loss_near_the_reference(case: Case) -> None
         batch.chosen_logps,
         batch.rejected_logps,
     )
-    assert (up < down).all() if case[0] != "sft" else (up < 0).all()
+    if case[0] == "sft":
+        assert (up < 0).all()
+    elif case[0] == "discopop" and case[1].get("discopop_tau", 0.05) < (1 - math.log(2)) / 3:
+        # No defect: at h = 0 the slope of eq. 5 is (1 - log 2) / (4 tau) - 3/4, positive for so small a tau. The
+        # published loss has a local minimum on either side.
+        assert (up > down).all()
+    else:
+        assert (up < down).all()
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, float("nan"), float("inf"), True, "0.1", None])

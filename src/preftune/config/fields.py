@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import types
 import typing
@@ -64,6 +65,7 @@ def fields_of(cls: type[Any]) -> dict[str, Field]:
         Field by name, in the order of definition.
     """
     hints = typing.get_type_hints(cls)
+    documented = _documented(cls)
     found = {}
     for item in dataclasses.fields(cls):
         if not item.init:
@@ -76,7 +78,7 @@ def fields_of(cls: type[Any]) -> dict[str, Field]:
             name=item.name,
             annotation=_WIDER.get(item.name, hints[item.name]),
             default=default,
-            help=_first_sentence(str(item.metadata.get("help", ""))),
+            help=_first_sentence(str(item.metadata.get("help") or documented.get(item.name, ""))),
             choices=tuple(item.metadata.get("choices", ())),
             owner=cls.__name__,
         )
@@ -140,6 +142,19 @@ def _describe_one(member: Any) -> str:
     if isinstance(member, type) and issubclass(member, Enum):
         return ", ".join(str(item.value) for item in member)
     return str(getattr(member, "__name__", member))
+
+
+def _documented(cls: type[Any]) -> dict[str, str]:
+    """Texts of the ``Attributes:`` sections of a class and its bases, by attribute."""
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        doc = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        section = re.search(r"^Attributes:\n((?:[ \t].*\n?|\n)+)", doc, re.MULTILINE)
+        if section is None:
+            continue
+        for entry in re.finditer(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section.group(1), re.MULTILINE):
+            found.setdefault(entry.group(1), entry.group(2).replace("``", ""))
+    return found
 
 
 def _first_sentence(text: str) -> str:

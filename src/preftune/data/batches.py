@@ -48,8 +48,15 @@ class Outcome:
 class Worker(Protocol):
     """Turns rows into outcomes; must be picklable for ``num_proc``."""
 
-    columns: tuple[str, ...]
-    floats: tuple[str, ...]
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the integer-list columns, in the order of :attr:`Outcome.lists`."""
+        ...
+
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """Names of the numbers that may travel with a row."""
+        ...
 
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
@@ -63,13 +70,13 @@ class Tally:
     dropped: dict[str, int]
     bad: dict[str, int]
     num_bad_left_out: int
-    flags: dict[int, int]
     num_tokenised: int
+    num_truncated: int
+    num_merged: int
+    num_doubled_bos: int
+    num_eos_missing: int
+    num_eos_appended: int
     example: str | None
-
-    def count(self, flag: int) -> int:
-        """Rows with a flag."""
-        return self.flags.get(flag, 0)
 
 
 def run(dataset: Dataset, worker: Worker, num_proc: int | None, desc: str) -> tuple[Dataset, Tally]:
@@ -85,6 +92,7 @@ def run(dataset: Dataset, worker: Worker, num_proc: int | None, desc: str) -> tu
         The kept rows (ids only, in order) and the sums.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
     from datasets import Dataset as HFDataset
 
     dataset = dataset.with_format(None)
@@ -93,7 +101,7 @@ def run(dataset: Dataset, worker: Worker, num_proc: int | None, desc: str) -> tu
     else:
         table = pa.concat_tables(_in_batches(dataset, worker, desc))
     tally = _tally(table)
-    kept = table.filter(pa.compute.equal(table["_status"], "")) if tally.dropped or tally.num_bad_left_out else table
+    kept = table.filter(pc.equal(table["_status"], "")) if tally.dropped or tally.num_bad_left_out else table
     names = [name for name in worker.columns + worker.floats if not _all_null(kept, name, worker)]
     return HFDataset(kept.select(names).combine_chunks()), tally
 
@@ -172,12 +180,20 @@ def _tally(table: pa.Table) -> Tally:
     num_bad = statuses.pop(BAD, 0)
     statuses.pop("", None)
     bad.pop("", None)
+
+    def count(flag: int) -> int:
+        return int(np.count_nonzero(flags & flag))
+
     return Tally(
         dropped=dict(statuses),
         bad=dict(bad),
         num_bad_left_out=num_bad,
-        flags={flag: int(np.count_nonzero(flags & flag)) for flag in (1, 2, 4, 8, 16)},
         num_tokenised=table.num_rows - num_bad,
+        num_truncated=count(TRUNCATED),
+        num_merged=count(MERGED),
+        num_doubled_bos=count(DOUBLED_BOS),
+        num_eos_missing=count(EOS_MISSING),
+        num_eos_appended=count(EOS_APPENDED),
         example=examples[0].as_py() if len(examples) else None,
     )
 
@@ -198,7 +214,10 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
             notes.append(f"the streamed data set was read completely ({len(rows)} rows), because packing needs lengths")
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise DataError(
-            "not a data set", where=name, value=type(dataset).__name__, allowed="datasets.Dataset, datasets.IterableDataset"
+            "not a data set",
+            where=name,
+            value=type(dataset).__name__,
+            allowed="datasets.Dataset, datasets.IterableDataset",
         )
     if isinstance(dataset, datasets.IterableDataset) or len(dataset) == 0:
         raise DataError("the data set holds no rows", where=name, remedy="check the split and the file")

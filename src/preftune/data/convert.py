@@ -47,7 +47,9 @@ def canonical_rows(
     return kept, notes
 
 
-def convert_row(raw: Any, place: str, spec: FormatSpec, handler: BadRowHandler, pairing: str = "best_worst") -> list[Row]:
+def convert_row(
+    raw: Any, place: str, spec: FormatSpec, handler: BadRowHandler, pairing: str = "best_worst"
+) -> list[Row]:
     """Canonical rows of one raw row: none if it is bad and skipped, several if it ranks many responses."""
     try:
         if isinstance(raw, BadRow):
@@ -105,4 +107,6 @@ def to_dataset(rows: list[Row], where: str) -> Dataset:
                 where=where,
                 remedy="convert them to one form, or train on them separately",
             )
-    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns}, on_mixed_types="use_json")
+    return Dataset.from_dict(
+        {column: [row.get(column) for row in rows] for column in columns}, on_mixed_types="use_json"
+    )

@@ -71,7 +71,9 @@ class RawTable:
             chunk = list(indices[start : start + _BATCH])
             try:
                 batch = self.rows[chunk]
-                rows: list[Any] = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+                rows: list[Any] = [
+                    dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+                ]
             except UnicodeDecodeError:
                 rows = [_row_or_bad(self.rows, index) for index in chunk]
             yield from zip(chunk, rows, strict=True)

@@ -69,7 +69,9 @@ def pair_unpaired(rows: Iterable[Mapping[str, Any]], pairing: str) -> tuple[list
     num_rows = 0
     for row in rows:
         num_rows += 1
-        key = json.dumps([row["prompt"], row.get("tools"), row.get("chat_template_kwargs")], sort_keys=True, default=repr)
+        key = json.dumps(
+            [row["prompt"], row.get("tools"), row.get("chat_template_kwargs")], sort_keys=True, default=repr
+        )
         groups.setdefault(key, ([], []))[0 if row["label"] else 1].append(row)
     pairs: list[Row] = []
     num_used = 0

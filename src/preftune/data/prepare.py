@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from preftune.data import batches
-from preftune.data.batches import Outcome, Tally
+from preftune.data.batches import Outcome
 from preftune.data.convert import canonical_rows, convert_row, to_dataset
 from preftune.data.files import from_dataset
 from preftune.data.formats import FORMATS, FormatSpec, Row, resolve
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow
 from preftune.data.options import DataOptions
-from preftune.data.report import PrepareReport, build_warnings, describe_lengths
+from preftune.data.report import PrepareReport, build_report
 from preftune.data.rows import BadRowHandler, to_error
 from preftune.data.sources import load_report
 from preftune.data.tokenise import Encoder, TokenisedPair, tokenise_pairs
@@ -44,9 +44,7 @@ class PairWorker:
     columns = PAIR_COLUMNS
     floats = FLOAT_EXTRAS
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, spec: FormatSpec, name: str
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, spec: FormatSpec, name: str) -> None:
         self.encoder = Encoder(tokenizer, options.chat_template)
         self.options = options
         # The table of formats, not the format: its functions need not be picklable.
@@ -86,9 +84,7 @@ class PairWorker:
 
     def _fill(self, outcome: Outcome, row: Row, result: TokenisedPair) -> None:
         options = self.options
-        pair, reason = truncate(
-            result.ids, options.max_length, options.max_prompt_length, options.truncation_mode
-        )
+        pair, reason = truncate(result.ids, options.max_length, options.max_prompt_length, options.truncation_mode)
         appended = result.eos_missing and options.append_eos and not isinstance(row["prompt"], str)
         outcome.flags = (
             batches.MERGED * bool(result.merged)
@@ -186,15 +182,29 @@ def prepare(
             notes += more
         worker = PairWorker(tokenizer, options, spec, name)
     result, tally = batches.run(dataset, worker, options.num_proc, f"Preparing {name}")
-    bad = _sum_counts(bad_before, tally.bad, loaded.bad_rows if loaded else {})
-    lost_before = (sum(bad_before.values()) if options.on_bad_rows == "skip" else 0) + (loaded.num_lost if loaded else 0)
+    bad = sum_counts(bad_before, tally.bad, loaded.bad_rows if loaded else {})
+    lost_before = (sum(bad_before.values()) if options.on_bad_rows == "skip" else 0) + (
+        loaded.num_lost if loaded else 0
+    )
     rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
     batches.check_share(tally, rows_read, lost_before, options.max_dropped_share, name)
-    report = _report(name, format_name, rows_read, result, tally, bad, options, [*(loaded.notes if loaded else ()), *notes])
-    return result, report
+    lengths, tokens = _lengths(result)
+    return result, build_report(
+        name=name,
+        format_name=format_name,
+        rows_read=rows_read,
+        rows_kept=len(result),
+        tally=tally,
+        bad_rows=bad,
+        options=options,
+        notes=[*(loaded.notes if loaded else ()), *notes],
+        lengths=lengths,
+        tokens=tokens,
+    )
 
 
-def _sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:
+def sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts added up by reason."""
     out: dict[str, int] = {}
     for some in counts:
         for reason, count in some.items():
@@ -216,56 +226,20 @@ def _format_of(dataset: Dataset, options: DataOptions, name: str) -> FormatSpec:
     return spec
 
 
-def _report(
-    name: str,
-    format_name: str,
-    rows_read: int,
-    result: Dataset,
-    tally: Tally,
-    bad: dict[str, int],
-    options: DataOptions,
-    notes: list[str],
-) -> PrepareReport:
+def _lengths(result: Dataset) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """Lengths by part, and the numbers of prompt, chosen and rejected tokens."""
     import pyarrow.compute as pc
 
     table = result.data.table
     prompt, chosen, rejected = (pc.list_value_length(table[column]).to_numpy() for column in PAIR_COLUMNS[:3])
-    other = pc.coalesce(pc.list_value_length(table["rejected_prompt_ids"]), pc.list_value_length(table["prompt_ids"]))
+    own_prompt = pc.list_value_length(table["rejected_prompt_ids"])
+    other = pc.coalesce(own_prompt, pc.list_value_length(table["prompt_ids"])).to_numpy()
     lengths = {
         "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,
         "prompt_and_chosen": prompt + chosen,
-        "prompt_and_rejected": other.to_numpy() + rejected,
+        "prompt_and_rejected": other + rejected,
     }
-    own_prompts = pc.sum(pc.list_value_length(table["rejected_prompt_ids"])).as_py() or 0
-    merged = tally.count(batches.MERGED) / max(1, tally.num_tokenised)
-    common: dict[str, Any] = {
-        "dropped": tally.dropped,
-        "merged_share": merged,
-        "merged_example": tally.example,
-        "num_doubled_bos_fixed": tally.count(batches.DOUBLED_BOS),
-        "num_eos_missing": tally.count(batches.EOS_MISSING),
-        "num_eos_appended": tally.count(batches.EOS_APPENDED),
-    }
-    return PrepareReport(
-        name=name,
-        format=format_name,
-        rows_read=rows_read,
-        rows_kept=len(result),
-        bad_rows=bad,
-        num_truncated=tally.count(batches.TRUNCATED),
-        num_prompt_tokens=int(prompt.sum()) + own_prompts,
-        num_chosen_tokens=int(chosen.sum()),
-        num_rejected_tokens=int(rejected.sum()),
-        lengths=describe_lengths(lengths),
-        warnings=build_warnings(
-            bad_rows=bad,
-            skipped=options.on_bad_rows == "skip",
-            quarantine_path=options.quarantine_path,
-            rows_read=rows_read,
-            notes=notes,
-            **common,
-        ),
-        **common,
-    )
+    num_prompt = int(prompt.sum()) + (pc.sum(own_prompt).as_py() or 0)
+    return lengths, (num_prompt, int(chosen.sum()), int(rejected.sum()))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from preftune.data.rows import shorten
+
+if TYPE_CHECKING:
+    from preftune.data.batches import Tally
+    from preftune.data.options import DataOptions
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -91,42 +95,83 @@ def describe_lengths(columns: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return out
 
 
-def build_warnings(
+def build_report(
     *,
-    bad_rows: Mapping[str, int],
-    skipped: bool,
-    quarantine_path: str | None,
-    dropped: Mapping[str, int],
+    name: str,
+    format_name: str,
     rows_read: int,
-    merged_share: float,
-    merged_example: str | None,
-    num_doubled_bos_fixed: int,
-    num_eos_missing: int,
-    num_eos_appended: int,
-    notes: Iterable[str],
-) -> tuple[str, ...]:
-    """The lines a user should read, in order of weight."""
-    out = list(notes)
-    if bad_rows:
-        total = sum(bad_rows.values())
-        where = f", see {quarantine_path}" if skipped and quarantine_path else ""
-        out.append(f"{total} bad rows {'left out' if skipped else 'kept, as TRL would'}: {shorten(bad_rows)}{where}")
-    if dropped:
-        total = sum(dropped.values())
-        out.append(f"{total} of {rows_read} rows dropped, nothing to learn from after truncation: {shorten(dropped)}")
-    if merged_share > 0:
+    rows_kept: int,
+    tally: Tally,
+    bad_rows: Mapping[str, int],
+    options: DataOptions,
+    notes: Sequence[str],
+    lengths: Mapping[str, Any],
+    tokens: tuple[int, int, int],
+) -> PrepareReport:
+    """The report of one prepared data set.
+
+    Args:
+        name: Name of the data set.
+        format_name: Data format.
+        rows_read: Rows found at the source.
+        rows_kept: Rows to train on.
+        tally: Sums over the rows.
+        bad_rows: Bad rows by reason, those found while loading included.
+        options: Data options.
+        notes: Lines for the user from earlier stages.
+        lengths: Lengths in tokens by part.
+        tokens: Prompt, chosen and rejected tokens.
+
+    Returns:
+        The report.
+    """
+    report = PrepareReport(
+        name=name,
+        format=format_name,
+        rows_read=rows_read,
+        rows_kept=rows_kept,
+        dropped=dict(tally.dropped),
+        bad_rows=dict(bad_rows),
+        num_truncated=tally.num_truncated,
+        merged_share=tally.num_merged / max(1, tally.num_tokenised),
+        merged_example=tally.example,
+        num_doubled_bos_fixed=tally.num_doubled_bos,
+        num_eos_missing=tally.num_eos_missing,
+        num_eos_appended=tally.num_eos_appended,
+        num_prompt_tokens=tokens[0],
+        num_chosen_tokens=tokens[1],
+        num_rejected_tokens=tokens[2],
+        lengths=describe_lengths(lengths),
+    )
+    return replace(report, warnings=(*notes, *_warnings(report, options)))
+
+
+def _warnings(report: PrepareReport, options: DataOptions) -> list[str]:
+    """The lines a user should read."""
+    out = []
+    if report.bad_rows:
+        skipped = options.on_bad_rows == "skip"
+        where = f", see {options.quarantine_path}" if options.quarantine_path else ""
+        fate = "left out" if skipped else "kept, as TRL would"
+        out.append(f"{sum(report.bad_rows.values())} bad rows {fate}: {shorten(report.bad_rows)}{where}")
+    if report.dropped:
         out.append(
-            f"in {merged_share:.1%} of the rows the prompt alone is tokenised differently from the prompt with its answer;"
-            f" the completion starts where they part, and {merged_example!r} at the end of a prompt is not trained on as"
-            " the model will see it. End prompts on a token boundary, or use a template that renders both alike"
+            f"{sum(report.dropped.values())} of {report.rows_read} rows dropped, nothing to learn from after truncation: "
+            + shorten(report.dropped)
         )
-    if num_doubled_bos_fixed:
-        out.append(f"{num_doubled_bos_fixed} rows began with two beginning-of-sequence tokens; one was removed")
-    if num_eos_appended:
-        out.append(f"the end-of-sequence token was appended to completions of {num_eos_appended} rows")
-    elif num_eos_missing:
+    if report.merged_share > 0:
         out.append(
-            f"{num_eos_missing} rows have a completion without the end-of-sequence token: the model does not learn to"
-            " stop there. Use a template that writes it, or append_eos"
+            f"in {report.merged_share:.1%} of the rows the prompt alone is tokenised differently from the prompt with its"
+            f" answer; the completion starts where they part, which leaves out {report.merged_example!r}. End prompts on"
+            " a token boundary, or use a template that renders both alike"
         )
-    return tuple(out)
+    if report.num_doubled_bos_fixed:
+        out.append(f"{report.num_doubled_bos_fixed} rows began with two beginning-of-sequence tokens; one was removed")
+    if report.num_eos_appended:
+        out.append(f"the end-of-sequence token was appended to completions of {report.num_eos_appended} rows")
+    elif report.num_eos_missing:
+        out.append(
+            f"{report.num_eos_missing} rows have a completion without the end-of-sequence token: the model does not learn"
+            " to stop there. Use a template that writes it, or append_eos"
+        )
+    return out

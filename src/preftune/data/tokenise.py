@@ -81,7 +81,7 @@ class Encoder:
         unique = list(dict.fromkeys(texts))
         if not unique:
             return []
-        encoded = self.tokenizer(
+        encoded: Any = self.tokenizer(
             unique,
             add_special_tokens=special,
             return_attention_mask=False,
@@ -148,7 +148,7 @@ class Encoder:
             return list(self._template(list(conversations), generation_prompt, arguments))
         except Exception as error:  # a template may raise anything
             if len(conversations) == 1:
-                return [_template_error(error)]
+                return [template_error(error)]
         return [self.render([one], arguments, generation_prompt)[0] for one in conversations]
 
     def _template(self, conversations: Any, generation_prompt: bool, arguments: Mapping[str, Any]) -> Any:
@@ -159,12 +159,10 @@ class Encoder:
     def _one_call(self, conversation: Any, arguments: Mapping[str, Any], generation_prompt: bool) -> Any:
         extra = {"add_generation_prompt": True} if generation_prompt else {}
         try:
-            encoded = self.tokenizer.apply_chat_template(
-                conversation, **{"tokenize": True, "return_dict": True}, **extra, **arguments
-            )
-            return list(encoded["input_ids"])
+            call: Any = self.tokenizer.apply_chat_template
+            return list(call(conversation, tokenize=True, return_dict=True, **extra, **arguments)["input_ids"])
         except Exception as error:
-            return _template_error(error)
+            return template_error(error)
 
     def require_template(self, arguments: Mapping[str, Any]) -> None:
         """Refuse conversations where there is no chat template.
@@ -218,7 +216,8 @@ class Encoder:
         return ids if eos is None else [*ids, eos]
 
 
-def _template_error(error: Exception) -> BadRow:
+def template_error(error: Exception) -> BadRow:
+    """The bad row that a failing chat template stands for."""
     return BadRow(
         "template_error",
         "messages",

@@ -131,25 +131,6 @@ def read_chat_template(text_or_path: str) -> str:
     return template
 
 
-def require_chat_template(tokenizer: Any, name: str, *, conversational: bool) -> None:
-    """Refuse conversations for which no template is known.
-
-    Args:
-        tokenizer: The tokenizer.
-        name: Name of the model, for the message.
-        conversational: Whether the data are lists of messages.
-
-    Raises:
-        ConfigError: If the data need a template and the tokenizer has none.
-    """
-    if conversational and not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            f"the data are conversations, and the tokenizer of {name} has no chat template",
-            where="chat_template",
-            remedy="set --chat_template to a .jinja file, or start from a chat model",
-        )
-
-
 def peft_config_from(config: ModelConfig) -> PeftConfig | None:
     """LoRA settings, or ``None`` without ``use_peft``.
 

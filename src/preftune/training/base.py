@@ -38,12 +38,16 @@ class RowTerms:
     """What one row adds to the loss and the metrics.
 
     Attributes:
-        loss: Sum of the examples' losses divided by the global number of examples; a scalar with graph.
+        total: Sum of the row's losses, not divided by anything; a scalar with graph.
+        weight: How much of the step's denominator the row holds: its pairs, or its trained tokens.
         metrics: ``{name: (sum, weight)}``.
+        predictions: Per-example values for ``compute_metrics``, ``(examples, ...)``, or ``None``.
     """
 
-    loss: Tensor
+    total: Tensor
+    weight: float
     metrics: dict[str, Term]
+    predictions: Tensor | None = None
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
@@ -52,7 +56,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     args: PackedConfig
     #: Columns that the data loader hands on.
     example_columns: tuple[str, ...] = ()
-    #: Which optional scores the objective needs at every step.
+    #: Which of :meth:`example_totals` the loss is divided by.
+    denominator = 0
+    #: Whether the objective needs the log of the sum of squared probabilities at every step.
     needs_log_sum_sq = False
 
     # ---- what subclasses define -----------------------------------------------------------------------------------
@@ -66,7 +72,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         return [float(len(examples))]
 
     def row_terms(self, row: PackedRow, scores: TokenScores, examples: list[Example], totals: list[float]) -> RowTerms:
-        """Loss and metrics of one row, the loss being divided by the step's totals."""
+        """Summed loss and metrics of one row; ``totals`` are those of the whole step."""
         raise NotImplementedError
 
     def before_rows(self, rows: list[PackedRow], batch: Batch) -> None:
@@ -189,6 +195,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _run_rows(self, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
         loss = torch.zeros((), device=self.args.device)
+        # Rows that repeat an earlier one only keep sharded processes in step and weigh nothing.
         real = {id(row) for row in rows}
         stats = self._stats_due()
         # One autocast region around all rows keeps the half-precision copies of the weights for the whole step.
@@ -197,10 +204,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 padding = id(row) not in real
                 real.discard(id(row))
                 terms = self._forward_row(model, row, batch, totals, stats and not padding)
+                share = terms.total / max(totals[self.denominator], 1.0)
                 if not padding:
                     self._train_sums.add(terms.metrics)
-                    loss += terms.loss.detach()
-                self._backward(model, terms.loss * 0 if padding else terms.loss, last=number == len(rows) - 1)
+                    loss += share.detach()
+                self._backward(model, share * 0 if padding else share, last=number == len(rows) - 1)
         self._num_train_tokens += float(self.num_tokens(batch.examples))
         return loss
 
@@ -288,21 +296,18 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def _evaluate_batch(self, batch: Batch, totals: list[float], predictions: list[Tensor]) -> None:
         rows = self._plan(batch)
         self.before_rows(rows, batch)
+        found: list[Tensor] = []
         with self.accelerator.autocast(), self.forward_policy.active():
             for row in rows:
                 examples = [batch.examples[n] for n in row.examples]
                 scores, _ = self.forward_policy(row, with_stats=True, with_log_sum_sq=self.needs_log_sum_sq)
                 terms = self.row_terms(row, scores, examples, totals)
-                # row_terms divides by the batch's totals; the mean over the whole set weighs every example alike.
-                terms.metrics["loss"] = (terms.loss * totals[0], float(len(examples)))
-                self._eval_sums.add(terms.metrics)
-                found = self.row_predictions(terms)
-                if found is not None:
-                    predictions.append(found)
-
-    def row_predictions(self, terms: RowTerms) -> Tensor | None:
-        """Per-example values that ``compute_metrics`` receives, or ``None``."""
-        return None
+                self._eval_sums.add({**terms.metrics, "loss": (terms.total, terms.weight)})
+                if terms.predictions is not None:
+                    found.append(terms.predictions)
+        if found and self.compute_metrics is not None:
+            order = torch.tensor([n for row in rows for n in row.examples], device=found[0].device)
+            predictions.append(torch.cat(found)[order.argsort()])
 
     def user_metrics(self, predictions: Any) -> Mapping[str, float]:
         """What the user's ``compute_metrics`` makes of the predictions."""
@@ -343,8 +348,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         rows = self._plan(inputs)
         self.before_rows(rows, inputs)
         with self.accelerator.autocast(), self.forward_policy.active():
-            losses = [self._forward_row(model, row, inputs, totals, False).loss for row in rows]
-        loss = torch.stack(losses).sum()
+            losses = [self._forward_row(model, row, inputs, totals, False).total for row in rows]
+        loss = torch.stack(losses).sum() / max(totals[self.denominator], 1.0)
         return (loss, {}) if return_outputs else loss
 
 

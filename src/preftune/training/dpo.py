@@ -290,7 +290,11 @@ class DPOTrainer(PackedTrainer):
     # ---- loss -------------------------------------------------------------------------------------------------------
 
     def _sums(self, row: PackedRow, logps: Tensor, modified: bool = True) -> tuple[Tensor, Tensor]:
-        """Per-sequence sums ``(pairs,)`` of per-token log-probs ``(N,)``: chosen and rejected."""
+        """Per-sequence sums ``(pairs,)`` of per-token log-probs ``(N,)``: chosen and rejected.
+
+        In fp64: sums reach hundreds of nats while the log-ratios taken from them are near zero.
+        """
+        logps = logps if logps.device.type == "mps" else logps.double()
         slots = torch.from_numpy(row.target_slot).to(logps.device)
         if modified and self.args.ld_alpha is not None:
             lengths = torch.bincount(slots, minlength=2 * len(row.examples)).view(-1, 2)
@@ -356,15 +360,16 @@ class DPOTrainer(PackedTrainer):
         if not self._checked_first_step and self.model.training:
             self._check_first_step(logps)
         result = self.objective(logps)
-        terms = RowTerms(result.loss.sum() / totals[0], self._metrics_of(row, scores, logps))
+        rewards = torch.stack(self.objective.rewards(logps), 1).detach()
+        terms = RowTerms(result.loss.sum(), float(len(examples)), self._metrics_of(row, scores, logps, rewards), rewards)
         if len(self.objective.names) > 1:
             for name, part in result.parts.items():
                 terms.metrics[f"loss/{name}"] = (part.detach().sum(), float(len(examples)))
-        self._last_rewards = torch.stack(self.objective.rewards(logps), 1).detach()
         return terms
 
-    def _metrics_of(self, row: PackedRow, scores: TokenScores, logps: PairLogps) -> dict[str, Term]:
-        chosen, rejected = (each.detach() for each in self.objective.rewards(logps))
+    @staticmethod
+    def _metrics_of(row: PackedRow, scores: TokenScores, logps: PairLogps, rewards: Tensor) -> dict[str, Term]:
+        chosen, rejected = rewards.unbind(1)
         pairs = float(logps.num_pairs)
         terms: dict[str, Term] = {
             "rewards/chosen": (chosen.sum(), pairs),
@@ -383,10 +388,6 @@ class DPOTrainer(PackedTrainer):
             terms["logits/rejected"] = ((scores.mean_logit * ~is_chosen).sum(), number - num_chosen)
             terms["mean_token_accuracy"] = ((scores.top1 & is_chosen).sum(), num_chosen)
         return terms
-
-    def row_predictions(self, terms: RowTerms) -> Tensor | None:
-        """Rewards of the row's pairs, ``(pairs, 2)``."""
-        return self._last_rewards if self.compute_metrics is not None else None
 
     def user_metrics(self, predictions: Any) -> Any:
         """Call ``compute_metrics`` with rewards as predictions and the chosen column as label."""

@@ -37,6 +37,7 @@ COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _PAIRS_PER_CHUNK = 512
 
 Floats = npt.NDArray[np.float32]
+Sums = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Reference:
         share: tuple[int, int] = (0, 1),
         exchange: Callable[[dict[bytes, Any]], dict[bytes, Any]] = lambda values: values,
         description: str = "Reference",
-    ) -> Floats:
+    ) -> Sums:
         """Reference sums of the pairs ``indices``, from the store where known, computed and stored where not.
 
         Args:
@@ -137,7 +138,7 @@ class Reference:
             ``(len(dataset), 2)``: chosen and rejected; NaN in rows that were not asked for.
         """
         assert self.store is not None
-        out = np.full((len(dataset), 2), np.nan, dtype=np.float32)
+        out = np.full((len(dataset), 2), np.nan)
         chunks = [indices[i : i + _PAIRS_PER_CHUNK] for i in range(0, len(indices), _PAIRS_PER_CHUNK)]
         with tqdm(total=len(indices), desc=description, unit="pair", disable=not self._shows_progress(share)) as bar:
             for chunk in chunks:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preftune.data.formats.base import BadRow, FormatSpec, Message, Row, extras, has, need_text, optional_text, system_turn
+from preftune.data.formats.base import (
+    BadRow,
+    FormatSpec,
+    Message,
+    Row,
+    extras,
+    has,
+    need_text,
+    optional_text,
+    system_turn,
+)
 
 
 def _prompt(row: Mapping[str, Any]) -> list[Message]:

@@ -87,7 +87,12 @@ def has(columns: Collection[str], *names: str) -> bool:
 
 def is_messages(value: Any) -> bool:
     """Whether ``value`` is a non-empty list of messages (``role``/``content`` or ``from``/``value``)."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and bool({"role", "from"} & set(value[0]))
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], Mapping)
+        and bool({"role", "from"} & set(value[0]))
+    )
 
 
 def need(row: Mapping[str, Any], field: str) -> Any:

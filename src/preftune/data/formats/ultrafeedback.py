@@ -19,7 +19,11 @@ from preftune.data.formats.base import (
 
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     """The prompt is text although the answers are conversations."""
-    return has(columns, "prompt", "chosen", "rejected") and isinstance(row.get("prompt"), str) and is_messages(row.get("chosen"))
+    return (
+        has(columns, "prompt", "chosen", "rejected")
+        and isinstance(row.get("prompt"), str)
+        and is_messages(row.get("chosen"))
+    )
 
 
 def convert(row: Mapping[str, Any]) -> Row:

@@ -15,7 +15,9 @@ def convert(row: Mapping[str, Any]) -> Row:
     value = need(row, "label")
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
-        raise BadRow("not_a_label", "label", "'label' is neither true nor false", value=value, remedy="use true or false")
+        raise BadRow(
+            "not_a_label", "label", "'label' is neither true nor false", value=value, remedy="use true or false"
+        )
     fields = {name: need_text_or_messages(row, name) for name in ("prompt", "completion")}
     return {**fields, "label": label, **extras(row)}
 

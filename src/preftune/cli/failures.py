@@ -1,0 +1,82 @@
+"""Failures that belong to the settings or to the machine, and warnings, each as one line."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from preftune.errors import ConfigError, PreftuneError, SetupError
+
+
+def flat(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def trainer_errors() -> Iterator[None]:
+    """What the library's trainer says about settings while it is built, as one line."""
+    try:
+        yield
+    except PreftuneError:
+        raise
+    except ImportError as error:
+        raise SetupError(flat(error), where="settings") from error
+    except (ValueError, RuntimeError) as error:
+        said = flat(error)
+        if "requires" in said and "install" in said:
+            raise SetupError(said, where="report_to", remedy="install it, or set report_to: none") from error
+        if isinstance(error, ValueError):
+            raise ConfigError(said, where="settings") from error
+        raise
+
+
+@contextmanager
+def foreseen(args: Any) -> Iterator[None]:
+    """Memory and disk that run out are facts about the machine, said in one line."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SetupError(
+            f"the device ran out of memory ({flat(error)[:160]})",
+            remedy="lower max_tokens_per_row or max_length, or use_peft",
+        ) from error
+    except OSError as error:
+        if isinstance(error, PreftuneError) or error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+        ):
+            raise
+        where = str(error.filename or args.output_dir)
+        raise SetupError(
+            f"cannot write ({error.strerror})", where=where, remedy="free some space, or set another output_dir"
+        ) from error
+
+
+@contextmanager
+def plain_warnings(console: Console) -> Iterator[None]:
+    """Show warnings as one line each, and none of the libraries' notes to their own developers."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, (DeprecationWarning, FutureWarning)) and not console.quiet:
+            Console(stderr=True).print(f"preftune: warning: {message}", markup=False, highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

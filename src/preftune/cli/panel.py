@@ -1,0 +1,116 @@
+"""The summary before training: what is trained on what, how, and what it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from preftune.cli.style import count, plural, share, size
+from preftune.training.plan import MemoryEstimate, TrainingPlan
+
+
+def summary(plan: TrainingPlan, *, paired: bool, output_dir: str, notes: Sequence[str] = ()) -> Panel:
+    """Lay the plan out.
+
+    Args:
+        plan: What the trainer worked out.
+        paired: Whether an example is a pair, whose prompt packing computes once.
+        output_dir: Where the results go.
+        notes: Lines about settings, such as translated names.
+
+    Returns:
+        A panel for a Rich console.
+    """
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    unit = "pair" if paired else "example"
+    for label, text in _rows(plan, unit, paired, output_dir):
+        # Text, not markup: names of models and files may hold square brackets.
+        grid.add_row(label, Text(text))
+    told = list(dict.fromkeys([*_warnings(plan.data), *notes, *plan.notes]))
+    body: list[RenderableType] = [grid]
+    if told:
+        body += [Text(""), *(Text(f"- {line}", style="yellow") for line in told)]
+    title = Text(f"preftune {plan.method}" if paired else "preftune sft")
+    return Panel(Group(*body), title=title, title_align="left", expand=False, border_style="cyan")
+
+
+def _rows(plan: TrainingPlan, unit: str, paired: bool, output_dir: str) -> list[tuple[str, str]]:
+    trained = share(plan.num_trainable_parameters, plan.num_parameters)
+    return [
+        ("model", f"{plan.model}: {count(plan.num_parameters)} parameters, {trained} of them trained"),
+        *(("data", line) for line in data_lines(plan.data)),
+        ("tokens", f"{count(plan.num_prompt_tokens)} in prompts, {count(plan.num_completion_tokens)} in completions"),
+        ("packing", saved(plan, paired)),
+        ("steps", f"{plan.num_steps:,} steps of {plural(plan.pairs_per_step, unit)}"),
+        ("path", f"{plan.path}, {plan.backend}: {plan.backend_reason}"),
+        *([("reference", plan.reference)] if plan.reference else []),
+        ("memory", memory(plan.memory)),
+        ("output", output_dir),
+    ]
+
+
+def data_lines(reports: Mapping[str, Any]) -> list[str]:
+    """Rows kept and lost, one line per split.
+
+    Args:
+        reports: :class:`~preftune.data.PrepareReport` by split, or what its ``to_json`` gives.
+
+    Returns:
+        For example ``train: 1,699 of 1,700 rows (hh); dropped: prompt_too_long 1``.
+    """
+    lines = []
+    for split, report in reports.items():
+        facts = _as_mapping(report)
+        line = f"{split}: {facts.get('rows_kept', 0):,} of {facts.get('rows_read', 0):,} rows"
+        line += f" ({facts['format']})" if facts.get("format") else ""
+        for key, words in (("dropped", "dropped"), ("bad_rows", "bad")):
+            counts = facts.get(key) or {}
+            if counts:
+                line += f"; {words}: " + ", ".join(f"{reason.replace('_', ' ')} {n:,}" for reason, n in counts.items())
+        if facts.get("num_truncated"):
+            line += f"; {facts['num_truncated']:,} truncated"
+        lines.append(line)
+    return lines
+
+
+def saved(plan: TrainingPlan, paired: bool) -> str:
+    """How much of the padded computation packing saves, apart for shared prompts and for padding."""
+    padded, packed = plan.num_padded_tokens, plan.num_packed_tokens
+    if plan.path != "packed" or padded <= 0:
+        return f"none; {count(padded)} tokens are computed in an epoch, padding included"
+    separate = min(max(packed + (plan.num_prompt_tokens if paired else 0), packed), max(padded, packed))
+    parts = [f"{share(padded - separate, padded)} of the padded tokens were padding"]
+    if paired:
+        parts.insert(0, f"{share(separate - packed, padded)} are prompts that the two answers share")
+    rows = f"rows of up to {plan.max_tokens_per_row:,} tokens"
+    return f"{count(packed)} tokens instead of {count(padded)}: {', '.join(parts)}; {rows}"
+
+
+def memory(estimate: MemoryEstimate) -> str:
+    """Estimated peak and its causes, and what there is."""
+    causes = ("weights", "gradients", "optimizer", "activations", "head")
+    parts = [f"{cause} {size(getattr(estimate, cause))}" for cause in causes if getattr(estimate, cause)]
+    text = f"about {size(estimate.total)} ({', '.join(parts)})" if parts else "unknown"
+    if estimate.available is not None:
+        text += f"; {size(estimate.available)} free"
+        if estimate.total > estimate.available:
+            text += ", which may not be enough: lower max_tokens_per_row, or use_peft"
+    return text
+
+
+def _warnings(reports: Mapping[str, Any]) -> list[str]:
+    return [f"{split}: {line}" for split, report in reports.items() for line in _as_mapping(report).get("warnings", ())]
+
+
+def _as_mapping(report: Any) -> Mapping[str, Any]:
+    if isinstance(report, Mapping):
+        return report
+    facts: Mapping[str, Any] = report.to_json() if hasattr(report, "to_json") else {}
+    return facts

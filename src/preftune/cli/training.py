@@ -1,0 +1,333 @@
+"""What ``preftune sft`` and ``preftune dpo`` share: settings, data, model, summary, training, and the records left."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rich.console import Console
+
+from preftune.cli.failures import flat, foreseen, plain_warnings, trainer_errors
+from preftune.cli.main import INTERRUPTED, VERBS
+from preftune.config import ModelConfig, Resolved, ScriptConfig, resolve, split_command_line
+from preftune.config.fields import fields_of
+from preftune.errors import ConfigError, SetupError
+
+# The command line refuses where the Python classes, like TRL's, warn and go on.
+_CLI_DEFAULTS = {"on_bad_rows": "error", "max_dropped_share": 0.1}
+
+
+@dataclass
+class Run:
+    """One run of a training verb.
+
+    Attributes:
+        verb: ``sft`` or ``dpo``.
+        argv: Arguments after the verb.
+        settings: Resolved settings.
+        snapshot: All values by role as they were resolved, before they are used up.
+        console: Where the first process prints; the others have a silent one.
+    """
+
+    verb: str
+    argv: tuple[str, ...]
+    settings: Resolved[Any]
+    snapshot: dict[str, dict[str, Any]]
+    console: Console
+
+    @property
+    def args(self) -> Any:
+        """The trainer's settings."""
+        return self.settings.trainer
+
+
+def run(verb: str, argv: Sequence[str]) -> int:
+    """Train.
+
+    Args:
+        verb: ``sft`` or ``dpo``.
+        argv: Arguments after the verb.
+
+    Returns:
+        0, or 130 after Ctrl-C.
+
+    Raises:
+        PreftuneError: Any foreseen failure.
+    """
+    line = split_command_line(argv)
+    config_class, trainer_class = _classes(verb)
+    if line.help:
+        from preftune.cli.help import render
+
+        groups = {"data and behaviour": ScriptConfig, "model": ModelConfig, "training": config_class}
+        print(render(verb, VERBS[verb], groups))
+        return 0
+    settings = resolve(line, config_class, defaults=_CLI_DEFAULTS, elsewhere=lambda name: _other_verb(verb, name))
+    this = Run(verb, tuple(argv), settings, {}, _console())
+    with plain_warnings(this.console), foreseen(this.args):
+        _complete(this)
+        this.snapshot.update(_snapshot(settings))
+        trainer, splits = _build(this, trainer_class)
+        plan = trainer.plan()
+        _show(this, plan)
+        if settings.script.dry_run:
+            this.console.print("dry run: nothing was trained", highlight=False)
+            return 0
+        return _train(this, trainer, plan, splits)
+
+
+# ---- settings -----------------------------------------------------------------------------------------------------
+
+
+def _classes(verb: str) -> tuple[type[Any], type[Any]]:
+    from preftune import training
+
+    prefix = verb.upper()
+    return getattr(training, f"{prefix}Config"), getattr(training, f"{prefix}Trainer")
+
+
+def _other_verb(verb: str, name: str) -> str | None:
+    other = "sft" if verb == "dpo" else "dpo"
+    return other if name in fields_of(_classes(other)[0]) else None
+
+
+def _snapshot(settings: Resolved[Any]) -> dict[str, dict[str, Any]]:
+    holders = {"script": settings.script, "model": settings.model, "trainer": settings.trainer}
+    return {
+        role: {item.name: getattr(holder, item.name) for item in fields(holder) if item.init}
+        for role, holder in holders.items()
+    }
+
+
+def _console() -> Console:
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
+
+
+def _complete(this: Run) -> None:
+    """Fill in what follows from other settings, and refuse what would have no effect."""
+    script, args, origins = this.settings.script, this.args, this.settings.origins
+    script.require_dataset()
+    name = this.settings.model.require_model()
+    if script.allow_drops:
+        args.max_dropped_share = None
+    if origins["output_dir"].kind == "default":
+        args.output_dir = f"{name.rstrip('/').split('/')[-1]}-{this.verb.upper()}"
+    if args.on_bad_rows == "skip" and args.quarantine_path is None:
+        args.quarantine_path = script.quarantine_path = os.path.join(args.output_dir, "quarantine.jsonl")
+    if args.do_predict:
+        raise ConfigError("there is no test run", where="do_predict", value=True, remedy="set do_eval")
+    if origins["do_train"].kind != "default" and not args.do_train:
+        raise ConfigError("without training there is nothing to do", where="do_train", value=False, remedy="--dry_run")
+    args.resume_from_checkpoint = _resume_point(args.resume_from_checkpoint, args.output_dir)
+
+
+def _resume_point(asked: Any, output_dir: str) -> str | None:
+    """The checkpoint to go on from."""
+    if asked in (None, False):
+        return None
+    if asked is True:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        found = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+        if found is None:
+            raise ConfigError(
+                "no checkpoint to go on from",
+                where="resume_from_checkpoint",
+                value=output_dir,
+                remedy="leave resume_from_checkpoint out to begin anew, or check output_dir",
+            )
+        return str(found)
+    if not os.path.isfile(os.path.join(asked, "trainer_state.json")):
+        raise ConfigError("not a checkpoint", where="resume_from_checkpoint", value=asked, allowed="true, or a folder")
+    return str(asked)
+
+
+# ---- data, model, trainer -----------------------------------------------------------------------------------------
+
+
+def _build(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, Any]]:
+    from preftune.cli.network import go_offline_if_unreachable
+    from preftune.models.loading import load_model_and_tokenizer
+
+    script, model, args = this.settings.script, this.settings.model, this.args
+    with this.console.status("loading data"):
+        offline = go_offline_if_unreachable([*dataset_names(script), model.model_name_or_path])
+        splits = _load_data(this)
+    if offline:
+        this.console.print(offline, style="yellow", highlight=False)
+    paired = this.verb != "sft"
+    with this.console.status("loading model"):
+        loaded = load_model_and_tokenizer(model, model_init_kwargs=args.model_init_kwargs, with_reference=paired)
+    if not paired and model.ref_model_name_or_path:
+        raise ConfigError("fine-tuning has no reference", where="ref_model_name_or_path", remedy="leave it out")
+    # They are used up; the trainer would otherwise warn that they come too late.
+    args.model_init_kwargs = None
+    keywords: dict[str, Any] = {"ref_model": loaded.ref_model} if paired else {}
+    with this.console.status("preparing data"), trainer_errors():
+        trainer = trainer_class(
+            model=loaded.model,
+            args=args,
+            train_dataset=splits["train"],
+            eval_dataset=splits.get("test"),
+            processing_class=loaded.tokenizer,
+            peft_config=loaded.peft_config,
+            **keywords,
+        )
+    if script.ignore_bias_buffers:
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
+        ]
+    return trainer, splits
+
+
+def dataset_names(script: ScriptConfig) -> list[str]:
+    """Names of all datasets that the settings mention."""
+    if script.dataset_mixture:
+        entries = script.dataset_mixture.get("datasets")
+        return [str(entry.get("id")) for entry in entries or [] if isinstance(entry, Mapping)]
+    return [*(script.dataset_mixer or {}), *([script.dataset_name] if script.dataset_name else [])]
+
+
+def _load_data(this: Run) -> dict[str, Any]:
+    """Training split, and the one to evaluate on where evaluation is switched on."""
+    from preftune.data import load
+
+    script, args = this.settings.script, this.args
+    common: dict[str, Any] = {
+        "dataset_format": args.dataset_format,
+        "pairing": script.pairing,
+        "on_bad_rows": args.on_bad_rows,
+        "seed": args.seed,
+    }
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" or args.do_eval
+    if script.dataset_name is None:
+        splits = load(
+            dataset_mixture=script.dataset_mixture,
+            dataset_mixer=script.dataset_mixer,
+            dataset_splits=script.dataset_splits,
+            columns=script.dataset_columns,
+            quarantine_path=args.quarantine_path,
+            **common,
+        )
+    else:
+        common |= {"dataset_config": script.dataset_config, "columns": script.dataset_columns}
+        quarantine = args.quarantine_path
+        splits = load(script.dataset_name, split=script.dataset_train_split, quarantine_path=quarantine, **common)
+        if evaluates and ("test" not in splits or this.settings.origins["dataset_test_split"].kind != "default"):
+            splits["test"] = load(script.dataset_name, split=script.dataset_test_split, **common)["train"]
+    if not evaluates:
+        splits.pop("test", None)
+    elif "test" not in splits:
+        raise ConfigError(
+            "evaluation is switched on, and the data have no test split",
+            where="eval_strategy",
+            remedy="set test_split_size in dataset_mixture, or eval_strategy: 'no'",
+        )
+    return splits
+
+
+# ---- training and what follows -------------------------------------------------------------------------------------
+
+
+def _show(this: Run, plan: Any) -> None:
+    from preftune.cli.panel import summary
+
+    panel = summary(plan, paired=this.verb != "sft", output_dir=str(this.args.output_dir), notes=this.settings.notes)
+    this.console.print(panel)
+
+
+def _train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> int:
+    from preftune.cli.callbacks import StopOnSignal, replace_progress, say_to_stderr
+
+    stop = StopOnSignal(say_to_stderr if trainer.is_world_process_zero() else lambda text: None)
+    progress = replace_progress(trainer, this.console)
+    trainer.add_callback(stop)
+    try:
+        outcome = trainer.train(resume_from_checkpoint=this.args.resume_from_checkpoint)
+    finally:
+        progress.close()
+        stop.restore()
+    if stop.stopped_at is not None and stop.stopped_at < trainer.state.max_steps:
+        checkpoint = os.path.join(this.args.output_dir, f"checkpoint-{stop.stopped_at}")
+        this.console.print(
+            f"stopped; saved {checkpoint}\nto go on: {resume_command(this.verb, this.argv)}", markup=False
+        )
+        _end(trainer)
+        return INTERRUPTED
+    results = dict(outcome.metrics)
+    trainer.save_metrics("train", outcome.metrics)
+    if splits.get("test") is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        results |= metrics
+    trainer.save_model(this.args.output_dir)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        _leave_records(this, trainer, plan, splits, results)
+    this.console.print(f"saved {this.args.output_dir}", markup=False, highlight=False)
+    _push(this, trainer)
+    _end(trainer)
+    return 0
+
+
+def resume_command(verb: str, argv: Sequence[str]) -> str:
+    """The same command line, going on from the last checkpoint."""
+    kept: list[str] = []
+    skipping = False
+    for token in argv:
+        if token.startswith("--"):
+            skipping = token.partition("=")[0].replace("-", "_") == "__resume_from_checkpoint"
+        if not skipping:
+            kept.append(token)
+    return shlex.join(["preftune", verb, *kept, "--resume_from_checkpoint", "true"])
+
+
+def _leave_records(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Provenance and model card beside the weights."""
+    from preftune.cli.records import make_card
+    from preftune.training import card, provenance
+
+    data = {
+        split: {"names": dataset_names(this.settings.script), **provenance.describe_dataset(dataset)}
+        for split, dataset in splits.items()
+    }
+    document = provenance.collect(
+        argv=[this.verb, *this.argv],
+        settings=this.snapshot,
+        origins=this.settings.origins,
+        plan=plan,
+        data=data,
+        results=results,
+        notes=this.settings.notes,
+        num_processes=this.args.world_size,
+    )
+    provenance.write(this.args.output_dir, document)
+    made = make_card(
+        this.verb, this.snapshot, this.settings.origins, plan, dataset_names(this.settings.script), results
+    )
+    card.write(this.args.output_dir, made)
+    # A push would write the library's own card over it.
+    trainer.create_model_card = lambda *args, **kwargs: None
+
+
+def _push(this: Run, trainer: Any) -> None:
+    if not this.args.push_to_hub:
+        return
+    try:
+        trainer.push_to_hub(commit_message="End of training")
+    except Exception as error:
+        # Whatever the network does, the run itself is complete and on disk.
+        raise SetupError(
+            f"the push failed ({flat(error)[:200]}); everything is in {this.args.output_dir}",
+            where="push_to_hub",
+            remedy=f"run hf upload {this.args.hub_model_id or 'REPOSITORY'} {this.args.output_dir}",
+        ) from error
+
+
+def _end(trainer: Any) -> None:
+    end: Callable[[], None] | None = getattr(trainer, "end", None)  # transformers 5.18 and later
+    if end is not None:
+        end()

@@ -1,0 +1,150 @@
+"""Which tokens of a conversation the assistant wrote."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from preftune.data.formats.base import BadRow, Message, Row
+from preftune.data.tokenise import Encoder, template_error
+from preftune.data.truncate import Ids
+from preftune.errors import ModelError
+
+Masked = tuple[Ids, list[int]]
+
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def has_markers(encoder: Encoder) -> bool:
+    """Whether the chat template marks assistant text with ``{% generation %}``."""
+    template = encoder.chat_template or encoder.tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template["default"]
+    return isinstance(template, str) and _MARKER.search(template) is not None
+
+
+def assistant_masks(
+    encoder: Encoder, conversations: Sequence[list[Message]], rows: Sequence[Row]
+) -> list[Masked | BadRow]:
+    """Token ids of conversations, and 1 for every token of an assistant turn.
+
+    A template with ``{% generation %}`` says itself what the assistant wrote. For any other, a turn begins where the
+    rendering of the turns before it, with the generation prompt, ends, and reaches as far as the rendering of the
+    conversation up to and with the turn.
+
+    Args:
+        encoder: Tokenizer and template.
+        conversations: Lists of messages.
+        rows: The row each belongs to, for its tools and template arguments.
+
+    Returns:
+        ``(ids, mask)`` per conversation; a :class:`BadRow` where the template failed, has no assistant text, or
+        renders earlier turns differently once others follow.
+
+    Raises:
+        ModelError: The tokenizer cannot tell which characters a token stands for.
+    """
+    if not encoder.tokenizer.is_fast:
+        raise ModelError(
+            "assistant_only_loss needs a fast tokenizer",
+            where=type(encoder.tokenizer).__name__,
+            remedy="load it with use_fast=True",
+        )
+    one = _from_markers if has_markers(encoder) else _from_prefixes
+    out: list[Masked | BadRow] = []
+    for conversation, row in zip(conversations, rows, strict=True):
+        result = one(encoder, conversation, encoder.arguments(row))
+        if not isinstance(result, BadRow) and 1 not in result[1]:
+            result = BadRow(
+                "no_assistant_tokens",
+                "messages",
+                "the chat template marks no token as the assistant's",
+                remedy="add an assistant turn, correct the template's {% generation %}, or set on_bad_rows: skip",
+            )
+        out.append(result)
+    return out
+
+
+def _from_markers(encoder: Encoder, conversation: list[Message], arguments: Mapping[str, Any]) -> Masked | BadRow:
+    call: Any = encoder.tokenizer.apply_chat_template
+    encoder.require_template(arguments)
+    try:
+        encoded = call(conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **arguments)
+    except Exception as error:  # a template may raise anything
+        return template_error(error)
+    return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+
+
+def _from_prefixes(encoder: Encoder, conversation: list[Message], arguments: Mapping[str, Any]) -> Masked | BadRow:
+    spans = turn_spans(encoder, conversation, arguments)
+    if isinstance(spans, BadRow):
+        return spans
+    (text,) = encoder.render([conversation], arguments, False)
+    encoded = encoder.tokenizer(text, add_special_tokens=False)
+    mask = [0] * len(encoded["input_ids"])
+    for start, end in spans:
+        tokens = [token for token in map(encoded.char_to_token, range(start, end)) if token is not None]
+        if tokens:
+            mask[tokens[0] : tokens[-1] + 1] = [1] * (tokens[-1] + 1 - tokens[0])
+    return list(encoded["input_ids"]), mask
+
+
+def turn_spans(
+    encoder: Encoder, conversation: list[Message], arguments: Mapping[str, Any]
+) -> list[tuple[int, int]] | BadRow:
+    """First and last-plus-one character of every assistant turn in the rendered conversation.
+
+    Args:
+        encoder: Tokenizer and template.
+        conversation: Messages.
+        arguments: Arguments of the template.
+
+    Returns:
+        Spans in the text, or a :class:`BadRow`.
+    """
+
+    def render(turns: list[Message], open_turn: bool) -> str:
+        (text,) = encoder.render([turns], arguments, open_turn)
+        if isinstance(text, BadRow):
+            raise text
+        return text
+
+    try:
+        full = render(conversation, False)
+        spans = []
+        for i, message in enumerate(conversation):
+            if message.get("role") != "assistant":
+                continue
+            upto = full if i == len(conversation) - 1 else render(conversation[: i + 1], False)
+            before = render(conversation[:i], False) if i else ""
+            if not full.startswith(upto) or not full.startswith(before):
+                return _unstable_template()
+            start = _turn_start(render, conversation[:i], full, before)
+            spans.append((start, max(start, len(upto))))
+        return spans
+    except BadRow as bad:
+        return bad
+
+
+def _turn_start(render: Any, earlier: list[Message], full: str, before: str) -> int:
+    if earlier:
+        opened = render(earlier, True)
+        # A template may put more into the generation prompt than into the finished turn, for example a thinking tag.
+        shared = len(opened) if full.startswith(opened) else len(os.path.commonprefix([opened, full]))
+        return max(shared, len(before))
+    # No turn stands before it, and templates cannot render nothing: learn the turn's header from another conversation.
+    other = [{"role": "user", "content": "."}]
+    header = render(other, True).removeprefix(render(other, False))
+    position = full.find(header) if header else -1
+    return position + len(header) if position >= 0 else 0
+
+
+def _unstable_template() -> BadRow:
+    return BadRow(
+        "template_changes_earlier_turns",
+        "messages",
+        "the chat template renders earlier turns differently once others follow, so assistant turns cannot be located",
+        remedy="use a template with {% generation %} markers, or set assistant_only_loss: false",
+    )

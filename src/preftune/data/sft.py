@@ -1,0 +1,363 @@
+"""From rows to tokenised examples for supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from preftune.data import batches
+from preftune.data.assistant import assistant_masks, has_markers
+from preftune.data.batches import Outcome
+from preftune.data.convert import convert_row
+from preftune.data.files import from_dataset
+from preftune.data.formats import FORMATS, FormatSpec, Row, resolve
+from preftune.data.formats.base import BadRow
+from preftune.data.options import DataOptions
+from preftune.data.prepare import place_of, sum_counts
+from preftune.data.report import PrepareReport, build_report
+from preftune.data.rows import BadRowHandler
+from preftune.data.sources import load_report
+from preftune.data.tokenise import Encoder, sequences, shared_prefix
+from preftune.data.truncate import EMPTY, NOT_SCORED, Ids
+from preftune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+SFT_COLUMNS = ("input_ids", "loss_mask")
+
+
+@dataclass
+class Example:
+    """One tokenised example before truncation.
+
+    Attributes:
+        ids: Token ids.
+        mask: 1 for every token that is trained on.
+        merged: End of the tokenised prompt that the sequence does not contain.
+        doubled_bos: A second beginning-of-sequence token was removed.
+    """
+
+    ids: Ids
+    mask: list[int]
+    merged: Ids
+    doubled_bos: bool = False
+
+
+def _with_chosen(spec: FormatSpec) -> FormatSpec:
+    """The format of preference rows, read as examples of the chosen answer."""
+
+    def convert(row: Mapping[str, Any]) -> Row:
+        pair = spec.convert(row)
+        pair.pop("rejected")
+        return {"prompt": pair.pop("prompt"), "completion": pair.pop("chosen"), **pair}
+
+    return replace(spec, kind="sft", convert=convert)
+
+
+class SftWorker:
+    """Rows of one format to tokenised, truncated examples.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        options: Data options.
+        format_name: Format of the rows.
+        name: Name of the data set, for messages.
+        text_field: Column of plain text.
+        completion_only_loss: Train on completions only; ``None`` does so where rows have one.
+        assistant_only_loss: Train on assistant turns only.
+    """
+
+    columns = SFT_COLUMNS
+    floats: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: DataOptions,
+        format_name: str,
+        name: str,
+        *,
+        text_field: str = "text",
+        completion_only_loss: bool | None = None,
+        assistant_only_loss: bool = False,
+    ) -> None:
+        self.encoder = Encoder(tokenizer, options.chat_template)
+        self.options = options
+        self.format = format_name
+        self.name = name
+        self.text_field = text_field
+        self.completion_only_loss = completion_only_loss
+        self.assistant_only_loss = assistant_only_loss
+
+    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
+        """One outcome per row."""
+        handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
+        spec = FORMATS[self.format]
+        spec = _with_chosen(spec) if spec.kind == "preference" else spec
+        outcomes, positions, canonical = [Outcome() for _ in rows], [], []
+        for position, (raw, index) in enumerate(zip(rows, indices, strict=True)):
+            handler.reason = ""
+            if self.format == "text" and self.text_field != "text":
+                raw = {**raw, "text": raw.get(self.text_field)}
+            converted = convert_row(raw, place_of(self.name, index), spec, handler)
+            outcomes[position].bad = handler.reason
+            if converted:
+                positions.append(position)
+                canonical.append(converted[0])
+            else:
+                outcomes[position].status = batches.BAD
+        merged: Ids = []
+        for position, row, result in zip(positions, canonical, self.examples(canonical), strict=True):
+            if isinstance(result, BadRow):
+                handler.keep(result, place_of(self.name, indices[position]), rows[position], converted=False)
+                outcomes[position] = Outcome(status=batches.BAD, bad=result.reason)
+                continue
+            merged = merged or result.merged
+            self._fill(outcomes[position], row, result)
+        if merged:
+            outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
+        return outcomes
+
+    def examples(self, rows: Sequence[Row]) -> list[Example | BadRow]:
+        """Tokenised examples of checked canonical rows, before truncation."""
+        out: list[Any] = [None] * len(rows)
+        for kind in ("text", "messages", "completion"):
+            positions = [i for i, row in enumerate(rows) if kind in row]
+            some = [rows[i] for i in positions]
+            if not some:
+                continue
+            results = {"text": self._texts, "messages": self._messages, "completion": self._completions}[kind](some)
+            for i, result in zip(positions, results, strict=True):
+                out[i] = result
+        return out
+
+    def _texts(self, rows: Sequence[Row]) -> list[Example | BadRow]:
+        out: list[Example | BadRow] = []
+        for ids in self.encoder.encode([self.encoder.with_eos(row["text"]) for row in rows], special=True):
+            clean = self.encoder.drop_doubled_bos(ids)
+            out.append(Example(clean, [1] * len(clean), [], len(clean) < len(ids)))
+        return out
+
+    def _messages(self, rows: Sequence[Row]) -> list[Example | BadRow]:
+        conversations = [row["messages"] for row in rows]
+        if self.assistant_only_loss:
+            masked = assistant_masks(self.encoder, conversations, rows)
+            return [one if isinstance(one, BadRow) else Example(one[0], one[1], []) for one in masked]
+        encoded = self.encoder.conversations(conversations, rows, generation_prompt=False)
+        return [ids if isinstance(ids, BadRow) else Example(ids, [1] * len(ids), []) for ids in encoded]
+
+    def _completions(self, rows: Sequence[Row]) -> list[Example | BadRow]:
+        out: list[Example | BadRow] = []
+        for row, parts in zip(rows, sequences(self.encoder, rows, ("completion",)), strict=True):
+            if isinstance(parts, BadRow):
+                out.append(parts)
+                continue
+            plain = isinstance(row["prompt"], str)
+            prompt, ids = (self.encoder.drop_doubled_bos(part) for part in parts) if plain else parts
+            start = shared_prefix(prompt, ids)
+            mask = [1] * len(ids) if self.completion_only_loss is False else [0] * start + [1] * (len(ids) - start)
+            out.append(Example(ids, mask, prompt[start:], plain and len(ids) < len(parts[1])))
+        if self.assistant_only_loss:
+            whole = [[*row["prompt"], *row["completion"]] for row in rows]
+            for i, masked in enumerate(assistant_masks(self.encoder, whole, rows)):
+                example = out[i]
+                if isinstance(masked, BadRow) or isinstance(example, BadRow):
+                    out[i] = masked if isinstance(masked, BadRow) else example
+                else:
+                    example.mask = [a & b for a, b in zip(example.mask, masked[1], strict=True)]
+        return out
+
+    def _fill(self, outcome: Outcome, row: Row, example: Example) -> None:
+        missing = not self.encoder.ends_with_eos(example.ids)
+        chat = not isinstance(row.get("text", row.get("prompt")), str)
+        appended = missing and chat and self.options.append_eos and self.encoder.tokenizer.eos_token_id is not None
+        if appended:
+            example.ids = self.encoder.append_eos(example.ids)
+            turns: list[Any] = row.get("messages") or row["completion"]
+            example.mask = [*example.mask, int(not self.assistant_only_loss or turns[-1].get("role") == "assistant")]
+        outcome.flags = (
+            batches.MERGED * bool(example.merged)
+            + batches.DOUBLED_BOS * example.doubled_bos
+            + batches.EOS_MISSING * missing
+            + batches.EOS_APPENDED * appended
+        )
+        enter(outcome, example.ids, example.mask, self.options)
+
+
+class TokenisedSftWorker:
+    """Examples that are tokenised already: the mask is taken over, and only truncation is left to do.
+
+    Args:
+        options: Data options.
+        completion_only_loss: Whether a ``completion_mask`` column counts.
+    """
+
+    columns = SFT_COLUMNS
+    floats: tuple[str, ...] = ()
+
+    def __init__(self, options: DataOptions, completion_only_loss: bool | None) -> None:
+        self.options = options
+        self.mask_columns = ("assistant_masks", "completion_mask") if completion_only_loss else ("assistant_masks",)
+
+    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
+        """One outcome per row."""
+        out = []
+        for row in rows:
+            ids = row["input_ids"]
+            if row.get("loss_mask") is not None:
+                mask = list(row["loss_mask"])
+            elif row.get("labels") is not None:
+                mask = [int(label != -100) for label in row["labels"]]
+            else:
+                masks = [row[column] for column in self.mask_columns if row.get(column) is not None]
+                mask = [int(all(bits)) for bits in zip(*masks, strict=True)] if masks else [1] * len(ids)
+            outcome = Outcome()
+            enter(outcome, ids, mask, self.options)
+            out.append(outcome)
+        return out
+
+
+def enter(outcome: Outcome, ids: Ids, mask: list[int], options: DataOptions) -> None:
+    """Truncate an example and enter it into an outcome, or the reason why nothing is left to learn from."""
+    if options.max_length is not None and len(ids) > options.max_length:
+        part = slice(-options.max_length, None) if options.truncation_mode == "keep_end" else slice(options.max_length)
+        ids, mask = ids[part], mask[part]
+        outcome.flags |= batches.TRUNCATED
+    # Nothing stands before the first token, so nothing predicts it.
+    if 1 not in mask[1:]:
+        outcome.status = NOT_SCORED if 1 in mask else EMPTY
+        return
+    outcome.lists = (ids, mask)
+
+
+def prepare_sft(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    *,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    dataset_text_field: str = "text",
+    name: str = "train",
+) -> tuple[Dataset, PrepareReport]:
+    """Tokenise, mask and truncate data for supervised fine-tuning.
+
+    Args:
+        dataset: Rows of an SFT format, preference rows (their chosen answers are the completions), or a data set with
+            ``input_ids`` and optionally ``loss_mask``, ``labels``, ``completion_mask`` or ``assistant_masks``.
+        tokenizer: Tokenizer of the model, with its chat template where the rows are conversations.
+        options: Data options; ``max_prompt_length`` has no meaning here and is refused.
+        completion_only_loss: Train on completions only; ``None`` does so where rows have a prompt and a completion.
+        assistant_only_loss: Train on assistant turns only; for conversations.
+        dataset_text_field: Column of plain text.
+        name: Name of the data set, for messages and the report.
+
+    Returns:
+        A data set with ``input_ids`` and ``loss_mask`` (1 for every token trained on), and the report. Ids and mask
+        are those that TRL 1.16's ``SFTTrainer`` trains on, with two exceptions: a doubled BOS token is removed, and
+        an example with no scored token is dropped.
+
+    Raises:
+        ConfigError: Settings that contradict each other or the data.
+        DataError: Bad rows that the policy does not allow, too many lost rows, or no SFT data.
+        ModelError: The tokenizer lacks a chat template, an end-of-sequence token, or character offsets.
+    """
+    if options.max_prompt_length is not None:
+        raise ConfigError(
+            "max_prompt_length is for preference pairs",
+            where="max_prompt_length",
+            value=options.max_prompt_length,
+            remedy="use max_length",
+        )
+    loaded = load_report(dataset)
+    dataset, notes = batches.materialise(dataset, name)
+    notes = [*(loaded.notes if loaded else ()), *notes]
+    worker: SftWorker | TokenisedSftWorker
+    if "input_ids" in dataset.column_names:
+        format_name = "tokenised"
+        worker = TokenisedSftWorker(options, completion_only_loss)
+        if "completion_mask" in dataset.column_names and not completion_only_loss:
+            notes.append("completion_mask is not used, as in TRL, unless completion_only_loss is true")
+    else:
+        spec = _format_of(dataset, options, name, dataset_text_field)
+        format_name = spec.name
+        worker = SftWorker(
+            tokenizer,
+            options,
+            spec.name,
+            name,
+            text_field=dataset_text_field,
+            completion_only_loss=completion_only_loss,
+            assistant_only_loss=assistant_only_loss,
+        )
+        notes += _setting_notes(spec, worker)
+    result, tally = batches.run(dataset, worker, options.num_proc, f"Preparing {name}")
+    rows_read = len(dataset) + (loaded.num_lost if loaded else 0)
+    batches.check_share(tally, rows_read, loaded.num_lost if loaded else 0, options.max_dropped_share, name)
+    bad = sum_counts(tally.bad, loaded.bad_rows if loaded else {})
+    lengths, num_trained = _lengths(result)
+    return result, build_report(
+        name=name,
+        format_name=format_name,
+        rows_read=rows_read,
+        rows_kept=len(result),
+        tally=tally,
+        bad_rows=bad,
+        options=options,
+        notes=notes,
+        lengths={"sequence": lengths},
+        tokens=(int(lengths.sum()) - num_trained, num_trained, 0),
+    )
+
+
+def _lengths(result: Dataset) -> tuple[Any, int]:
+    """Lengths of the sequences, and the number of tokens trained on."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    table = result.data.table
+    return pc.list_value_length(table["input_ids"]).to_numpy(), int(np.sum(pc.list_flatten(table["loss_mask"])))
+
+
+def _format_of(dataset: Dataset, options: DataOptions, name: str, text_field: str) -> FormatSpec:
+    columns = list(dataset.column_names)
+    example = from_dataset(name, dataset).example()
+    if text_field != "text" and text_field in columns:
+        columns, example = [*columns, "text"], {**example, "text": example[text_field]}
+    skip = ("hh",) if options.implicit_prompt == "common_prefix" else ()
+    spec = resolve(options.dataset_format, columns, example, where=f"{name} data set", skip=skip)
+    if spec.kind in ("ranked", "unpaired"):
+        raise DataError(
+            f"rows of the format {spec.name} do not say which answer to learn",
+            where=f"{name} data set",
+            value=columns,
+            remedy="load them with a pairing, or name the answer with `columns: {theirs: completion}`",
+        )
+    return spec
+
+
+def _setting_notes(spec: FormatSpec, worker: SftWorker) -> list[str]:
+    notes = []
+    if spec.kind == "preference":
+        notes.append("these are preference pairs: their chosen answers are trained on")
+    if worker.completion_only_loss and spec.name in ("text", "messages", "sharegpt"):
+        notes.append(
+            f"completion_only_loss has no effect on rows without a completion ({spec.name}): every token is trained on"
+        )
+    if worker.assistant_only_loss:
+        if spec.name == "text":
+            raise ConfigError(
+                "assistant_only_loss needs conversations",
+                where="assistant_only_loss",
+                value=True,
+                remedy="set it to false",
+            )
+        if not has_markers(worker.encoder):
+            notes.append(
+                "the chat template has no {% generation %} markers: assistant turns were located by rendering each"
+                " conversation up to them"
+            )
+    return notes

@@ -1,0 +1,207 @@
+"""Supervised fine-tuning on packed rows: a drop-in for TRL's trainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from preftune.data import PrepareReport, prepare_sft
+from preftune.errors import ConfigError, ModelError
+from preftune.kernels.head import TokenScores
+from preftune.packing import Branch, PackedRow, Tree
+from preftune.training import setup
+from preftune.training.base import PackedTrainer, RowTerms
+from preftune.training.batch import Example
+from preftune.training.config import SFTConfig
+from preftune.training.metrics import Term
+
+_NO_PREFIX = np.zeros(0, dtype=np.int64)
+
+
+class SFTTrainer(PackedTrainer):
+    """Supervised fine-tuning, the stage before preference tuning.
+
+    Takes the arguments of TRL's trainer of the same name, with the same meaning. The loss is the mean over all trained
+    tokens of an optimizer step.
+
+    Args:
+        model: Name or path, or a model, PEFT-wrapped or not.
+        args: Settings.
+        data_collator: Not used: rows are packed, not collated. Passing one is refused.
+        train_dataset: Plain text, prompt and completion, or messages.
+        eval_dataset: Held-out data, or a mapping of names to such.
+        processing_class: Tokenizer; by default the model's own.
+        compute_loss_func: Not available, since no logits exist. Passing one is refused.
+        compute_metrics: Not available, since no logits exist. Passing one is refused.
+        callbacks: Trainer callbacks.
+        optimizers: Optimizer and scheduler to use instead of the configured ones.
+        optimizer_cls_and_kwargs: Optimizer class and its arguments.
+        preprocess_logits_for_metrics: Not available, since no logits exist. Passing one is refused.
+        quantization_config: Quantisation for a model given by name.
+        peft_config: Adapter to train instead of the whole model.
+        formatting_func: Turns a row into the text to train on.
+    """
+
+    args: SFTConfig
+    example_columns = ("input_ids", "loss_mask")
+    denominator = 1
+    _tag_names = ("preftune", "sft")
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        args: SFTConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[Any], str] | None = None,
+    ) -> None:
+        args = args or SFTConfig(setup.default_output_dir(model, "SFT"))
+        setup.refuse_collator(data_collator)
+        setup.require_dataset(train_dataset)
+        for name, given in (
+            ("compute_loss_func", compute_loss_func),
+            ("compute_metrics", compute_metrics),
+            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
+        ):
+            if given is not None:
+                raise ConfigError("not available: logits are never built", where=name, remedy=f"leave {name} out")
+        set_seed(args.seed)
+        model, processing_class = setup.load(model, processing_class, args, quantization_config)
+        self._use_template_file(processing_class, args)
+        self._use_eos(processing_class, args)
+        model = setup.wrap_peft(model, peft_config, args)
+        self.reports: dict[str, PrepareReport] = {}
+        self._data_options = setup.data_options(args)
+        self._formatting_func = formatting_func
+        if args.packing:
+            warnings.warn(
+                "packing never mixes examples here, so that a batch still counts examples: with per_device_train_batch_size"
+                " as it was, there are more and smaller steps than where examples are joined",
+                UserWarning,
+                stacklevel=2,
+            )
+        if args.shuffle_dataset:
+            train_dataset = train_dataset.shuffle(seed=args.seed)
+        train_dataset = self._prepared(train_dataset, processing_class, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {k: self._prepared(each, processing_class, args, k) for k, each in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepared(eval_dataset, processing_class, args, "eval")
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        setup.add_tags(self.model, self._tag_names)
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _use_template_file(tokenizer: Any, args: SFTConfig) -> None:
+        if args.chat_template_path is None:
+            return
+        path = Path(args.chat_template_path)
+        if path.suffix in (".jinja", ".j2"):
+            if not path.is_file():
+                raise ConfigError("no such file", where="chat_template_path", value=str(path))
+            tokenizer.chat_template = path.read_text()
+            return
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(str(path)).chat_template
+        except (OSError, ValueError) as error:
+            raise ConfigError("no tokenizer to take a chat template from", where="chat_template_path", value=str(path)) from error
+
+    @staticmethod
+    def _use_eos(tokenizer: Any, args: SFTConfig) -> None:
+        if args.eos_token is None:
+            return
+        if args.eos_token not in tokenizer.get_vocab():
+            raise ConfigError("no such token in the vocabulary", where="eos_token", value=args.eos_token)
+        tokenizer.eos_token = args.eos_token
+
+    def _prepared(self, dataset: Any, tokenizer: Any, args: SFTConfig, name: str) -> Any:
+        if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
+            return self._as_tokenised(dataset, name)
+        if self._formatting_func is not None:
+            function = self._formatting_func
+            if args.completion_only_loss:
+                raise ConfigError(
+                    "a formatting function leaves no completion to tell apart",
+                    where="completion_only_loss",
+                    value=True,
+                    remedy="drop formatting_func or completion_only_loss",
+                )
+            dataset = dataset.map(lambda row: {"text": function(row)}, remove_columns=dataset.column_names)
+        elif args.dataset_text_field != "text" and args.dataset_text_field in (dataset.column_names or ()):
+            dataset = dataset.rename_column(args.dataset_text_field, "text")
+        prepared, self.reports[name] = prepare_sft(
+            dataset,
+            tokenizer,
+            self._data_options,
+            completion_only_loss=args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss,
+            name=name,
+        )
+        return prepared
+
+    @staticmethod
+    def _as_tokenised(dataset: Any, name: str) -> Any:
+        if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
+            raise ModelError("skip_prepare_dataset needs a dataset with input_ids", where=name)
+        if "loss_mask" in dataset.column_names:
+            return dataset
+        if "labels" in dataset.column_names:
+            return dataset.map(lambda row: {"loss_mask": [int(label != -100) for label in row["labels"]]})
+        return dataset.map(lambda row: {"loss_mask": [1] * len(row["input_ids"])})
+
+    def example_trees(self, example: Example, number: int) -> tuple[Tree, ...]:
+        """One tree with one branch, the whole example."""
+        return (Tree(_NO_PREFIX, (Branch(example["input_ids"], 2 * number, example["loss_mask"]),)),)
+
+    def example_totals(self, examples: list[Example]) -> list[float]:
+        """Number of examples, and of trained tokens."""
+        return [float(len(examples)), float(sum(int(e["loss_mask"][1:].sum()) for e in examples))]
+
+    def num_tokens(self, examples: list[Example]) -> int:
+        """Tokens of all examples."""
+        return sum(len(e["input_ids"]) for e in examples)
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def row_terms(self, row: PackedRow, scores: TokenScores, examples: list[Example], totals: list[float]) -> RowTerms:
+        """Negative log-likelihood over the step's trained tokens."""
+        losses = -scores.logps
+        if self.args.loss_type == "dft":
+            losses = losses * scores.logps.detach().exp()
+        metrics: dict[str, Term] = {}
+        number = float(len(row.target_ids))
+        if scores.entropy is not None and scores.top1 is not None:
+            metrics["entropy"] = (scores.entropy.sum(), number)
+            metrics["mean_token_accuracy"] = (scores.top1.sum(), number)
+        return RowTerms(losses.sum(), number, metrics)
+
+
+__all__ = ["SFTTrainer"]
