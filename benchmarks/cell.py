@@ -1,6 +1,6 @@
 """One measured cell in a process of its own, so that its peak memory is its own too.
 
-Called by ``run.py`` as ``cell.py SPEC.json RESULT.json``. The clock covers what a user waits for: building the trainer
+Called by ``run.py`` as ``python -m benchmarks.cell SPEC.json RESULT.json``. The clock covers what a user waits for: building the trainer
 (tokenisation, reference pass, start-up probe) and ``train()``, on empty caches. Imports, loading the model and reading
 the rows come before it, and the memory baseline is taken after them.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import platform
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import workloads
+
+from benchmarks import workloads
 
 VARIANTS = {
     "trl": "TRL as shipped",
@@ -88,9 +90,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     if spec["variant"] in TRL_VARIANTS:
-        from trl import DPOConfig, DPOTrainer
+        library: Any = importlib.import_module("trl")
     else:
-        from preftune import DPOConfig, DPOTrainer  # type: ignore[assignment]
+        library = importlib.import_module("preftune")
+    config_class, trainer_class = library.DPOConfig, library.DPOTrainer
 
     if spec.get("threads"):
         torch.set_num_threads(spec["threads"])
@@ -101,7 +104,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     folder = workloads.model_folder(work, spec["model"], tokenizer)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if spec["model"] == "llama-3.1-8b" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     dataset = Dataset.from_list(rows)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if spec["peft"] == "lora" else None
     if cuda:
@@ -110,10 +113,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         cuda_baseline = torch.cuda.memory_allocated()
     with PeakMemory() as memory:
-        start = time.perf_counter()
-        trainer = DPOTrainer(
+        start, cpu_start = time.perf_counter(), time.process_time()
+        trainer = trainer_class(
             model=model,
-            args=DPOConfig(**_settings(spec, cuda)),
+            args=config_class(**_settings(spec, cuda)),
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=lora,
@@ -122,7 +125,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         output = trainer.train()
         if cuda:
             torch.cuda.synchronize()
-        end = time.perf_counter()
+        end, cpu_end = time.perf_counter(), time.process_time()
     growth = torch.cuda.max_memory_allocated() - cuda_baseline if cuda else memory.growth
     expected_steps = -(-spec["num_rows"] // spec["batch_size"])
     if trainer.state.global_step != expected_steps:
@@ -131,6 +134,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "seconds": end - start,
         "construction_seconds": built - start,
         "training_seconds": end - built,
+        "cpu_seconds": cpu_end - cpu_start,
         "num_pairs": spec["num_rows"],
         "num_steps": expected_steps,
         "num_useful_tokens": sum(map(sum, counts)),
@@ -177,11 +181,12 @@ def count_tokens(rows: list[dict[str, Any]], tokenizer: Any, max_length: int) ->
 
     def length(prompt: Any, completion: Any = None) -> int:
         if isinstance(prompt, str):
-            return len(tokenizer(prompt + (completion or "")).input_ids) + (completion is not None)
+            # A completion gets an end-of-sequence token; conversations bring theirs in the template.
+            return int(len(tokenizer(prompt + (completion or "")).input_ids) + (completion is not None))
         text = tokenizer.apply_chat_template(
             prompt + (completion or []), tokenize=False, add_generation_prompt=completion is None
         )
-        return len(tokenizer(text).input_ids)
+        return int(len(tokenizer(text).input_ids))
 
     counts = []
     for row in rows:

@@ -152,9 +152,7 @@ def _data_file(name: str) -> Path:
     return file
 
 
-def _synthetic_rows(
-    workload: Workload, num_rows: int, tokenizer: Any, scale: float, rng: random.Random
-) -> list[Row]:
+def _synthetic_rows(workload: Workload, num_rows: int, tokenizer: Any, scale: float, rng: random.Random) -> list[Row]:
     words = [token[1:] for token in sorted(tokenizer.get_vocab()) if re.fullmatch("\u0120[a-z]{2,}", token)]
     completion = scale * workload.overall / (1 + workload.ratio)
     prompt = scale * workload.overall - completion
@@ -186,7 +184,9 @@ def _train_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     texts = [row[side] for row in _hh_rows() for side in ("prompt", "chosen", "rejected")]
-    texts += [turn["content"] for row in _dpo_en_rows() for side in ("prompt", "chosen", "rejected") for turn in row[side]]
+    texts += [
+        turn["content"] for row in _dpo_en_rows() for side in ("prompt", "chosen", "rejected") for turn in row[side]
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

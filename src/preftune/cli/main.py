@@ -27,7 +27,7 @@ VERBS: dict[str, str] = {
 }
 
 # These read their arguments themselves: settings are the fields of classes whose import takes seconds.
-_READ_THEMSELVES = frozenset({"sft", "dpo", "demo"})
+_READ_THEMSELVES = frozenset({"sft", "dpo", "data", "demo"})
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -16,9 +16,6 @@ from preftune.config import ModelConfig, Resolved, ScriptConfig, resolve, split_
 from preftune.config.fields import fields_of
 from preftune.errors import ConfigError, SetupError
 
-# The command line refuses where the Python classes, like TRL's, warn and go on.
-_CLI_DEFAULTS = {"on_bad_rows": "error", "max_dropped_share": 0.1}
-
 
 @dataclass
 class Run:
@@ -58,22 +55,27 @@ def run(verb: str, argv: Sequence[str]) -> int:
         PreftuneError: Any foreseen failure.
     """
     line = split_command_line(argv)
-    config_class, trainer_class = _classes(verb)
+    config_class, trainer_class = settings_classes(verb)
     if line.help:
         from preftune.cli.help import render
 
         groups = {"data and behaviour": ScriptConfig, "model": ModelConfig, "training": config_class}
         print(render(verb, VERBS[verb], groups))
         return 0
-    settings = resolve(line, config_class, defaults=_CLI_DEFAULTS, elsewhere=lambda name: _other_verb(verb, name))
-    this = Run(verb, tuple(argv), settings, {}, _console())
-    with plain_warnings(this.console), foreseen(this.args):
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    with plain_warnings(console):
+        settings = resolve(line, config_class, defaults=cli_defaults(), elsewhere=lambda name: _other_verb(verb, name))
+        return _run(Run(verb, tuple(argv), settings, {}, console), trainer_class)
+
+
+def _run(this: Run, trainer_class: type[Any]) -> int:
+    with foreseen(this.args):
         _complete(this)
-        this.snapshot.update(_snapshot(settings))
+        this.snapshot.update(_snapshot(this.settings))
         trainer, splits = _build(this, trainer_class)
         plan = trainer.plan()
         _show(this, plan)
-        if settings.script.dry_run:
+        if this.settings.script.dry_run:
             this.console.print("dry run: nothing was trained", highlight=False)
             return 0
         return _train(this, trainer, plan, splits)
@@ -82,16 +84,27 @@ def run(verb: str, argv: Sequence[str]) -> int:
 # ---- settings -----------------------------------------------------------------------------------------------------
 
 
-def _classes(verb: str) -> tuple[type[Any], type[Any]]:
+def settings_classes(verb: str) -> tuple[type[Any], type[Any]]:
+    """Settings class and trainer class of a training verb."""
     from preftune import training
 
     prefix = verb.upper()
     return getattr(training, f"{prefix}Config"), getattr(training, f"{prefix}Trainer")
 
 
+def cli_defaults() -> dict[str, Any]:
+    """Where the command line refuses, while the Python classes, like TRL's, warn and go on.
+
+    On a machine without accelerator the processor is meant, so that nobody has to say so.
+    """
+    import torch
+
+    return {"on_bad_rows": "error", "max_dropped_share": 0.1, "use_cpu": not torch.accelerator.is_available()}
+
+
 def _other_verb(verb: str, name: str) -> str | None:
     other = "sft" if verb == "dpo" else "dpo"
-    return other if name in fields_of(_classes(other)[0]) else None
+    return other if name in fields_of(settings_classes(other)[0]) else None
 
 
 def _snapshot(settings: Resolved[Any]) -> dict[str, dict[str, Any]]:
@@ -100,10 +113,6 @@ def _snapshot(settings: Resolved[Any]) -> dict[str, dict[str, Any]]:
         role: {item.name: getattr(holder, item.name) for item in fields(holder) if item.init}
         for role, holder in holders.items()
     }
-
-
-def _console() -> Console:
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _complete(this: Run) -> None:
@@ -155,7 +164,7 @@ def _build(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, Any]]:
     script, model, args = this.settings.script, this.settings.model, this.args
     with this.console.status("loading data"):
         offline = go_offline_if_unreachable([*dataset_names(script), model.model_name_or_path])
-        splits = _load_data(this)
+        splits = load_splits(this.settings, with_test=_evaluates(args))
     if offline:
         this.console.print(offline, style="yellow", highlight=False)
     paired = this.verb != "sft"
@@ -183,6 +192,10 @@ def _build(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, Any]]:
     return trainer, splits
 
 
+def _evaluates(args: Any) -> bool:
+    return str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" or bool(args.do_eval)
+
+
 def dataset_names(script: ScriptConfig) -> list[str]:
     """Names of all datasets that the settings mention."""
     if script.dataset_mixture:
@@ -191,34 +204,40 @@ def dataset_names(script: ScriptConfig) -> list[str]:
     return [*(script.dataset_mixer or {}), *([script.dataset_name] if script.dataset_name else [])]
 
 
-def _load_data(this: Run) -> dict[str, Any]:
-    """Training split, and the one to evaluate on where evaluation is switched on."""
+def load_splits(settings: Resolved[Any], *, with_test: bool) -> dict[str, Any]:
+    """Load the data that the settings name.
+
+    Args:
+        settings: Resolved settings.
+        with_test: Whether the run evaluates.
+
+    Returns:
+        ``train``, and ``test`` if it is asked for.
+
+    Raises:
+        ConfigError: If there is no test split to evaluate on.
+        DataError: If the data cannot be found, read or used.
+    """
     from preftune.data import load
 
-    script, args = this.settings.script, this.args
+    script, args = settings.script, settings.trainer
     common: dict[str, Any] = {
+        "columns": script.dataset_columns,
         "dataset_format": args.dataset_format,
         "pairing": script.pairing,
         "on_bad_rows": args.on_bad_rows,
         "seed": args.seed,
     }
-    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" or args.do_eval
-    if script.dataset_name is None:
-        splits = load(
-            dataset_mixture=script.dataset_mixture,
-            dataset_mixer=script.dataset_mixer,
-            dataset_splits=script.dataset_splits,
-            columns=script.dataset_columns,
-            quarantine_path=args.quarantine_path,
-            **common,
-        )
+    name, quarantine = script.dataset_name, args.quarantine_path
+    if name is None:
+        several = {key: getattr(script, key) for key in ("dataset_mixture", "dataset_mixer", "dataset_splits")}
+        splits = load(**several, dataset_config=script.dataset_config, quarantine_path=quarantine, **common)
     else:
-        common |= {"dataset_config": script.dataset_config, "columns": script.dataset_columns}
-        quarantine = args.quarantine_path
-        splits = load(script.dataset_name, split=script.dataset_train_split, quarantine_path=quarantine, **common)
-        if evaluates and ("test" not in splits or this.settings.origins["dataset_test_split"].kind != "default"):
-            splits["test"] = load(script.dataset_name, split=script.dataset_test_split, **common)["train"]
-    if not evaluates:
+        common["dataset_config"] = script.dataset_config
+        splits = load(name, split=script.dataset_train_split, quarantine_path=quarantine, **common)
+        if with_test and ("test" not in splits or settings.origins["dataset_test_split"].kind != "default"):
+            splits["test"] = load(name, split=script.dataset_test_split, **common)["train"]
+    if not with_test:
         splits.pop("test", None)
     elif "test" not in splits:
         raise ConfigError(

@@ -6,6 +6,7 @@ from preftune.data.options import DataOptions
 from preftune.data.prepare import prepare
 from preftune.data.report import PrepareReport
 from preftune.data.sft import prepare_sft
+from preftune.data.show import show
 from preftune.data.sources import LoadReport, load, load_report
 
-__all__ = ["DataOptions", "LoadReport", "PrepareReport", "load", "load_report", "prepare", "prepare_sft"]
+__all__ = ["DataOptions", "LoadReport", "PrepareReport", "load", "load_report", "prepare", "prepare_sft", "show"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preftune.data.formats.base import BadRow, Message, Row
+from preftune.data.formats.base import BadRow, Message, Row, common_prefix
 from preftune.data.tokenise import Encoder, template_error
 from preftune.data.truncate import Ids
 from preftune.errors import ModelError
@@ -132,8 +131,7 @@ def _turn_start(render: Any, earlier: list[Message], full: str, before: str) -> 
     if earlier:
         opened = render(earlier, True)
         # A template may put more into the generation prompt than into the finished turn, for example a thinking tag.
-        shared = len(opened) if full.startswith(opened) else len(os.path.commonprefix([opened, full]))
-        return max(shared, len(before))
+        return max(common_prefix(opened, full), len(before))
     # No turn stands before it, and templates cannot render nothing: learn the turn's header from another conversation.
     other = [{"role": "user", "content": "."}]
     header = render(other, True).removeprefix(render(other, False))

@@ -193,7 +193,7 @@ def _read_csv(path: Path, text: str) -> RawTable:
     start = 2
     try:
         for row in reader:
-            extra = row.pop(None, None)  # type: ignore[call-overload]
+            extra = row.pop(None, None)
             short = None in row.values()
             numbers.append(start)
             start = reader.line_num + 1

@@ -31,6 +31,34 @@ def place_of(name: str, index: int) -> str:
     return f"{name} data set, row {index} (the first is 0)"
 
 
+def canonical_batch(
+    raw: Sequence[Any], indices: Sequence[int], spec: FormatSpec, name: str, handler: BadRowHandler
+) -> tuple[list[Outcome], list[int], list[Row]]:
+    """Convert and check a batch of rows that are one example each.
+
+    Args:
+        raw: Rows as they are in the data set.
+        indices: Their row numbers.
+        spec: Their format.
+        name: Name of the data set, for messages.
+        handler: Decides about bad rows.
+
+    Returns:
+        One outcome per row, with the bad ones marked; and positions and canonical rows of those to go on with.
+    """
+    outcomes: list[Outcome] = []
+    positions: list[int] = []
+    rows: list[Row] = []
+    for position, (row, index) in enumerate(zip(raw, indices, strict=True)):
+        handler.reason = ""
+        converted = convert_row(row, place_of(name, index), spec, handler)
+        outcomes.append(Outcome(status="" if converted else batches.BAD, bad=handler.reason))
+        if converted:
+            positions.append(position)
+            rows.append(converted[0])
+    return outcomes, positions, rows
+
+
 class PairWorker:
     """Rows of one format to tokenised, truncated pairs.
 
@@ -55,18 +83,7 @@ class PairWorker:
         self, raw: Sequence[Any], indices: Sequence[int], handler: BadRowHandler
     ) -> tuple[list[Outcome], list[int], list[Row]]:
         """Outcomes with the bad rows marked, and positions and canonical rows of those to go on with."""
-        spec = FORMATS[self.format]
-        outcomes, positions, rows = [Outcome() for _ in raw], [], []
-        for position, (row, index) in enumerate(zip(raw, indices, strict=True)):
-            handler.reason = ""
-            converted = convert_row(row, place_of(self.name, index), spec, handler)
-            outcomes[position].bad = handler.reason
-            if converted:
-                positions.append(position)
-                rows.append(converted[0])
-            else:
-                outcomes[position].status = batches.BAD
-        return outcomes, positions, rows
+        return canonical_batch(raw, indices, FORMATS[self.format], self.name, handler)
 
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
@@ -169,17 +186,14 @@ def prepare(
     dataset, notes = batches.materialise(dataset, name)
     worker: PairWorker | TokenisedWorker
     bad_before: dict[str, int] = {}
+    rows_read = len(dataset)
     if all(column in dataset.column_names for column in PAIR_COLUMNS[:3]):
-        format_name, rows_read = "tokenised", len(dataset)
+        format_name = "tokenised"
         worker = TokenisedWorker(options, name)
     else:
-        spec = _format_of(dataset, options, name)
-        format_name, rows_read = spec.name, len(dataset)
-        if spec.kind in ("ranked", "unpaired"):
-            handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
-            rows, more = canonical_rows(from_dataset(name, dataset), spec, handler)
-            dataset, bad_before, spec = to_dataset(rows, name), dict(handler.counts), FORMATS["preference"]
-            notes += more
+        format_name = _format_of(dataset, options, name).name
+        dataset, spec, bad_before, more = pair_rows(dataset, options, name)
+        notes += more
         worker = PairWorker(tokenizer, options, spec, name)
     result, tally = batches.run(dataset, worker, options.num_proc, f"Preparing {name}")
     bad = sum_counts(bad_before, tally.bad, loaded.bad_rows if loaded else {})
@@ -201,6 +215,30 @@ def prepare(
         lengths=lengths,
         tokens=tokens,
     )
+
+
+def pair_rows(
+    dataset: Dataset, options: DataOptions, name: str
+) -> tuple[Dataset, FormatSpec, dict[str, int], list[str]]:
+    """Rows that are one pair each: ranked and unpaired rows are paired, all others returned as they are.
+
+    Args:
+        dataset: Rows of any preference format.
+        options: Data options.
+        name: Name of the data set, for messages.
+
+    Returns:
+        The rows, their format, bad rows by reason, and notes for the user.
+
+    Raises:
+        DataError: Not preference data, or bad rows that the policy does not allow.
+    """
+    spec = _format_of(dataset, options, name)
+    if spec.kind not in ("ranked", "unpaired"):
+        return dataset, spec, {}, []
+    handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
+    rows, notes = canonical_rows(from_dataset(f"{name} data set", dataset), spec, handler)
+    return to_dataset(rows, f"{name} data set"), FORMATS["preference"], dict(handler.counts), notes
 
 
 def sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:

@@ -156,14 +156,14 @@ def _warnings(report: PrepareReport, options: DataOptions) -> list[str]:
         out.append(f"{sum(report.bad_rows.values())} bad rows {fate}: {shorten(report.bad_rows)}{where}")
     if report.dropped:
         out.append(
-            f"{sum(report.dropped.values())} of {report.rows_read} rows dropped, nothing to learn from after truncation: "
-            + shorten(report.dropped)
+            f"{sum(report.dropped.values())} of {report.rows_read} rows dropped, nothing to learn from after truncation:"
+            f" {shorten(report.dropped)}"
         )
     if report.merged_share > 0:
         out.append(
-            f"in {report.merged_share:.1%} of the rows the prompt alone is tokenised differently from the prompt with its"
-            f" answer; the completion starts where they part, which leaves out {report.merged_example!r}. End prompts on"
-            " a token boundary, or use a template that renders both alike"
+            f"in {report.merged_share:.1%} of the rows the prompt alone is tokenised differently from the prompt with"
+            f" its answer; the completion starts where they part, which leaves out {report.merged_example!r}. End"
+            " prompts on a token boundary, or use a template that renders both alike"
         )
     if report.num_doubled_bos_fixed:
         out.append(f"{report.num_doubled_bos_fixed} rows began with two beginning-of-sequence tokens; one was removed")
@@ -171,7 +171,7 @@ def _warnings(report: PrepareReport, options: DataOptions) -> list[str]:
         out.append(f"the end-of-sequence token was appended to completions of {report.num_eos_appended} rows")
     elif report.num_eos_missing:
         out.append(
-            f"{report.num_eos_missing} rows have a completion without the end-of-sequence token: the model does not learn"
-            " to stop there. Use a template that writes it, or append_eos"
+            f"{report.num_eos_missing} rows have a completion without the end-of-sequence token: the model does not"
+            " learn to stop there. Use a template that writes it, or append_eos"
         )
     return out

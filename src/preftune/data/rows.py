@@ -130,11 +130,7 @@ def _same_kind(row: Mapping[str, Any], fields: tuple[str, ...]) -> None:
 
 
 def _not_empty(value: Any, field: str) -> None:
-    if isinstance(value, str):
-        empty = not value.strip()
-    else:
-        empty = all(_message_is_empty(message) for message in value)
-    if empty:
+    if not value.strip() if isinstance(value, str) else all(map(_message_is_empty, value)):
         raise BadRow("empty_completion", field, f"{field!r} is empty", remedy=_SKIP)
 
 

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 from preftune.data import batches
 from preftune.data.assistant import assistant_masks, has_markers
 from preftune.data.batches import Outcome
-from preftune.data.convert import convert_row
 from preftune.data.files import from_dataset
 from preftune.data.formats import FORMATS, FormatSpec, Row, resolve
-from preftune.data.formats.base import BadRow
+from preftune.data.formats.base import BadRow, common_prefix
 from preftune.data.options import DataOptions
-from preftune.data.prepare import place_of, sum_counts
+from preftune.data.prepare import canonical_batch, place_of, sum_counts
 from preftune.data.report import PrepareReport, build_report
 from preftune.data.rows import BadRowHandler
 from preftune.data.sources import load_report
-from preftune.data.tokenise import Encoder, sequences, shared_prefix
+from preftune.data.tokenise import Encoder, sequences
 from preftune.data.truncate import EMPTY, NOT_SCORED, Ids
 from preftune.errors import ConfigError, DataError
 
@@ -92,23 +91,21 @@ class SftWorker:
         self.completion_only_loss = completion_only_loss
         self.assistant_only_loss = assistant_only_loss
 
+    def canonical(
+        self, raw: Sequence[Any], indices: Sequence[int], handler: BadRowHandler
+    ) -> tuple[list[Outcome], list[int], list[Row]]:
+        """Outcomes with the bad rows marked, and positions and canonical rows of those to go on with."""
+        spec = FORMATS[self.format]
+        if self.format == "text" and self.text_field != "text":
+            raw = [{**row, "text": row.get(self.text_field)} for row in raw]
+        return canonical_batch(
+            raw, indices, _with_chosen(spec) if spec.kind == "preference" else spec, self.name, handler
+        )
+
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
         handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
-        spec = FORMATS[self.format]
-        spec = _with_chosen(spec) if spec.kind == "preference" else spec
-        outcomes, positions, canonical = [Outcome() for _ in rows], [], []
-        for position, (raw, index) in enumerate(zip(rows, indices, strict=True)):
-            handler.reason = ""
-            if self.format == "text" and self.text_field != "text":
-                raw = {**raw, "text": raw.get(self.text_field)}
-            converted = convert_row(raw, place_of(self.name, index), spec, handler)
-            outcomes[position].bad = handler.reason
-            if converted:
-                positions.append(position)
-                canonical.append(converted[0])
-            else:
-                outcomes[position].status = batches.BAD
+        outcomes, positions, canonical = self.canonical(rows, indices, handler)
         merged: Ids = []
         for position, row, result in zip(positions, canonical, self.examples(canonical), strict=True):
             if isinstance(result, BadRow):
@@ -157,7 +154,7 @@ class SftWorker:
                 continue
             plain = isinstance(row["prompt"], str)
             prompt, ids = (self.encoder.drop_doubled_bos(part) for part in parts) if plain else parts
-            start = shared_prefix(prompt, ids)
+            start = common_prefix(prompt, ids)
             mask = [1] * len(ids) if self.completion_only_loss is False else [0] * start + [1] * (len(ids) - start)
             out.append(Example(ids, mask, prompt[start:], plain and len(ids) < len(parts[1])))
         if self.assistant_only_loss:
@@ -169,6 +166,17 @@ class SftWorker:
                 else:
                     example.mask = [a & b for a, b in zip(example.mask, masked[1], strict=True)]
         return out
+
+    def labels(self, example: Example) -> list[tuple[int, str]]:
+        """Every token with ``prompt`` (context), ``trained on`` or ``dropped``, for showing."""
+        names = ["trained on" if bit else "prompt" for bit in example.mask]
+        names[:1] = ["prompt"]
+        excess = max(0, len(names) - (self.options.max_length or len(names)))
+        if excess and self.options.truncation_mode == "keep_end":
+            names = ["dropped"] * excess + ["prompt"] + names[excess + 1 :]
+        elif excess:
+            names = names[:-excess] + ["dropped"] * excess
+        return list(zip(example.ids, names, strict=True))
 
     def _fill(self, outcome: Outcome, row: Row, example: Example) -> None:
         missing = not self.encoder.ends_with_eos(example.ids)
@@ -282,7 +290,7 @@ def prepare_sft(
         if "completion_mask" in dataset.column_names and not completion_only_loss:
             notes.append("completion_mask is not used, as in TRL, unless completion_only_loss is true")
     else:
-        spec = _format_of(dataset, options, name, dataset_text_field)
+        spec = sft_format(dataset, options, name, dataset_text_field)
         format_name = spec.name
         worker = SftWorker(
             tokenizer,
@@ -322,7 +330,12 @@ def _lengths(result: Dataset) -> tuple[Any, int]:
     return pc.list_value_length(table["input_ids"]).to_numpy(), int(np.sum(pc.list_flatten(table["loss_mask"])))
 
 
-def _format_of(dataset: Dataset, options: DataOptions, name: str, text_field: str) -> FormatSpec:
+def sft_format(dataset: Dataset, options: DataOptions, name: str, text_field: str) -> FormatSpec:
+    """The format of rows for supervised fine-tuning.
+
+    Raises:
+        DataError: The format is unknown, or does not say which answer to learn.
+    """
     columns = list(dataset.column_names)
     example = from_dataset(name, dataset).example()
     if text_field != "text" and text_field in columns:

@@ -257,11 +257,6 @@ def sequences(encoder: Encoder, rows: Sequence[Row], fields: Sequence[str]) -> l
     return out
 
 
-def shared_prefix(prompt: Ids, sequence: Ids) -> int:
-    """Length of the common prefix of two lists of ids; quick where the prompt is a prefix, as it nearly always is."""
-    return len(prompt) if sequence[: len(prompt)] == prompt else common_prefix(prompt, sequence)
-
-
 def tokenise_pairs(encoder: Encoder, rows: Sequence[Row], append_eos: bool = False) -> list[TokenisedPair | BadRow]:
     """Tokenise canonical preference rows.
 
@@ -284,7 +279,7 @@ def tokenise_pairs(encoder: Encoder, rows: Sequence[Row], append_eos: bool = Fal
         plain = isinstance(row["prompt"], str)
         prompt, chosen, rejected = (encoder.drop_doubled_bos(ids) for ids in parts) if plain else parts
         doubled = plain and len(chosen) < len(parts[1])
-        start = min(shared_prefix(prompt, chosen), shared_prefix(prompt, rejected))
+        start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
         answers = [chosen[start:], rejected[start:]]
         missing = [not encoder.ends_with_eos(ids) for ids in answers]
         if append_eos and not plain:

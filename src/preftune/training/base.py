@@ -7,7 +7,6 @@ over examples divided by their global number, so that no split of the batch chan
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +29,10 @@ from preftune.packing import PackedRow, Tree, build_row, plan_rows
 from preftune.training import memory
 from preftune.training.batch import Batch, Example, collate
 from preftune.training.config import PackedConfig
+from preftune.training.lengths import ExampleLengths
 from preftune.training.metrics import MetricSums, Term
+from preftune.training.plan import TrainingPlan
+from preftune.training.planning import describe
 
 
 @dataclass
@@ -89,7 +91,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 value=self.args.n_gpu,
                 remedy="start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU",
             )
-        self.is_trained = False
+        self.lengths = self.example_lengths(self.train_dataset)
         self._eval_sums = MetricSums(self.args.device)
         self._train_sums = MetricSums(self.args.device)
         self._num_train_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -102,20 +104,17 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         mode, backend = self.args.packing_mode, self.args.attention_backend
         verdict = Verdict(False, "asked for by packing_mode: padded")
         if mode != "padded":
-            verdict = check_declared(model, max_length=self.longest_example())
+            longest = self.lengths.longest_sequence if self.lengths else self.args.max_length
+            verdict = check_declared(model, max_length=longest)
             if verdict.ok:
                 verdict = probe(model, backend=backend, pad_token_id=pad)
             if mode == "packed" and not verdict.ok:
                 raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
         return RowForward(model, verdict.ok, backend, probe_head(model), pad), verdict
 
-    def longest_example(self) -> int:
-        """Tokens of the longest sequence in the training data, or 0 where that is unknown."""
-        return 0
-
-    def longest_row_item(self) -> int:
-        """Row tokens of the largest example, or 0 where that is unknown."""
-        return 0
+    def example_lengths(self, dataset: Any) -> ExampleLengths | None:
+        """Token counts of prepared data; ``None`` where they are unknown."""
+        raise NotImplementedError
 
     def _measure_memory(self) -> None:
         device = self.args.device
@@ -127,6 +126,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         free = memory.available_bytes(device)
         most = None if free is None else max(free - 3 * trainable, free // 10)
         self.checkpoint_above = 0 if self.args.checkpoint_policy == "always" else _tokens(most, self.bytes_per_token)
+
+    def plan(self) -> TrainingPlan:
+        """What :meth:`train` is going to do."""
+        return describe(self)
 
     # ---- data -----------------------------------------------------------------------------------------------------
 
@@ -191,9 +194,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         rows = self._plan(inputs)
         rows += [rows[-1]] * (self._rows_everywhere(len(rows)) - len(rows))
         self.before_rows(rows, inputs)
-        return self._run_rows(model, rows, inputs, totals)
+        loss = self.run_rows(model, rows, inputs, totals)
+        self._num_train_tokens += float(self.num_tokens(inputs.examples))
+        return loss
 
-    def _run_rows(self, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
+    def run_rows(self, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
+        """Forward and backward row by row. Returns this process's share of the loss, detached."""
         loss = torch.zeros((), device=self.args.device)
         # Rows that repeat an earlier one only keep sharded processes in step and weigh nothing.
         real = {id(row) for row in rows}
@@ -203,25 +209,27 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             for number, row in enumerate(rows):
                 padding = id(row) not in real
                 real.discard(id(row))
-                terms = self._forward_row(model, row, batch, totals, stats and not padding)
+                terms = self._row_terms(model, row, batch, totals, stats and not padding)
                 share = terms.total / max(totals[self.denominator], 1.0)
                 if not padding:
                     self._train_sums.add(terms.metrics)
                     loss += share.detach()
-                self._backward(model, share * 0 if padding else share, last=number == len(rows) - 1)
-        self._num_train_tokens += float(self.num_tokens(batch.examples))
+                self.backward_row(model, share * 0 if padding else share, last=number == len(rows) - 1)
         return loss
 
-    def _forward_row(self, model: nn.Module, row: PackedRow, batch: Batch, totals: list[float], stats: bool) -> RowTerms:
-        examples = [batch.examples[n] for n in row.examples]
+    def forward_row(self, model: nn.Module, row: PackedRow, with_stats: bool) -> TokenScores:
+        """Score a row under the policy, recomputing activations later where they would not fit."""
         recompute = bool(self.args.gradient_checkpointing) and row.num_tokens > self.checkpoint_above
         with memory.checkpointing(self.model, recompute):
             scores, _ = self.forward_policy(
-                row, wrapped=model, with_stats=stats, with_log_sum_sq=self.needs_log_sum_sq
+                row, wrapped=model, with_stats=with_stats, with_log_sum_sq=self.needs_log_sum_sq
             )
-        return self.row_terms(row, scores, examples, totals)
+        return scores
 
-    def _backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
+    def _row_terms(self, model: nn.Module, row: PackedRow, batch: Batch, totals: list[float], stats: bool) -> RowTerms:
+        return self.row_terms(row, self.forward_row(model, row, stats), [batch.examples[n] for n in row.examples], totals)
+
+    def backward_row(self, model: nn.Module, loss: Tensor, last: bool) -> None:
         """Add a row's gradient; processes exchange gradients once, with the last row."""
         sync: Callable[[], AbstractContextManager[Any]] = nullcontext
         if not last and self.args.world_size > 1:
@@ -348,7 +356,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         rows = self._plan(inputs)
         self.before_rows(rows, inputs)
         with self.accelerator.autocast(), self.forward_policy.active():
-            losses = [self._forward_row(model, row, inputs, totals, False).total for row in rows]
+            losses = [self._row_terms(model, row, inputs, totals, False).total for row in rows]
         loss = torch.stack(losses).sum() / max(totals[self.denominator], 1.0)
         return (loss, {}) if return_outputs else loss
 

@@ -24,6 +24,8 @@ from preftune.training import setup
 from preftune.training.base import PackedTrainer, RowTerms
 from preftune.training.batch import Batch, Example
 from preftune.training.config import DPOConfig
+from preftune.training.joint import run_jointly
+from preftune.training.lengths import ExampleLengths, pair_lengths
 from preftune.training.metrics import Term
 from preftune.training.reference import COLUMNS, Reference
 from preftune.training.visits import visited_rows
@@ -160,6 +162,10 @@ class DPOTrainer(PackedTrainer):
         """Number of pairs, and of scored chosen tokens."""
         scored = sum(len(e["chosen_ids"]) - (len(e["prompt_ids"]) == 0) for e in examples)
         return [float(len(examples)), float(scored)]
+
+    def example_lengths(self, dataset: Any) -> ExampleLengths | None:
+        """Token counts of tokenised pairs."""
+        return pair_lengths(dataset)
 
     def num_tokens(self, examples: list[Example]) -> int:
         """Tokens of both sequences of every pair."""
@@ -354,18 +360,39 @@ class DPOTrainer(PackedTrainer):
         lengths = torch.bincount(slots, minlength=2 * len(row.examples)).to(chosen.dtype)
         return wpo_weight(chosen, rejected, lengths[0::2], lengths[1::2])
 
+    def score_row(
+        self, model: Any, row: PackedRow, batch: Batch, totals: list[float], with_stats: bool
+    ) -> tuple[TokenScores, PairLogps]:
+        """Score a row and gather what the objective asks about its pairs."""
+        scores = self.forward_row(model, row, with_stats)
+        return scores, self.pair_logps(row, scores, [batch.examples[n] for n in row.examples], totals)
+
     def row_terms(self, row: PackedRow, scores: TokenScores, examples: list[Example], totals: list[float]) -> RowTerms:
         """Objective and TRL's metrics of one row."""
         logps = self.pair_logps(row, scores, examples, totals)
+        result = self.objective(logps)
+        terms = self._terms(row, scores, logps, result.parts)
+        terms.total = result.loss.sum()
+        return terms
+
+    def run_rows(self, model: Any, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
+        """Row by row, or in two passes where the loss joins the pairs of a step."""
+        if self.objective.separable:
+            return super().run_rows(model, rows, batch, totals)
+        return run_jointly(self, model, rows, batch, totals)
+
+    def note_row(self, row: PackedRow, scores: TokenScores, logps: PairLogps, parts: Any) -> None:
+        """Add a row's metrics to the next log line."""
+        self._train_sums.add(self._terms(row, scores, logps, parts).metrics)
+
+    def _terms(self, row: PackedRow, scores: TokenScores, logps: PairLogps, parts: Any) -> RowTerms:
         if not self._checked_first_step and self.model.training:
             self._check_first_step(logps)
-        result = self.objective(logps)
         rewards = torch.stack(self.objective.rewards(logps), 1).detach()
-        terms = RowTerms(result.loss.sum(), float(len(examples)), self._metrics_of(row, scores, logps, rewards), rewards)
-        if len(self.objective.names) > 1:
-            for name, part in result.parts.items():
-                terms.metrics[f"loss/{name}"] = (part.detach().sum(), float(len(examples)))
-        return terms
+        metrics = self._metrics_of(row, scores, logps, rewards)
+        if parts and len(self.objective.names) > 1:
+            metrics |= {f"loss/{name}": (part.detach().sum(), float(logps.num_pairs)) for name, part in parts.items()}
+        return RowTerms(rewards.new_zeros(()), float(logps.num_pairs), metrics, rewards)
 
     @staticmethod
     def _metrics_of(row: PackedRow, scores: TokenScores, logps: PairLogps, rewards: Tensor) -> dict[str, Term]:

@@ -19,6 +19,7 @@ from preftune.training import setup
 from preftune.training.base import PackedTrainer, RowTerms
 from preftune.training.batch import Example
 from preftune.training.config import SFTConfig
+from preftune.training.lengths import ExampleLengths, sequence_lengths
 from preftune.training.metrics import Term
 
 _NO_PREFIX = np.zeros(0, dtype=np.int64)
@@ -184,6 +185,10 @@ class SFTTrainer(PackedTrainer):
     def example_totals(self, examples: list[Example]) -> list[float]:
         """Number of examples, and of trained tokens."""
         return [float(len(examples)), float(sum(int(e["loss_mask"][1:].sum()) for e in examples))]
+
+    def example_lengths(self, dataset: Any) -> ExampleLengths | None:
+        """Token counts of tokenised examples."""
+        return sequence_lengths(dataset)
 
     def num_tokens(self, examples: list[Example]) -> int:
         """Tokens of all examples."""

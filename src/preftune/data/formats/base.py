@@ -236,10 +236,16 @@ def system_turn(row: Mapping[str, Any]) -> list[Message]:
 
 
 def common_prefix(first: Any, second: Any) -> int:
-    """Length of the longest common prefix of two strings or lists."""
-    length = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        length += 1
-    return length
+    """Length of the longest common prefix of two strings or two lists."""
+    high = min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
+    # Bisection over slices: the comparison of elements runs in C. The prefix of length `low` agrees, `high` does not.
+    low = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

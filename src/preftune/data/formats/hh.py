@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import BadRow, FormatSpec, Row, extras, has, need_text
+from preftune.data.formats.base import BadRow, FormatSpec, Row, common_prefix, extras, has, need_text
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -29,8 +28,7 @@ def convert(row: Mapping[str, Any]) -> Row:
     would cut through words.
     """
     chosen, rejected = need_text(row, "chosen"), need_text(row, "rejected")
-    shared = os.path.commonprefix([chosen, rejected])
-    position = shared.rfind(ASSISTANT)
+    position = chosen.rfind(ASSISTANT, 0, common_prefix(chosen, rejected))
     if position < 0:
         raise BadRow(
             "no_shared_prompt",

@@ -1,0 +1,279 @@
+"""Measure TRL, the padded baseline and preftune side by side: ``make bench``.
+
+Every cell runs in a fresh process with empty caches, the contenders of one setting directly after one another and in
+rotating order, repetition after repetition, so that a slow minute of the machine hits all of them. The table shows the
+median and the range; the JSON holds every single measurement and the environment. ``render.py`` turns it into
+``docs/benchmarks.md``.
+
+A quick look:    python benchmarks/run.py --only hh --dtype bf16 --steps 8 --reps 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import summary
+
+HERE = Path(__file__).resolve().parent
+WORKLOADS = ("hh", "dpo_en", "capybara", "hh_rlhf", "metamath", "tldr", "helpsteer", "ultrafeedback")
+VARIANTS = ("trl", "trl-precompute", "padded", "packed", "packed-known")
+# What one optimizer step of TRL takes on two cores decides how many fit into a coffee break.
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "only": ["hh", "dpo_en"],
+        "dtype": ["bf16"],
+        "peft": ["full"],
+        "checkpointing": ["default"],
+        "variants": ["trl", "trl-precompute", "padded", "packed"],
+        "steps": {"hh": 16, "dpo_en": 6},
+        "trl_steps": {"hh": 3, "dpo_en": 2},
+        "reps": 2,
+    },
+    "full": {
+        "only": list(WORKLOADS),
+        "dtype": ["bf16", "fp32"],
+        "peft": ["full", "lora"],
+        "checkpointing": ["default", "off"],
+        "variants": list(VARIANTS),
+        "steps": {"hh": 32},
+        "trl_steps": {"hh": 4},
+        "reps": 3,
+    },
+    "growth": {
+        "only": ["hh_rlhf"],
+        "dtype": ["bf16"],
+        "peft": ["full"],
+        "checkpointing": ["default"],
+        "variants": ["packed"],
+        "steps": {"hh_rlhf": 8},
+        "trl_steps": {},
+        "reps": 1,
+        "data_scale": [1, 4, 16],
+        "length_scale": [1.0, 4.0],
+    },
+}
+DEFAULT_STEPS, DEFAULT_TRL_STEPS = 8, 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders have in common in one comparison."""
+
+    workload: str
+    dtype: str
+    peft: str
+    checkpointing: str
+    data_scale: int
+    length_scale: float
+
+    @property
+    def name(self) -> str:
+        """Short text for progress lines and tables."""
+        scales = [f"{self.data_scale}x data"] * (self.data_scale != 1)
+        scales += [f"{self.length_scale:g}x length"] * (self.length_scale != 1)
+        return " ".join([self.workload, self.dtype, self.peft, f"checkpointing {self.checkpointing}", *scales])
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a preset fills what is not given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="quick (default) | full (hours) | growth")
+
+    def several(flag: str, choices: tuple[str, ...]) -> None:
+        parser.add_argument(flag, type=lambda text: text.split(","), help=f"comma-separated: {', '.join(choices)}")
+
+    several("--only", WORKLOADS)
+    several("--dtype", ("bf16", "fp32"))
+    several("--peft", ("full", "lora"))
+    several("--checkpointing", ("default", "off"))
+    several("--variants", VARIANTS)
+    parser.add_argument("--steps", type=int, help="optimizer steps of each cell")
+    parser.add_argument("--trl_steps", type=int, help="optimizer steps of the TRL cells, which are slower")
+    parser.add_argument("--reps", type=int, help="repetitions")
+    parser.add_argument("--batch", type=int, help="pairs per step (default: 8 for short rows, 4 for long ones)")
+    parser.add_argument("--model", default="llama-19m", help="a shape of workloads.MODELS; weights are random")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds after which a cell is given up")
+    parser.add_argument(
+        "--work", type=Path, help="folder for tokenizer and model (default: under the temporary folder)"
+    )
+    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<device>-<preset>.json)")
+    parser.add_argument("--dry_run", action="store_true", help="list the cells and stop")
+    args = parser.parse_args(argv)
+    preset = PRESETS[args.preset]
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    if args.steps is not None and args.trl_steps is None:
+        given["trl_steps"] = min(args.steps, DEFAULT_TRL_STEPS * 2)
+    merged = {"data_scale": [1], "length_scale": [1.0]} | preset | given
+    known: dict[str, tuple[str, ...]] = {
+        "only": WORKLOADS,
+        "dtype": ("bf16", "fp32"),
+        "peft": ("full", "lora"),
+        "variants": VARIANTS,
+    }
+    for key, allowed in {**known, "checkpointing": ("default", "off")}.items():
+        for value in merged[key]:
+            if value not in allowed:
+                parser.error(f"--{key}: got {value!r}; allowed: {', '.join(allowed)}")
+    return argparse.Namespace(**{"batch": None, "threads": None, "work": None, "out": None} | merged)
+
+
+def num_steps(args: argparse.Namespace, setting: Setting, variant: str) -> tuple[int, bool]:
+    """Return the optimizer steps of a cell, and whether they were cut because the contender is slow."""
+
+    def of(value: Any, default: int) -> int:
+        return value if isinstance(value, int) else value.get(setting.workload, default)
+
+    steps = of(args.steps, DEFAULT_STEPS) * setting.data_scale
+    if not variant.startswith("trl"):
+        return steps, False
+    capped = min(steps, of(args.trl_steps, DEFAULT_TRL_STEPS))
+    return capped, capped < steps
+
+
+def make_spec(args: argparse.Namespace, setting: Setting, variant: str) -> dict[str, Any]:
+    """Return the task of one cell."""
+    steps, capped = num_steps(args, setting, variant)
+    batch_size = args.batch or (8 if setting.workload in ("hh", "hh_rlhf") else 4)
+    return {
+        "task": "measure",
+        "variant": variant,
+        "workload": setting.workload,
+        "model": args.model,
+        "dtype": setting.dtype,
+        "peft": setting.peft,
+        "checkpointing": setting.checkpointing,
+        "num_rows": steps * batch_size,
+        "batch_size": batch_size,
+        "scale": setting.length_scale,
+        "data_scale": setting.data_scale,
+        "capped": capped,
+        "threads": args.threads,
+        "work": str(args.work),
+    }
+
+
+def run_cell(spec: dict[str, Any], timeout: float, cache: Path | None = None) -> dict[str, Any]:
+    """Run one task in a fresh process.
+
+    Args:
+        spec: Task, see ``cell.py``.
+        timeout: Seconds.
+        cache: Reference store to use; by default an empty one.
+
+    Returns:
+        The result, or ``{"error": ...}`` with the last words of the process.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="preftune-cell-"))
+    try:
+        task, result, log = scratch / "task.json", scratch / "result.json", scratch / "log.txt"
+        task.write_text(json.dumps(spec | {"scratch": str(scratch)}))
+        paths = [str(HERE.parent), str(HERE.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {
+            "PREFTUNE_CACHE": str(cache or scratch / "cache"),
+            "HF_DATASETS_CACHE": str(scratch / "datasets"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "TQDM_DISABLE": "1",
+            "TMPDIR": str(scratch),
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
+        command = [sys.executable, "-m", "benchmarks.cell", str(task), str(result)]
+        with log.open("w") as output:
+            try:
+                subprocess.run(
+                    command, stdout=output, stderr=subprocess.STDOUT, env=environment, timeout=timeout, check=True
+                )
+            except subprocess.TimeoutExpired:
+                return {"error": f"given up after {timeout:.0f} s"}
+            except subprocess.CalledProcessError as error:
+                words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+                return {"error": f"exit {error.returncode}: {words[0][:300]}"}
+        content: dict[str, Any] = json.loads(result.read_text())
+        return content
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def run_all(args: argparse.Namespace, settings: list[Setting]) -> list[dict[str, Any]]:
+    """Run every cell, interleaved, and print a line for each."""
+    total = args.reps * len(settings) * len(args.variants)
+    results: list[dict[str, Any]] = []
+    start = time.monotonic()
+    for rep, setting in itertools.product(range(args.reps), settings):
+        variants = [variant for variant in args.variants if variant != "packed-known"]
+        variants = variants[rep % len(variants) :] + variants[: rep % len(variants)] if variants else []
+        with tempfile.TemporaryDirectory(prefix="preftune-cache-") as known:
+            for variant in variants + ["packed-known"] * ("packed-known" in args.variants):
+                spec = make_spec(args, setting, variant)
+                cache = Path(known) if variant.startswith("packed") else None
+                if variant == "packed-known" and "packed" not in variants:
+                    run_cell(spec | {"variant": "packed"}, args.timeout, cache)  # fills the store, is not counted
+                result = run_cell(spec, args.timeout, cache)
+                keep = ("variant", "workload", "model", "dtype", "peft", "checkpointing", "batch_size", "scale")
+                record = {key: spec[key] for key in (*keep, "data_scale", "capped")} | {"rep": rep} | result
+                results.append(record)
+                left = (time.monotonic() - start) / len(results) * (total - len(results))
+                print(
+                    f"[{len(results)}/{total}] {setting.name}: {summary.cell_line(record)}; {left / 60:.0f} min left",
+                    flush=True,
+                )
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the table, write the JSON.
+
+    Returns:
+        1 if a cell failed, else 0.
+    """
+    args = parse_arguments(argv)
+    args.work = args.work or Path(tempfile.gettempdir()) / f"preftune-bench-{os.getuid()}"
+    args.work.mkdir(parents=True, exist_ok=True)
+    grid = itertools.product(args.only, args.dtype, args.peft, args.checkpointing, args.data_scale, args.length_scale)
+    settings = [Setting(*cell) for cell in grid if 1 in cell[4:] or args.preset != "growth"]
+    if args.dry_run:
+        for setting, variant in itertools.product(settings, args.variants):
+            steps, capped = num_steps(args, setting, variant)
+            print(f"{args.reps} x {setting.name}: {variant}, {steps} steps{' (capped)' if capped else ''}")
+        return 0
+    prepared = run_cell({"task": "prepare", "work": str(args.work), "model": args.model}, args.timeout)
+    machine = run_cell({"task": "machine"}, args.timeout)
+    for failed in (prepared, machine):
+        if "error" in failed:
+            print(f"benchmark cannot start: {failed['error']}", file=sys.stderr)
+            return 1
+    results = run_all(args, settings)
+    report = {
+        "preset": args.preset,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": machine,
+        "cells": results,
+    }
+    device = "cuda" if machine["accelerator"] else "cpu"
+    out = args.out or HERE / "results" / f"{device}-{args.preset}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{summary.table(report)}\n\nWritten to {out}; render with benchmarks/render.py")
+    return 1 if any("error" in cell for cell in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

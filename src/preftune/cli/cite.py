@@ -1,0 +1,79 @@
+"""``preftune cite``: BibTeX for the methods of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preftune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+# Settings that change the method, with the value that leaves it as it is.
+_MODIFIERS: dict[str, Any] = {
+    "f_divergence_type": "reverse_kl",
+    "ld_alpha": None,
+    "use_weighting": False,
+    "sync_ref_model": False,
+}
+
+
+def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser("cite", help="print BibTeX for the methods of a run")
+    parser.add_argument("names", nargs="+", metavar="RUN|METHOD", help="a run's folder, or the name of a method")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print each entry once.
+
+    Returns:
+        Always 0; failures are raised.
+    """
+    from preftune.objectives import bibtex
+
+    wanted: dict[str, None] = {}
+    for name in args.names:
+        wanted |= dict.fromkeys(used_by(Path(name)) if Path(name).is_dir() else [name])
+    print("\n\n".join(dict.fromkeys(bibtex(name) for name in wanted)))
+    return 0
+
+
+def used_by(folder: Path) -> list[str]:
+    """Methods and modifiers that a run used.
+
+    Args:
+        folder: Output folder of the run.
+
+    Returns:
+        Names that ``bibtex`` knows.
+
+    Raises:
+        DataError: If the folder has no readable provenance file.
+        ConfigError: If the run used no method with a paper.
+    """
+    file = folder / "provenance.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))["settings"]["trainer"]
+        values = {name: entry["value"] for name, entry in settings.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError("no readable record of a run", where=str(file), remedy="give a run's output folder") from error
+    names = [*_methods(values), *(name for name, neutral in _MODIFIERS.items() if values.get(name, neutral) != neutral)]
+    if not names:
+        raise ConfigError("this run used no method that has a paper", where=str(folder))
+    return names
+
+
+def _methods(values: Mapping[str, Any]) -> list[str]:
+    from preftune.objectives import METHODS
+
+    given = values.get("loss_type")
+    names = given if isinstance(given, list) else [given]
+    found = [str(name) for name in names if name in METHODS]
+    # For this method the paper that introduced smoothing is another one.
+    smoothed = values.get("label_smoothing") and "sigmoid" in found
+    return [*found, *(["label_smoothing"] if smoothed else [])]

@@ -1,0 +1,125 @@
+"""``preftune data show``: rows as the trainer sees them, token by token."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from preftune.config import CommandLine, Resolved, resolve, split_command_line
+from preftune.config.coerce import Mismatch, coerce
+from preftune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ACTIONS = ("show",)
+_OWN: dict[str, Any] = {"num_rows": 3, "first_row": 0, "verb": "dpo"}
+
+_HELP = """usage: preftune data show --dataset_name D --model_name_or_path M [--config FILE.yaml] [--name value ...]
+
+Print prepared rows: prompt, chosen, rejected; which tokens are trained on, and which truncation drops.
+
+  --num_rows   an integer  [3]
+      How many rows to print.
+  --first_row  an integer  [0]
+      Number of the first one.
+  --verb       dpo, sft  [dpo]
+      Prepare the rows as this verb would.
+
+Settings of `preftune dpo` and `preftune sft` that concern data, tokenizer and truncation count as they do there."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb.
+
+    Args:
+        argv: Arguments after the verb.
+
+    Returns:
+        0.
+
+    Raises:
+        PreftuneError: Wrong settings, or data that cannot be prepared.
+    """
+    action = argv[0] if argv and not argv[0].startswith("-") else None
+    if action is None and any(token in ("-h", "--help") for token in argv):
+        print(_HELP)
+        return 0
+    if action not in ACTIONS:
+        close = difflib.get_close_matches(action or "", ACTIONS, n=1)
+        raise ConfigError(
+            f"unknown action {action!r}" if action else "no action",
+            where="preftune data",
+            allowed=", ".join(ACTIONS),
+            remedy=f"did you mean `preftune data {close[0]}`?" if close else None,
+        )
+    line = split_command_line(argv[1:])
+    if line.help:
+        print(_HELP)
+        return 0
+    _show(line)
+    return 0
+
+
+def _show(line: CommandLine) -> None:
+    from rich.console import Console
+
+    from preftune.cli.failures import plain_warnings
+    from preftune.cli.training import cli_defaults, settings_classes
+
+    own, rest = _own_settings(line)
+    console = Console()
+    with plain_warnings(console):
+        # Bad rows are what somebody may be looking for, so that they do not end the verb here.
+        defaults = cli_defaults() | {"on_bad_rows": "warn"}
+        settings = resolve(rest, settings_classes(own["verb"])[0], defaults=defaults)
+        _print_rows(console, settings, own)
+
+
+def _own_settings(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
+    """Take out the flags that only this verb has."""
+    own = dict(_OWN)
+    kept = []
+    for name, values, shown in line.flags:
+        if name not in own:
+            kept.append((name, values, shown))
+            continue
+        kind = type(_OWN[name])
+        try:
+            own[name] = coerce(values[0] if len(values) == 1 else list(values), kind, text=True)
+        except Mismatch as reason:
+            raise ConfigError(reason.why, where=shown, value=" ".join(values)) from reason
+    if own["verb"] not in ("dpo", "sft"):
+        raise ConfigError("not an allowed value", where="--verb", value=own["verb"], allowed="dpo, sft")
+    for name, least in (("num_rows", 1), ("first_row", 0)):
+        if own[name] < least:
+            raise ConfigError("out of range", where=f"--{name}", value=own[name], allowed=f"{least} or more")
+    return own, replace(line, flags=tuple(kept))
+
+
+def _print_rows(console: Console, settings: Resolved[Any], own: dict[str, Any]) -> None:
+    from preftune.cli.network import go_offline_if_unreachable
+    from preftune.cli.training import dataset_names, load_splits
+    from preftune.data import show
+    from preftune.models.loading import load_tokenizer
+    from preftune.training.setup import data_options
+
+    settings.script.require_dataset()
+    args, pairs = settings.trainer, own["verb"] == "dpo"
+    offline = go_offline_if_unreachable([*dataset_names(settings.script), settings.model.require_model()])
+    if offline:
+        console.print(offline, style="yellow", highlight=False)
+    extra = {name: getattr(args, name) for name in ("max_prompt_length", "implicit_prompt") if pairs}
+    kinds = {name: getattr(args, name) for name in ("completion_only_loss", "assistant_only_loss") if not pairs}
+    show(
+        load_splits(settings, with_test=False)["train"],
+        load_tokenizer(settings.model),
+        data_options(args, **extra),
+        num_rows=own["num_rows"],
+        start=own["first_row"],
+        sft=not pairs,
+        console=console,
+        **kinds,
+    )
