@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 # Two workers of one torch thread each finish sooner than one of two: most tests are small.
 TEST_WORKERS ?= 2

@@ -1,8 +1,8 @@
 """One measured cell in a process of its own, so that its peak memory is its own too.
 
-Called by ``run.py`` as ``python -m benchmarks.cell SPEC.json RESULT.json``. The clock covers what a user waits for: building the trainer
-(tokenisation, reference pass, start-up probe) and ``train()``, on empty caches. Imports, loading the model and reading
-the rows come before it, and the memory baseline is taken after them.
+Called by ``run.py`` as ``python -m benchmarks.cell SPEC.json RESULT.json``. The clock covers what a user waits for:
+building the trainer (tokenisation, reference pass, start-up probe) and ``train()``, on empty caches. Imports, loading
+the model and reading the rows come before it, and the memory baseline is taken after them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,6 @@ import psutil
 
 from benchmarks import workloads
 
-VARIANTS = {
-    "trl": "TRL as shipped",
-    "trl-precompute": "TRL, reference precomputed",
-    "padded": "preftune, padded (completion-only logits, reference store)",
-    "packed": "preftune",
-    "packed-known": "preftune, second run (reference known)",
-}
 TRL_VARIANTS = ("trl", "trl-precompute")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "preftune")
 
@@ -148,7 +141,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _max_length(spec: dict[str, Any]) -> int:
-    return round(workloads.WORKLOADS[spec["workload"]].max_length * max(1.0, spec["scale"]))
+    scale: float = max(1.0, spec["scale"])
+    return round(workloads.WORKLOADS[spec["workload"]].max_length * scale)
 
 
 def _settings(spec: dict[str, Any], cuda: bool) -> dict[str, Any]:
@@ -182,11 +176,12 @@ def count_tokens(rows: list[dict[str, Any]], tokenizer: Any, max_length: int) ->
     def length(prompt: Any, completion: Any = None) -> int:
         if isinstance(prompt, str):
             # A completion gets an end-of-sequence token; conversations bring theirs in the template.
-            return int(len(tokenizer(prompt + (completion or "")).input_ids) + (completion is not None))
-        text = tokenizer.apply_chat_template(
-            prompt + (completion or []), tokenize=False, add_generation_prompt=completion is None
-        )
-        return int(len(tokenizer(text).input_ids))
+            text, extra = prompt + (completion or ""), int(completion is not None)
+        else:
+            turns, alone = prompt + (completion or []), completion is None
+            text, extra = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=alone), 0
+        ids: list[int] = tokenizer(text)["input_ids"]
+        return len(ids) + extra
 
     counts = []
     for row in rows:
@@ -215,10 +210,12 @@ def useful_flops(counts: list[tuple[int, int, int]], shape: dict[str, Any], peft
     return (4 if peft == "full" else 3) * matmul + 4 * attention
 
 
-def machine() -> dict[str, Any]:
+def machine(spec: dict[str, Any]) -> dict[str, Any]:
     """Describe the machine and measure what its matrix products reach, in FLOP/s per dtype."""
     import torch
 
+    if spec["threads"]:
+        torch.set_num_threads(spec["threads"])
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     rates = {}
@@ -282,9 +279,8 @@ def prepare(spec: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Read the task, do it, write the result."""
     spec = json.loads(Path(sys.argv[1]).read_text())
-    task = {"measure": measure, "prepare": prepare}.get(spec["task"])
-    result = machine() if task is None else task(spec)
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    tasks = {"measure": measure, "prepare": prepare, "machine": machine}
+    Path(sys.argv[2]).write_text(json.dumps(tasks[spec["task"]](spec)))
 
 
 if __name__ == "__main__":

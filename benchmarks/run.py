@@ -68,6 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 DEFAULT_STEPS, DEFAULT_TRL_STEPS = 8, 2
+PREPARATION_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     given = {key: value for key, value in vars(args).items() if value is not None}
     if args.steps is not None and args.trl_steps is None:
         given["trl_steps"] = min(args.steps, DEFAULT_TRL_STEPS * 2)
-    merged = {"data_scale": [1], "length_scale": [1.0]} | preset | given
+    merged: dict[str, Any] = {"data_scale": [1], "length_scale": [1.0]} | preset | given
     known: dict[str, tuple[str, ...]] = {
         "only": WORKLOADS,
         "dtype": ("bf16", "fp32"),
@@ -253,12 +254,14 @@ def main(argv: list[str] | None = None) -> int:
             steps, capped = num_steps(args, setting, variant)
             print(f"{args.reps} x {setting.name}: {variant}, {steps} steps{' (capped)' if capped else ''}")
         return 0
-    prepared = run_cell({"task": "prepare", "work": str(args.work), "model": args.model}, args.timeout)
-    machine = run_cell({"task": "machine"}, args.timeout)
+    prepared = run_cell({"task": "prepare", "work": str(args.work), "model": args.model}, PREPARATION_SECONDS)
+    machine = run_cell({"task": "machine", "threads": args.threads}, PREPARATION_SECONDS)
     for failed in (prepared, machine):
         if "error" in failed:
             print(f"benchmark cannot start: {failed['error']}", file=sys.stderr)
             return 1
+    if busy := summary.busy(machine):
+        print(busy, file=sys.stderr)
     results = run_all(args, settings)
     report = {
         "preset": args.preset,

@@ -92,6 +92,17 @@ def cell_line(cell: Cell) -> str:
     )
 
 
+def busy(machine: dict[str, Any]) -> str:
+    """Return a caution if other programs were running when the measurements began, else an empty text."""
+    load = (machine["load_average"] or [0.0])[0]
+    if load < 0.5 * machine["num_cores"]:
+        return ""
+    return (
+        f"Caution: the machine was busy (load {load:.1f} on {machine['num_cores']} cores). Wall times are disturbed "
+        "and ratios with them; on a shared machine `--threads 1` and the column s/pair CPU are the fairer guide."
+    )
+
+
 def rows_of(report: dict[str, Any]) -> dict[tuple[Any, ...], list[list[str]]]:
     """Return the table's rows per setting, in the order of measurement.
 
@@ -147,6 +158,8 @@ def table(report: dict[str, Any]) -> str:
         for row in grid:
             first, *rest = (text.rjust(width) for text, width in zip(row, widths, strict=True))
             lines.append("  ".join(["  " + first.strip().ljust(widths[0]), *rest]))
+    if caution := busy(report["machine"]):
+        lines += ["", caution]
     if any(cell["capped"] for cell in report["cells"]):
         lines += ["", "capped: fewer steps, because the contender is slow; its rate is per pair all the same."]
     return "\n".join(lines)

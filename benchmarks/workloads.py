@@ -97,6 +97,8 @@ def make_rows(name: str, num_rows: int, tokenizer: Any, scale: float = 1.0, seed
 
 
 def _spread(rows: list[Row], num_rows: int) -> list[Row]:
+    # A repeated row would be scored once by a content-addressed store, and counted twice.
+    rows = list({json.dumps(row): row for row in rows}.values())
     rows = sorted(rows, key=lambda row: sum(len(str(row[side])) for side in ("prompt", "chosen", "rejected")))
     rounds = math.ceil(num_rows / len(rows))
     if rounds > 1:

@@ -30,12 +30,17 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "undesirable_weight": (0.5,),
 }
 
+# A variant that has an effect only beside another setting.
+COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {("simpo", "sft_average"): {"cpo_alpha": 1.0}}
+
 
 def _all_cases() -> list[tuple[str, dict[str, Any]]]:
     cases: list[tuple[str, dict[str, Any]]] = []
     for name, spec in METHODS.items():
         cases.append((name, {}))
-        cases += [(name, {knob: value}) for knob in spec.knobs for value in VARIANTS[knob]]
+        for knob in spec.knobs:
+            companion = COMPANIONS.get((name, knob), {})
+            cases += [(name, {**companion, knob: value}) for value in VARIANTS[knob]]
         if "f_alpha_divergence_coef" in spec.knobs:
             alphas = (0.0, 0.9999999, 1.0, 2.0, -1.0)
             cases += [

@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from preftune.errors import ConfigError, DataError
-from preftune.objectives import METHODS, PAPERS, PairLogps, UnpairedLogps, build_objective
 from tests.objectives.cases import (
     PAIR_CASES,
     UNPAIRED_CASES,
@@ -25,6 +21,10 @@ from tests.objectives.cases import (
     objective_of,
     pairs,
 )
+from torch import Tensor
+
+from preftune.errors import ConfigError, DataError
+from preftune.objectives import METHODS, PAPERS, PairLogps, UnpairedLogps, build_objective
 
 Case = tuple[str, dict[str, Any]]
 
@@ -59,13 +59,13 @@ def test_every_knob_has_variants() -> None:
 
 
 @every_pair_case
-@pytest.mark.parametrize("num_pairs", [0, 1, 5])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_shape_and_dtype(case: Case, num_pairs: int, dtype: torch.dtype) -> None:
-    loss = call(objective_of(case), pairs(num_pairs, dtype=dtype))
-    assert loss.shape == (num_pairs,)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert loss.isfinite().all()
+def test_shape_and_dtype(case: Case) -> None:
+    for num_pairs in (0, 1, 5):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            loss = call(objective_of(case), pairs(num_pairs, dtype=dtype))
+            assert loss.shape == (num_pairs,)
+            assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert loss.isfinite().all()
 
 
 @every_pair_case
@@ -96,12 +96,11 @@ def test_gradcheck(case: Case) -> None:
 
 
 @every_pair_case
-@pytest.mark.parametrize("length", [1, 200])
-@pytest.mark.parametrize("beta", [0.001, 0.1, 5.0])
-def test_finite_at_extremes(case: Case, length: int, beta: float) -> None:
-    chosen, rejected, reference = extreme_logps()
+@pytest.mark.parametrize("beta", [0.001, 5.0])
+def test_finite_at_extremes(case: Case, beta: float) -> None:
+    chosen, rejected, reference = (column.repeat(2) for column in extreme_logps())
     objective = objective_of(case, beta=beta)
-    lengths = torch.full(chosen.shape, length)
+    lengths = torch.tensor([1, 200]).repeat_interleave(len(chosen) // 2)
 
     def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
         batch = PairLogps(

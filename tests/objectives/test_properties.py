@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def batches(draw: st.DrawFn, equal_lengths: bool = False) -> PairLogps:
     )
 
 
-def loss_of(name: str, batch: PairLogps, beta: float, **knobs: object) -> Tensor:
+def loss_of(name: str, batch: PairLogps, beta: float, **knobs: Any) -> Tensor:
     return build_objective(name, beta=beta, **knobs)(batch).loss
 
 
@@ -135,7 +136,9 @@ def test_robust_is_unbiased_under_label_flips(batch: PairLogps, beta: float, fli
     """The defining property: averaged over flips with probability e, it is the DPO loss on the clean pair."""
     kept = loss_of("robust", batch, beta, label_smoothing=flip)
     flipped = loss_of("robust", swapped(batch), beta, label_smoothing=flip)
-    torch.testing.assert_close((1 - flip) * kept + flip * flipped, loss_of("sigmoid", batch, beta), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        (1 - flip) * kept + flip * flipped, loss_of("sigmoid", batch, beta), rtol=1e-7, atol=1e-7
+    )
 
 
 @given(batch=batches(), beta=BETA)
@@ -203,7 +206,9 @@ def test_scores_increase_with_the_log_ratio(name: str) -> None:
 
 
 def test_guarded_exp_is_exp_below_and_its_tangent_above() -> None:
-    x = torch.tensor([-1e4, -3.0, 0.0, MAX_EXPONENT - 1e-3, MAX_EXPONENT + 1.0], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor(
+        [-1e4, -3.0, 0.0, MAX_EXPONENT - 1e-3, MAX_EXPONENT + 1.0], dtype=torch.float64, requires_grad=True
+    )
     values = guarded_exp(x)
     (slope,) = torch.autograd.grad(values.sum(), [x])
     top = math.exp(MAX_EXPONENT)

@@ -26,7 +26,7 @@ def s(x: float) -> float:
 
 
 def odds(p: float) -> float:
-    """p / (1 - p)."""
+    """P / (1 - p)."""
     return p / (1.0 - p)
 
 

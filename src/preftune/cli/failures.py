@@ -34,6 +34,12 @@ def trainer_errors() -> Iterator[None]:
         if isinstance(error, ValueError):
             raise ConfigError(said, where="settings") from error
         raise
+    except Exception as error:
+        # A run that is to be pushed makes its repository first.
+        if type(error).__module__.partition(".")[0] not in ("huggingface_hub", "httpx", "httpx2", "requests"):
+            raise
+        remedy = "run `hf auth login`, or leave push_to_hub out and run hf upload afterwards"
+        raise SetupError(f"the Hub refuses ({flat(error)[:200]})", where="push_to_hub", remedy=remedy) from error
 
 
 @contextmanager

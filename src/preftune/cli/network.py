@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 _TIMEOUT_SECONDS = 3.0
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 
 def go_offline_if_unreachable(names: Iterable[str | None]) -> str | None:
@@ -22,17 +23,10 @@ def go_offline_if_unreachable(names: Iterable[str | None]) -> str | None:
         A line for the user if it came to that, else ``None``.
     """
     remote = [name for name in names if name and not Path(name).expanduser().exists()]
-    if not remote or _already_offline() or _uses_proxy():
+    if not remote or is_offline() or hub_answers():
         return None
     from huggingface_hub import constants
 
-    address = urlsplit(constants.ENDPOINT)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        with socket.create_connection((address.hostname or "", port), timeout=_TIMEOUT_SECONDS):
-            return None
-    except OSError:
-        pass
     # Read at import time by each library, so that the environment alone would come too late.
     os.environ["HF_HUB_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = True
@@ -43,12 +37,23 @@ def go_offline_if_unreachable(names: Iterable[str | None]) -> str | None:
     return f"the Hub cannot be reached; only local copies of {', '.join(remote)} are looked for"
 
 
-def _already_offline() -> bool:
+def is_offline() -> bool:
+    """Whether the Hub libraries have been told to stay off the network."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _uses_proxy() -> bool:
-    """Behind a proxy a direct connection proves nothing."""
-    return any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY"))
+def hub_answers() -> bool:
+    """Whether a connection to the Hub can be opened; assumed behind a proxy, where a direct one proves nothing."""
+    if any(os.environ.get(name) for name in _PROXIES):
+        return True
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=_TIMEOUT_SECONDS):
+            return True
+    except OSError:
+        return False

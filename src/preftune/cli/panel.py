@@ -50,7 +50,7 @@ def _rows(plan: TrainingPlan, unit: str, paired: bool, output_dir: str) -> list[
         ("packing", saved(plan, paired)),
         ("steps", f"{plan.num_steps:,} steps of {plural(plan.pairs_per_step, unit)}"),
         ("path", f"{plan.path}, {plan.backend}: {plan.backend_reason}"),
-        *([("reference", plan.reference)] if plan.reference else []),
+        *([("reference", plan.reference)] if paired else []),
         ("memory", memory(plan.memory)),
         ("output", output_dir),
     ]

@@ -69,13 +69,23 @@ def run(verb: str, argv: Sequence[str]) -> int:
 
 
 def _run(this: Run, trainer_class: type[Any]) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    # Bars for files that are read in a blink bury those that tell something.
+    disable_progress_bar()
     with foreseen(this.args):
         _complete(this)
+        new_folder = not os.path.isdir(this.args.output_dir)
+        if not this.settings.script.dry_run:
+            _make_output_dir(this.args)
         this.snapshot.update(_snapshot(this.settings))
         trainer, splits = _build(this, trainer_class)
         plan = trainer.plan()
         _show(this, plan)
         if this.settings.script.dry_run:
+            if new_folder and os.path.isdir(this.args.output_dir) and not os.listdir(this.args.output_dir):
+                # transformers makes it with the trainer.
+                os.rmdir(this.args.output_dir)
             this.console.print("dry run: nothing was trained", highlight=False)
             return 0
         return _train(this, trainer, plan, splits)
@@ -130,7 +140,32 @@ def _complete(this: Run) -> None:
         raise ConfigError("there is no test run", where="do_predict", value=True, remedy="set do_eval")
     if origins["do_train"].kind != "default" and not args.do_train:
         raise ConfigError("without training there is nothing to do", where="do_train", value=False, remedy="--dry_run")
+    if args.push_to_hub and not script.dry_run:
+        _require_hub()
     args.resume_from_checkpoint = _resume_point(args.resume_from_checkpoint, args.output_dir)
+
+
+def _require_hub() -> None:
+    """A run that cannot be pushed in the end should say so at the beginning."""
+    from preftune.cli.network import hub_answers, is_offline
+
+    if is_offline() or not hub_answers():
+        raise SetupError(
+            "the Hub cannot be reached",
+            where="push_to_hub",
+            value=True,
+            remedy="leave push_to_hub out and run hf upload afterwards",
+        )
+
+
+def _make_output_dir(args: Any) -> None:
+    """Find out now, not after training, that results cannot be written."""
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+    except OSError as error:
+        raise SetupError(
+            f"cannot make the folder ({error.strerror})", where="output_dir", value=args.output_dir
+        ) from error
 
 
 def _resume_point(asked: Any, output_dir: str) -> str | None:
@@ -266,13 +301,20 @@ def _train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> int
     trainer.add_callback(stop)
     try:
         outcome = trainer.train(resume_from_checkpoint=this.args.resume_from_checkpoint)
+    except KeyboardInterrupt:
+        if not trainer.state.global_step:
+            this.console.print("stopped before the first step; finished reference log-probs are kept", highlight=False)
+        raise
     finally:
         progress.close()
         stop.restore()
     if stop.stopped_at is not None and stop.stopped_at < trainer.state.max_steps:
         checkpoint = os.path.join(this.args.output_dir, f"checkpoint-{stop.stopped_at}")
         this.console.print(
-            f"stopped; saved {checkpoint}\nto go on: {resume_command(this.verb, this.argv)}", markup=False
+            f"stopped; saved {checkpoint}\nto go on: {resume_command(this.verb, this.argv)}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
         _end(trainer)
         return INTERRUPTED
@@ -330,6 +372,12 @@ def _leave_records(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]
     card.write(this.args.output_dir, made)
     # A push would write the library's own card over it.
     trainer.create_model_card = lambda *args, **kwargs: None
+
+
+def _last_figures(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the last training line said about rewards and the like."""
+    last: Mapping[str, Any] = next((entry for entry in reversed(history) if "loss" in entry), {})
+    return {name: value for name, value in last.items() if "/" in name or name == "entropy"}
 
 
 def _push(this: Run, trainer: Any) -> None:

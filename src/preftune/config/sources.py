@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from preftune.config.secrets import redact
 from preftune.errors import ConfigError
 
 
@@ -133,14 +134,15 @@ def settings_from_flags(
         name, value = raw_name, _one_or_many(values)
         if raw_name not in known and raw_name.startswith("no_") and raw_name[3:] in booleans:
             if values:
-                raise ConfigError("takes no value", where=shown, value=" ".join(values), remedy=f"write {shown} alone")
+                given = _safe(name, values)
+                raise ConfigError("takes no value", where=shown, value=given, remedy=f"write {shown} alone")
             name, value = raw_name[3:], "false"
         elif not values:
             if name in known and name not in booleans and name not in sequences:
                 raise ConfigError("needs a value", where=shown, remedy=f"write {shown} VALUE")
             value = "true" if name in booleans or name not in known else []
         elif len(values) > 1 and name in known and name not in sequences:
-            raise ConfigError("takes one value", where=shown, value=" ".join(values))
+            raise ConfigError("takes one value", where=shown, value=_safe(name, values))
         if name in found:
             if name in sequences:
                 value = [*_as_list(found[name].value), *_as_list(value)]
@@ -148,6 +150,10 @@ def settings_from_flags(
                 notes.append(f"{shown} was given twice; the last one counts")
         found[name] = Setting(name, value, "flag", shown, layer)
     return list(found.values()), notes
+
+
+def _safe(name: str, values: tuple[str, ...]) -> Any:
+    return redact(" ".join(values), name)
 
 
 def _one_or_many(values: tuple[str, ...]) -> Any:

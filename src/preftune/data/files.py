@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,10 @@ class RawTable:
         return {self.rename.get(name, name): row[name] for name in names if name in self.rename or name not in new}
 
     def example(self) -> dict[str, Any]:
-        """A row to recognise the format by: the first without nulls, or else the first that can be read."""
+        """A row to recognise the format by: an early one without nulls, or else the first that can be read."""
         columns = self.columns()
         fallback: dict[str, Any] = {}
-        for _, row in self:
+        for _, row in islice(self, 100):
             if isinstance(row, Mapping):
                 full = {**dict.fromkeys(columns), **row}
                 if all(value is not None for value in full.values()):

@@ -191,8 +191,9 @@ def prepare(
         format_name = "tokenised"
         worker = TokenisedWorker(options, name)
     else:
-        format_name = _format_of(dataset, options, name).name
-        dataset, spec, bad_before, more = pair_rows(dataset, options, name)
+        spec = pair_format(dataset, options, name)
+        format_name = spec.name
+        dataset, spec, bad_before, more = pair_rows(dataset, spec, options, name)
         notes += more
         worker = PairWorker(tokenizer, options, spec, name)
     result, tally = batches.run(dataset, worker, options.num_proc, f"Preparing {name}")
@@ -218,12 +219,13 @@ def prepare(
 
 
 def pair_rows(
-    dataset: Dataset, options: DataOptions, name: str
+    dataset: Dataset, spec: FormatSpec, options: DataOptions, name: str
 ) -> tuple[Dataset, FormatSpec, dict[str, int], list[str]]:
     """Rows that are one pair each: ranked and unpaired rows are paired, all others returned as they are.
 
     Args:
-        dataset: Rows of any preference format.
+        dataset: Rows of a preference format.
+        spec: Their format.
         options: Data options.
         name: Name of the data set, for messages.
 
@@ -231,9 +233,8 @@ def pair_rows(
         The rows, their format, bad rows by reason, and notes for the user.
 
     Raises:
-        DataError: Not preference data, or bad rows that the policy does not allow.
+        DataError: Bad rows that the policy does not allow.
     """
-    spec = _format_of(dataset, options, name)
     if spec.kind not in ("ranked", "unpaired"):
         return dataset, spec, {}, []
     handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
@@ -250,7 +251,12 @@ def sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:
     return out
 
 
-def _format_of(dataset: Dataset, options: DataOptions, name: str) -> FormatSpec:
+def pair_format(dataset: Dataset, options: DataOptions, name: str) -> FormatSpec:
+    """The format of preference rows.
+
+    Raises:
+        DataError: The format is unknown, or holds no preferences.
+    """
     skip = ("hh",) if options.implicit_prompt == "common_prefix" else ()
     example = from_dataset(name, dataset).example()
     spec = resolve(options.dataset_format, dataset.column_names, example, where=f"{name} data set", skip=skip)

@@ -156,7 +156,7 @@ def _warnings(report: PrepareReport, options: DataOptions) -> list[str]:
         out.append(f"{sum(report.bad_rows.values())} bad rows {fate}: {shorten(report.bad_rows)}{where}")
     if report.dropped:
         out.append(
-            f"{sum(report.dropped.values())} of {report.rows_read} rows dropped, nothing to learn from after truncation:"
+            f"{sum(report.dropped.values())} of {report.rows_read} rows dropped, with nothing left to learn from:"
             f" {shorten(report.dropped)}"
         )
     if report.merged_share > 0:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from preftune.data import batches
 from preftune.data.formats.base import BadRow
 from preftune.data.options import DataOptions
-from preftune.data.prepare import PairWorker, pair_rows
+from preftune.data.prepare import PairWorker, pair_format, pair_rows
 from preftune.data.rows import BadRowHandler, to_error
 from preftune.data.sft import SftWorker, sft_format
 from preftune.data.tokenise import TokenisedPair, tokenise_pairs
@@ -133,7 +133,7 @@ def show(
             assistant_only_loss=assistant_only_loss,
         )
     else:
-        dataset, spec, _, _ = pair_rows(dataset, options, name)
+        dataset, spec, _, _ = pair_rows(dataset, pair_format(dataset, options, name), options, name)
         worker = PairWorker(tokenizer, options, spec, name)
     labels = (PROMPT, TRAINED, DROPPED) if sft else (PROMPT, CHOSEN, REJECTED, DROPPED)
     _print_legend(console, labels)

@@ -134,6 +134,13 @@ def load(
             value=list(dataset_splits),
             remedy="use split",
         )
+    if quarantine_path is not None and on_bad_rows != "skip":
+        raise ConfigError(
+            "quarantine_path is only written with on_bad_rows: skip",
+            where="quarantine_path",
+            value=quarantine_path,
+            remedy="set on_bad_rows: skip, or leave quarantine_path out",
+        )
     if quarantine_path is not None and os.path.exists(quarantine_path) and os.environ.get("RANK", "0") == "0":
         os.remove(quarantine_path)
     loader = _Loader(dataset_format, pairing, BadRowHandler(on_bad_rows, quarantine_path))

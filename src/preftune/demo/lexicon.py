@@ -1,7 +1,7 @@
 """The words of the review world: products, what they consist of, and what may be said about them, with what force.
 
-Every number here is part of the ground-truth reward's definition (`preftune.demo.world`). Adjectives and predicates carry
-a valence in [-1, 1]; degree adverbs multiply it, negation multiplies it by `NEGATION`.
+Every number here is part of the ground-truth reward's definition (`preftune.demo.world`). Adjectives and predicates
+carry a valence in [-1, 1]; degree adverbs multiply it, negation multiplies it by `NEGATION`.
 """
 
 from __future__ import annotations

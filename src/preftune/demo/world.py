@@ -4,17 +4,17 @@ A review opens with a neutral sentence about one product and goes on with two to
 
     I bought this kettle in March. The lid is very sturdy, but the cable looks cheap. I would buy it again.
 
-Prompts are openings, some with the first words of the next sentence. The ground truth `World.reward` is a function of the
-text alone, in [0, 1]:
+Prompts are openings, some with the first words of the next sentence. The ground truth `World.reward` is a function of
+the text alone, in [0, 1]:
 
 1. Every sentence after the opening has a valence in [-1, 1]. A clause is worth what `preftune.demo.lexicon` says:
-   valence x degree, x -0.5 when negated. Two clauses joined by *and* are averaged; after *but*, and around *although*, the
-   main clause weighs two thirds.
+   valence x degree, x -0.5 when negated. Two clauses joined by *and* are averaged; after *but*, and around *although*,
+   the main clause weighs two thirds.
 2. Whatever is not a sentence of this world is worth -1: unknown or repeated words, a part that the product does not
    have, a sentence that is cut off.
 3. What has been said already is worth nothing the second time (valence 0): each part, and each kind of verdict, counts
    once. Repeating praise therefore dilutes the mean.
-4. The reward is ``0.5 + 0.5 * mean valence`` over ``max(number of sentences, 2)``; a sentence short of two counts as -1.
+4. The reward is ``0.5 + 0.5 * mean valence``; each sentence short of two counts as one of valence -1.
 
 So garbage, an empty answer and cut-off text score 0, and "great great great" is no sentence. No text scores above
 `World.MAX_REWARD`.
@@ -79,7 +79,9 @@ _OPENING = re.compile(
 )
 
 
-def part_clause(part: str, adjective: str, copula: str = "is", degree: str | None = None, negated: bool = False) -> Clause:
+def part_clause(
+    part: str, adjective: str, copula: str = "is", degree: str | None = None, negated: bool = False
+) -> Clause:
     """A clause of the form "the lid is not very sturdy", with its valence."""
     words = ["the", part, lexicon.COPULAS[copula] if negated else copula, *([degree] if degree else []), adjective]
     valence = lexicon.ADJECTIVES[adjective] * (lexicon.DEGREES[degree] if degree else 1.0)
@@ -156,15 +158,18 @@ class World:
         """Reviews whose opinions lean neither way on average.
 
         Args:
-            num_reviews: How many reviews.
+            num_reviews: How many reviews; a larger corpus begins with a smaller one.
 
         Returns:
             Texts, one review each.
         """
         rng = np.random.default_rng([self.seed, 1])
         openings = [(text, product) for text, product in _all_openings() if _split_of(text) == "train"]
-        picks = rng.integers(len(openings), size=num_reviews)
-        return [f"{openings[pick][0]} {_write_body(rng, openings[pick][1])}" for pick in picks]
+        reviews = []
+        for _ in range(num_reviews):
+            opening, product = openings[int(rng.integers(len(openings)))]
+            reviews.append(f"{opening} {_write_body(rng, product)}")
+        return reviews
 
     def prompts(self, num_prompts: int, split: Split = "train") -> list[str]:
         """Distinct openings of reviews, two in three with the first words of the next sentence.

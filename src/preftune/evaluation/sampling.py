@@ -85,7 +85,9 @@ def sample_completions(
     encoded = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     for index, ids in enumerate(encoded):
         if not ids:
-            raise DataError("a prompt without tokens cannot be continued", where=f"prompt {index}", value=prompts[index])
+            raise DataError(
+                "a prompt without tokens cannot be continued", where=f"prompt {index}", value=prompts[index]
+            )
     rows = [(index, draw) for index in range(len(prompts)) for draw in range(num_samples)]
     # Rows of equal prompt length share a batch, which mostly spares the padding.
     order = sorted(range(len(rows)), key=lambda row: len(encoded[rows[row][0]]))
@@ -128,7 +130,9 @@ def completion_logps(
     _check_at_least("batch_size", batch_size, 1)
     for index, (prompt, _) in enumerate(sequences):
         if not prompt:
-            raise DataError("the first token of a text has no log-prob", where=f"prompt of sequence {index}", value=prompt)
+            raise DataError(
+                "the first token of a text has no log-prob", where=f"prompt of sequence {index}", value=prompt
+            )
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]) + len(sequences[index][1]))
     results: list[np.ndarray[Any, np.dtype[np.float32]]] = [np.empty(0, np.float32)] * len(sequences)
     with _evaluating(model):
@@ -146,8 +150,8 @@ def log_ratios(
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Sequence log-ratios of samples, whose mean is an unbiased estimate of KL(policy || reference).
 
-    KL = E_{y ~ policy}[log policy(y|x) - log reference(y|x)], summed over the completion. The samples must have been drawn
-    from the policy at temperature 1; for texts cut off at a length limit it is the KL of the cut-off process.
+    KL = E_{y ~ policy}[log policy(y|x) - log reference(y|x)], summed over the completion. The samples must have been
+    drawn from the policy at temperature 1; for texts cut off at a length limit it is the KL of the cut-off process.
 
     Args:
         samples: Drawn from the policy by `sample_completions`.
@@ -234,9 +238,7 @@ def _sample_batch(
     return results
 
 
-def _choose(
-    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _choose(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens by inverse transform, and their log-probs at temperature 1; logits are fp64 `(rows, vocabulary)`."""
     logps = logits.log_softmax(dim=-1)
     if temperature == 0:

@@ -60,6 +60,7 @@ def load_model_and_tokenizer(
         SetupError: If a library is missing.
     """
     name = config.require_model()
+    _check_folder(name, "model_name_or_path")
     tokenizer = load_tokenizer(config)
     peft_config = peft_config_from(config)
     adapter = _adapter_base(name, config.model_revision)
@@ -70,6 +71,7 @@ def load_model_and_tokenizer(
     model = _load_adapter(name, keywords) if adapter else _load_plain(name, keywords, "model_name_or_path")
     reference = None
     if with_reference and config.ref_model_name_or_path:
+        _check_folder(config.ref_model_name_or_path, "ref_model_name_or_path")
         keywords = _keywords(config, config.ref_model_revision, model_init_kwargs)
         reference = _load_plain(config.ref_model_name_or_path, keywords, "ref_model_name_or_path")
     return Loaded(model, tokenizer, reference, peft_config)
@@ -281,7 +283,7 @@ def _diagnosis(error: Exception, name: str, where: str, kind: str) -> ModelError
             "read that code, then pass --trust_remote_code with a pinned --model_revision",
         )
     elif exists:
-        what, remedy = f"cannot load the {kind} ({_first_line(error)})", _remedy_for_folder(name)
+        what, remedy = f"cannot load the {kind} ({_first_line(error)})", "check that its files are complete"
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         what, remedy = f"no such {kind} folder", "check the path"
     elif any(word in whole for word in ("GatedRepo", "gated repo", "401", "403")):
@@ -298,14 +300,16 @@ def _diagnosis(error: Exception, name: str, where: str, kind: str) -> ModelError
     return ModelError(what, where=where, value=name, remedy=remedy)
 
 
-def _remedy_for_folder(name: str) -> str:
+def _check_folder(name: str, where: str) -> None:
+    """Say what is wrong with a path before a loader says something else about it."""
     folder = Path(name).expanduser()
     if folder.is_file():
-        return "give the folder, not a file in it"
-    if not (folder / "config.json").exists() and not (folder / ADAPTER_FILE).exists():
-        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        return f"did you mean {checkpoints[-1]}?" if checkpoints else "the folder has no config.json"
-    return "check that its files are complete"
+        raise ModelError("a file, not a folder", where=where, value=name, remedy=f"did you mean {folder.parent}?")
+    if not folder.is_dir() or (folder / "config.json").exists() or (folder / ADAPTER_FILE).exists():
+        return
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    remedy = f"did you mean {checkpoints[-1]}?" if checkpoints else "give the folder that save_pretrained wrote"
+    raise ModelError("a folder without config.json", where=where, value=name, remedy=remedy)
 
 
 def _first_line(error: BaseException) -> str:

@@ -171,6 +171,19 @@ class Objective:
         assert total is not None  # at least one name is checked on construction
         return ObjectiveResult(loss=total, parts=parts)
 
+    def check_margins(self, margins: Tensor) -> None:
+        """Check the score gaps of a whole data set once, before training.
+
+        Args:
+            margins: Score gaps of all pairs, ``(rows,)``.
+
+        Raises:
+            DataError: A method cannot use one of them; the message names the row.
+        """
+        for spec in self.specs:
+            if spec.check_margins is not None:
+                spec.check_margins(margins, self.knobs[spec.name])
+
     def rewards(self, batch: PairLogps | UnpairedLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards as TRL logs them, without gradient.
 

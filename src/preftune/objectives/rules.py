@@ -31,6 +31,7 @@ def check_combination(
     """
     _check_mixture(specs)
     _check_divergence(specs, settings)
+    _check_inert(specs, settings)
     if ld_alpha is not None:
         _check_ld(specs, ld_alpha)
     if use_weighting:
@@ -97,6 +98,24 @@ def _check_divergence(specs: tuple[MethodSpec, ...], settings: Mapping[str, Mapp
             allowed=repr(F_ALPHA_DIVERGENCE_COEF.default),
             remedy="set f_divergence_type: alpha_divergence",
         )
+
+
+# A setting that shapes a term, and the setting that switches the term off at 0.
+_SHAPES = {"sft_average": "cpo_alpha", "odpo_transform": "odpo_alpha"}
+
+
+def _check_inert(specs: tuple[MethodSpec, ...], settings: Mapping[str, Mapping[str, Any]]) -> None:
+    for spec in specs:
+        taken = settings[spec.name]
+        for name, switch in _SHAPES.items():
+            if name in taken and taken.get(switch) == 0.0 and taken[name] != spec.knobs[name].default:
+                raise ConfigError(
+                    f"the setting has no effect on {spec.name} while {switch} is 0",
+                    where=name,
+                    value=taken[name],
+                    allowed=repr(spec.knobs[name].default),
+                    remedy=f"set {switch} above 0",
+                )
 
 
 def _check_ld(specs: tuple[MethodSpec, ...], ld_alpha: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class MethodSpec:
         paired: Whether it takes ``PairLogps`` (else ``UnpairedLogps``).
         supports_f_divergence: Whether a divergence other than reverse KL may be set.
         requires: Optional columns that must be present.
+        check_margins: For methods that need ``margins``: check of the whole column, given it and the method's knobs.
         scores: For reference-free methods: the log-prob scores whose multiple by beta is logged as the reward.
     """
 
@@ -54,6 +56,7 @@ class MethodSpec:
     paired: bool = True
     supports_f_divergence: bool = False
     requires: frozenset[str] = frozenset()
+    check_margins: Callable[[Tensor, Mapping[str, Any]], None] | None = None
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     @property
@@ -82,33 +85,15 @@ def method_row(
     separable: bool = True,
     paired: bool = True,
     difference: bool = False,
-    requires: tuple[str, ...] = (),
+    check_margins: Callable[[Tensor, Mapping[str, Any]], None] | None = None,
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> MethodSpec:
     """Build a row of the table.
 
-    The arguments are those of ``MethodSpec``, shorter where the table repeats them.
-
-    Args:
-        name: Value of ``loss_type``.
-        family: Family of the method.
-        function: The loss.
-        formula: The loss of one pair.
-        paper: Key in ``PAPERS``.
-        equation: Where in the paper.
-        takes: Knobs beside ``beta``.
-        published: Published settings.
-        source: Where those come from.
-        needs_reference: As in ``MethodSpec``.
-        needs_lengths: As in ``MethodSpec``.
-        separable: As in ``MethodSpec``.
-        paired: As in ``MethodSpec``.
-        difference: Whether the loss is a function of the score difference, so that it takes the divergence knobs.
-        requires: As in ``MethodSpec``.
-        scores: As in ``MethodSpec``.
-
-    Returns:
-        The row.
+    Most arguments are the fields of ``MethodSpec``. ``paper`` is a key of ``PAPERS``; ``takes`` are the knobs beside
+    ``beta``; ``published`` and ``source`` become ``defaults`` and ``defaults_source``; ``difference`` says that it
+    is a function of the score difference, which adds the divergence knobs; ``check_margins`` implies that margins are
+    required.
     """
     divergence = (knobs.F_DIVERGENCE_TYPE, knobs.F_ALPHA_DIVERGENCE_COEF) if difference else ()
     return MethodSpec(
@@ -127,6 +112,7 @@ def method_row(
         paired=paired,
         # The SFT term has no log-ratio, so a divergence leaves it as it is and does not forbid it.
         supports_f_divergence=difference or family == "sft",
-        requires=frozenset(requires),
+        requires=frozenset() if check_margins is None else frozenset({"margins"}),
+        check_margins=check_margins,
         scores=scores,
     )

@@ -102,7 +102,7 @@ _LOGISTIC = (
         published={"odpo_alpha": 1.0},
         source="arXiv:2402.10571",
         difference=True,
-        requires=("margins",),
+        check_margins=lambda margins, knobs: logistic.check_odpo_margins(margins, knobs["odpo_transform"]),
     ),
 )
 
@@ -149,7 +149,7 @@ _MARGIN = (
         "eq. 4.7",
         published={"beta": 0.001, "learning_rate": 5e-7, "batch_size": 64},
         source="arXiv:2405.00675",
-        requires=("margins",),
+        check_margins=lambda margins, knobs: margin.check_win_gaps(margins),
     ),
 )
 

@@ -13,8 +13,10 @@ import yaml
 
 FILE_NAME = "README.md"
 
-# Markdown that could change the page when it stands in a value: links, code, emphasis, tables, headings.
-_ACTIVE = re.compile(r"([\\`*_{}\[\]()#+!|~])")
+# Markdown that could change the page when it stands in a value: links, images, code, tables, strike-through, emphasis
+# (an underscore inside a word is none), and what makes a heading or a list at the beginning of a line.
+_ACTIVE = re.compile(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=-])")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|\Z)")
 
 
 @dataclass(frozen=True)
@@ -88,23 +90,28 @@ def write(folder: str | Path, card: Card) -> Path:
 def escape(value: Any) -> str:
     """Text that shows as itself in Markdown and HTML, on one line."""
     flat = " ".join(str(value).split())
-    return html.escape(_ACTIVE.sub(r"\\\1", flat), quote=False)
+    return html.escape(_NUMBERED.sub(r"\1\\\2", _ACTIVE.sub(r"\\\1", flat)), quote=False)
 
 
 def _front_matter(card: Card) -> str:
-    local = re.compile(r"^[./~]|\\|^[A-Za-z]:|\.(json|jsonl|gz|csv|parquet)$")
     fields: dict[str, Any] = {
         "library_name": "peft" if card.is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["preftune", card.verb, *card.methods, *card.extra_tags],
     }
     # The Hub resolves these names; paths on somebody's disk would be dead links there.
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", card.base_model) and not Path(card.base_model).exists():
+    if _is_hub_name(card.base_model):
         fields["base_model"] = card.base_model
-    hub_datasets = [name for name in card.datasets if not local.search(name) and not Path(name).exists()]
+    hub_datasets = [name for name in card.datasets if _is_hub_name(name)]
     if hub_datasets:
         fields["datasets"] = hub_datasets
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _is_hub_name(name: str) -> bool:
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or re.search(r"\.(json|jsonl|gz|csv|parquet)\Z", name):
+        return False
+    return not Path(name).exists()
 
 
 def _opening(card: Card) -> str:

@@ -1,4 +1,4 @@
-"""Transcripts in the style of Anthropic's HH-RLHF: ``\\n\\nHuman: ... \\n\\nAssistant: ...`` without a prompt column."""
+"""Transcripts in the style of HH-RLHF: ``Human:`` and ``Assistant:`` turns after empty lines, no prompt column."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
 
 
 def convert(row: Mapping[str, Any]) -> Row:
-    """Split after the last ``\\n\\nAssistant:`` that both transcripts share.
+    """Split after the last ``Assistant:`` that both transcripts share.
 
     A common prefix of characters would put the first words that two answers happen to share into the prompt, and
     would cut through words.

@@ -1,0 +1,382 @@
+"""Intervals and tests for evaluation results; detectable effects are in `preftune.evaluation.power`.
+
+Rows that share a prompt are not independent. Wherever `groups` is taken, whole groups are resampled, so that the
+interval answers for new prompts, not for new completions of the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy import special, stats
+
+from preftune.errors import ConfigError, DataError
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Method = Literal["percentile", "bca"]
+
+# Indices drawn at once: bounds the memory of the bootstrap to a few dozen megabytes.
+_DRAWS_PER_CHUNK = 1 << 21
+# Up to so many distinct groups (by sum and size) their counts are drawn instead of the groups themselves.
+_MAX_KINDS = 256
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval.
+
+    Attributes:
+        mean: The estimate.
+        low: Lower end.
+        high: Upper end.
+        level: Nominal coverage, for example 0.95.
+        standard_error: Standard deviation of the estimate over resamples (0 where nothing varies).
+        num_values: Rows behind the estimate.
+        num_groups: Independent groups behind it.
+        method: How the interval was made.
+    """
+
+    mean: float
+    low: float
+    high: float
+    level: float
+    standard_error: float
+    num_values: int
+    num_groups: int
+    method: str
+
+    def as_dict(self) -> dict[str, float]:
+        """The three numbers that result files carry: mean, low, high."""
+        return {"mean": self.mean, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class McNemarResult:
+    """Two-sided McNemar test on paired yes/no outcomes.
+
+    Attributes:
+        only_first: Pairs that only the first got right.
+        only_second: Pairs that only the second got right.
+        exact_p: Exact conditional p-value (guaranteed level, conservative).
+        mid_p: Mid-p value (close to the nominal level; the better default).
+    """
+
+    only_first: int
+    only_second: int
+    exact_p: float
+    mid_p: float
+
+
+def bootstrap_mean(
+    values: Sequence[float] | Array,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    num_resamples: int = 4000,
+    method: Method = "bca",
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of a mean over rows.
+
+    Args:
+        values: One number per row, `(rows,)`.
+        groups: One group id per row, such as the prompt; every row is its own group by default.
+        level: Nominal coverage.
+        num_resamples: Bootstrap resamples.
+        method: "bca" (bias-corrected and accelerated) or "percentile".
+        seed: Of the resampling.
+
+    Returns:
+        The interval.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        DataError: Too few rows or groups, or a value that is not finite.
+
+    Source:
+        Efron & Tibshirani (1993), An Introduction to the Bootstrap, sections 13.3 (percentile) and 14.3 (BCa);
+        acceleration from the jackknife over groups, eq. 14.15.
+    """
+    rows = _finite("values", values)
+    return bootstrap_ratio(
+        rows,
+        np.ones_like(rows),
+        groups=groups,
+        level=level,
+        num_resamples=num_resamples,
+        method=method,
+        seed=seed,
+    )
+
+
+def bootstrap_ratio(
+    numerators: Sequence[float] | Array,
+    denominators: Sequence[float] | Array,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    num_resamples: int = 4000,
+    method: Method = "bca",
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of ``sum(numerators) / sum(denominators)``, for example a mean per token.
+
+    Args:
+        numerators: `(rows,)`.
+        denominators: `(rows,)`, positive.
+        groups: One group id per row; every row is its own group by default.
+        level: Nominal coverage.
+        num_resamples: Bootstrap resamples.
+        method: "bca" or "percentile", see `bootstrap_mean`.
+        seed: Of the resampling.
+
+    Returns:
+        The interval.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        DataError: Too few rows or groups, lengths differ, a value is not finite or a denominator not positive.
+    """
+    _check_level(level)
+    if method not in ("percentile", "bca"):
+        raise ConfigError("unknown interval", where="method", value=method, allowed="percentile, bca")
+    if num_resamples < 100:
+        raise ConfigError("too few resamples", where="num_resamples", value=num_resamples, allowed="100 or more")
+    top, bottom = _finite("numerators", numerators), _finite("denominators", denominators)
+    if len(top) != len(bottom):
+        raise DataError("lengths differ", where="denominators", value=len(bottom), allowed=f"{len(top)} values")
+    if (bottom <= 0).any():
+        raise DataError("not positive", where="denominators", value=float(bottom.min()), allowed="above 0")
+    sums, sizes = _sum_by_group(top, bottom, groups)
+    estimate = float(sums.sum() / sizes.sum())
+    resampled = _resample_ratio(sums, sizes, num_resamples, np.random.default_rng(seed))
+    tail = (1 - level) / 2
+    shares = (tail, 1 - tail)
+    if method == "bca":
+        shares = _bca_shares(sums, sizes, estimate, resampled, shares)
+    low, high = (float(end) for end in np.quantile(resampled, shares))
+    return Interval(
+        mean=estimate,
+        low=low,
+        high=high,
+        level=level,
+        standard_error=float(resampled.std(ddof=1)),
+        num_values=len(top),
+        num_groups=len(sums),
+        method=f"bootstrap ({method})",
+    )
+
+
+def paired_difference(
+    first: Sequence[float] | Array,
+    second: Sequence[float] | Array,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    num_resamples: int = 4000,
+    method: Method = "bca",
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of ``mean(second - first)`` over rows measured under both conditions.
+
+    Args:
+        first: `(rows,)`, for example rewards before training.
+        second: `(rows,)`, the same rows afterwards.
+        groups: One group id per row; every row is its own group by default.
+        level: Nominal coverage.
+        num_resamples: Bootstrap resamples.
+        method: "bca" or "percentile", see `bootstrap_mean`.
+        seed: Of the resampling.
+
+    Returns:
+        The interval of the mean difference.
+
+    Raises:
+        DataError: The rows do not match, or see `bootstrap_mean`.
+    """
+    before, after = _finite("first", first), _finite("second", second)
+    if len(before) != len(after):
+        raise DataError("paired rows differ in number", where="second", value=len(after), allowed=f"{len(before)} rows")
+    return bootstrap_mean(
+        after - before, groups=groups, level=level, num_resamples=num_resamples, method=method, seed=seed
+    )
+
+
+def wilson_interval(num_successes: int, num_trials: int, *, level: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion over independent trials.
+
+    Args:
+        num_successes: Trials that succeeded.
+        num_trials: All trials.
+        level: Nominal coverage.
+
+    Returns:
+        The interval; it stays within [0, 1] and has width at 0 and 1 too.
+
+    Raises:
+        DataError: Counts that cannot be.
+
+    Source:
+        Wilson (1927), J. Am. Stat. Assoc. 22, 209-212.
+    """
+    _check_level(level)
+    if num_trials < 1 or not 0 <= num_successes <= num_trials:
+        raise DataError(
+            "impossible counts",
+            where="num_successes, num_trials",
+            value=(num_successes, num_trials),
+            allowed="0 <= successes <= trials, trials >= 1",
+        )
+    z = _normal_quantile(0.5 + level / 2)
+    share = num_successes / num_trials
+    centre = (share + z * z / (2 * num_trials)) / (1 + z * z / num_trials)
+    half = z / (1 + z * z / num_trials) * math.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2)
+    return Interval(
+        mean=share,
+        # Exact at the borders, where rounding would leave something like 1e-17.
+        low=0.0 if num_successes == 0 else centre - half,
+        high=1.0 if num_successes == num_trials else centre + half,
+        level=level,
+        standard_error=math.sqrt(share * (1 - share) / num_trials),
+        num_values=num_trials,
+        num_groups=num_trials,
+        method="wilson",
+    )
+
+
+def mcnemar(only_first: int, only_second: int) -> McNemarResult:
+    """McNemar's test from the two discordant counts.
+
+    Args:
+        only_first: Pairs that only the first got right.
+        only_second: Pairs that only the second got right.
+
+    Returns:
+        Exact and mid-p values; both 1 where nothing is discordant.
+
+    Raises:
+        DataError: A count is negative.
+
+    Source:
+        Fagerland, Lydersen & Laake (2013), BMC Med. Res. Methodol. 13:91, exact conditional and mid-p test.
+    """
+    if only_first < 0 or only_second < 0:
+        raise DataError("negative count", where="only_first, only_second", value=(only_first, only_second))
+    total, fewer = only_first + only_second, min(only_first, only_second)
+    if total == 0:
+        return McNemarResult(only_first, only_second, 1.0, 1.0)
+    below = float(stats.binom.cdf(fewer, total, 0.5))
+    point = float(stats.binom.pmf(fewer, total, 0.5))
+    if only_first == only_second:
+        return McNemarResult(only_first, only_second, 1.0, 1.0 - point / 2)
+    return McNemarResult(only_first, only_second, min(1.0, 2 * below), min(1.0, 2 * below - point))
+
+
+def holm(p_values: Sequence[float] | Array) -> Array:
+    """Holm's step-down adjustment: controls the chance of any false claim among several tests.
+
+    Args:
+        p_values: `(tests,)` in [0, 1].
+
+    Returns:
+        Adjusted p-values in the given order; compare them with the wanted level directly.
+
+    Raises:
+        DataError: A value outside [0, 1].
+
+    Source:
+        Holm (1979), Scand. J. Stat. 6, 65-70.
+    """
+    given = np.asarray(p_values, dtype=np.float64)
+    if given.ndim != 1 or not ((given >= 0) & (given <= 1)).all():
+        raise DataError("not a list of p-values", where="p_values", value=given.tolist(), allowed="numbers in [0, 1]")
+    order = np.argsort(given, kind="stable")
+    steps = given[order] * np.arange(len(given), 0, -1)
+    adjusted = np.empty_like(given)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def _sum_by_group(top: Array, bottom: Array, groups: Sequence[Hashable] | None) -> tuple[Array, Array]:
+    if groups is None:
+        sums, sizes = top, bottom
+    else:
+        if len(groups) != len(top):
+            raise DataError(
+                "one group id per row is needed", where="groups", value=len(groups), allowed=f"{len(top)} ids"
+            )
+        codes: dict[Hashable, int] = {}
+        index = np.array([codes.setdefault(group, len(codes)) for group in groups])
+        sums = np.asarray(np.bincount(index, weights=top), dtype=np.float64)
+        sizes = np.asarray(np.bincount(index, weights=bottom), dtype=np.float64)
+    if len(sums) < 2:
+        raise DataError(
+            "an interval needs at least two independent groups", where="groups", value=len(sums), allowed="2 or more"
+        )
+    return sums, sizes
+
+
+def _resample_ratio(sums: Array, sizes: Array, num_resamples: int, rng: np.random.Generator) -> Array:
+    """The ratio in each bootstrap resample of whole groups, `(num_resamples,)`."""
+    num_groups = len(sums)
+    kinds, counts = np.unique(np.stack([sums, sizes]), axis=1, return_counts=True)
+    if kinds.shape[1] <= min(_MAX_KINDS, num_groups // 4):
+        # Few distinct groups (yes/no data): how often each kind is drawn is multinomial, which is the same for less.
+        drawn = rng.multinomial(num_groups, counts / num_groups, size=num_resamples).astype(np.float64)
+        return np.asarray((drawn @ kinds[0]) / (drawn @ kinds[1]), dtype=np.float64)
+    equal_sizes = bool((sizes == sizes[0]).all())
+    results = np.empty(num_resamples)
+    chunk = max(1, _DRAWS_PER_CHUNK // num_groups)
+    for start in range(0, num_resamples, chunk):
+        stop = min(start + chunk, num_resamples)
+        picks = rng.integers(num_groups, size=(stop - start, num_groups), dtype=np.uint32)
+        drawn_sizes = num_groups * sizes[0] if equal_sizes else sizes[picks].sum(axis=1)
+        results[start:stop] = sums[picks].sum(axis=1) / drawn_sizes
+    return results
+
+
+def _bca_shares(
+    sums: Array, sizes: Array, estimate: float, resampled: Array, shares: tuple[float, float]
+) -> tuple[float, float]:
+    """Which quantiles of the resamples are the ends of the BCa interval."""
+    spread = float(resampled.std())
+    # Rounding alone can part resamples of constant data; a correction made of it would be noise.
+    if spread <= 1e-12 * max(1.0, abs(estimate)):
+        return shares
+    # Ties count half, as in SciPy, so that discrete data are not taken for biased.
+    below = float((resampled < estimate).mean() + (resampled <= estimate).mean()) / 2
+    limit = 0.5 / len(resampled)
+    bias = _normal_quantile(min(max(below, limit), 1 - limit))
+    leave_one_out = (sums.sum() - sums) / (sizes.sum() - sizes)
+    deviations = leave_one_out.mean() - leave_one_out
+    denominator = float((deviations**2).sum() ** 1.5)
+    acceleration = float((deviations**3).sum()) / (6 * denominator) if denominator > 0 else 0.0
+
+    def corrected(share: float) -> float:
+        moved = bias + _normal_quantile(share)
+        return float(stats.norm.cdf(bias + moved / (1 - acceleration * moved)))
+
+    return corrected(shares[0]), corrected(shares[1])
+
+
+def _finite(name: str, values: Sequence[float] | Array) -> Array:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0:
+        raise DataError("a list of numbers is needed", where=name, value=array.shape, allowed="shape (rows,)")
+    if not np.isfinite(array).all():
+        row = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise DataError("not a finite number", where=f"{name}, row {row}", value=float(array[row]))
+    return array
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ConfigError("not a confidence level", where="level", value=level, allowed="between 0 and 1, such as 0.95")
+
+
+def _normal_quantile(share: float) -> float:
+    return float(special.ndtri(share))

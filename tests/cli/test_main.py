@@ -1,0 +1,113 @@
+"""Verbs, exit codes, start-up time: the command line as a shell sees it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import preftune
+from preftune.cli.main import VERBS, main
+
+
+def shell(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "preftune", *argv], capture_output=True, text=True, timeout=120)
+
+
+def test_a_typing_error_exits_2_with_one_line_that_names_the_field() -> None:
+    done = shell("dpo", "--learning_ratee", "1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "learning_rate?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["dpoo"], "did you mean `preftune dpo`?"),
+        (["--frob"], "--frob"),
+        (["data", "shwo"], "did you mean `preftune data show`?"),
+        (["data"], "no action"),
+        (["data", "show", "--num_rows", "0"], "1 or more"),
+        (["data", "show", "--verb", "x"], "dpo, sft"),
+        (["cache", "frob"], "frob"),
+        (["methods", "sigmoidd"], "did you mean sigmoid?"),
+        (["cite"], "RUN|METHOD"),
+        (["cite", "nothing"], "nothing"),
+    ],
+)
+def test_wrong_verbs_and_actions(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == main([]) == 0
+    out = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"\n  {verb} " in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"preftune {preftune.__version__}"
+
+
+@pytest.mark.parametrize("verb", ["dpo", "sft"])
+def test_help_of_a_training_verb_explains_every_field(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    assert main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    config = {"dpo": preftune.DPOConfig, "sft": preftune.SFTConfig}[verb]
+    for field in dataclasses.fields(config):
+        assert out.count(f"\n  --{field.name} ") == 1, field.name
+    own = out.split("from transformers.TrainingArguments")[0].split("training:")[1].splitlines()
+    heads = [number for number, line in enumerate(own) if line.startswith("  --")]
+    for number in heads:
+        assert any(line.startswith("      ") for line in own[number + 1 : number + 3]), own[number]
+
+
+def test_only_the_first_process_reports_a_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["dpoo"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_help_and_import_stay_light() -> None:
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'rich', 'yaml', 'accelerate', 'peft', 'huggingface_hub'}"
+    program = (
+        "import sys, preftune; from preftune.cli.main import main; main(['--help']);"
+        f"found = sorted({heavy} & set(sys.modules)); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+
+
+def test_help_takes_less_than_three_tenths_of_a_second() -> None:
+    # The best of several: the limit is about our imports, not about what else the machine is doing.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    best = float("inf")
+    for _ in range(7):
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "preftune", "--help"]
+        subprocess.run(command, check=True, capture_output=True, timeout=60, env=environment)
+        best = min(best, time.perf_counter() - started)
+    print(f"preftune --help: {best:.3f} s")
+    assert best < 0.3
+
+
+def test_names_are_exported_lazily_and_completely() -> None:
+    for name in preftune.__all__:
+        assert getattr(preftune, name) is not None
+        assert name in dir(preftune)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = preftune.Nothing

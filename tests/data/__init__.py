@@ -1,0 +1,1 @@
+"""Tests of rows, formats, tokenisation and truncation."""

@@ -1,0 +1,53 @@
+"""The two real preference files: loaded, recognised, prepared, and compared with TRL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from preftune.data import DataOptions, load, load_report, prepare, prepare_sft
+from tests.data.conftest import TEMPLATES, make_tokenizer
+from tests.data.test_pair_parity import our_sequences, scored, trl_sequences
+
+
+def test_hh_transcripts(shared_data: Path, tokenizer: Any) -> None:
+    train = load(str(shared_data / "hh_harmless_1700.jsonl.gz"), on_bad_rows="skip")["train"]
+    report = load_report(train)
+    assert report is not None
+    assert set(report.formats.values()) == {"hh"}
+    assert report.bad_rows == {"empty_completion": 4}
+    assert len(train) == 1696
+    assert all(row["prompt"].endswith("\n\nAssistant:") for row in train)
+    dataset, prepared = prepare(
+        train, tokenizer, DataOptions(max_length=None, on_bad_rows="skip", max_dropped_share=0.1)
+    )
+    assert len(dataset) == prepared.rows_kept == 1696
+    assert prepared.rows_read == 1700
+    assert prepared.merged_share == 0
+
+
+def test_hh_as_trl_reads_it(shared_data: Path, tokenizer: Any) -> None:
+    import gzip
+    import json
+
+    with gzip.open(shared_data / "hh_harmless_1700.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][80:230]
+    options = DataOptions(max_length=300, on_bad_rows="warn")
+    expected = [pair for pair in trl_sequences(rows, tokenizer, 300, "keep_start") if scored(pair)]
+    assert our_sequences(rows, tokenizer, options) == expected
+
+
+def test_dpo_en_is_sharegpt(shared_data: Path) -> None:
+    tokenizer = make_tokenizer(template=TEMPLATES["marked"])
+    train = load(str(shared_data / "dpo_en_demo.json"))["train"]
+    report = load_report(train)
+    assert report is not None
+    assert set(report.formats.values()) == {"sharegpt_preference"}
+    assert len(train) == 300
+    rows = train.select(range(0, 300, 10)).to_list()
+    for mode in ("keep_start", "keep_end"):
+        options = DataOptions(max_length=900, truncation_mode=mode)
+        expected = [pair for pair in trl_sequences(rows, tokenizer, 900, mode) if scored(pair)]
+        assert our_sequences(rows, tokenizer, options) == expected
+    examples, sft = prepare_sft(train, tokenizer, DataOptions(max_length=None))
+    assert len(examples) == sft.rows_kept == 300

@@ -1,0 +1,93 @@
+"""The house rules that no linter knows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted((ROOT / "src").rglob("*.py"))
+
+
+def pyproject() -> dict[str, object]:
+    found: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return found
+
+
+def requirements(table: dict[str, object]) -> dict[str, str]:
+    project = table["project"]
+    assert isinstance(project, dict)
+    lists = [project["dependencies"], project["optional-dependencies"]["dev"]]
+    return {re.split(r"[<>=!~\[; ]", line)[0].lower(): line for lines in lists for line in lines}
+
+
+def test_constraints_pin_every_requirement_within_its_range() -> None:
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+    for name, line in requirements(pyproject()).items():
+        assert name in pins, f"{name} is not pinned"
+        assert Requirement(line).specifier.contains(pins[name]), line
+    assert pins["torch"] == "2.13.0"
+    assert pins["trl"] == "1.16.0"
+
+
+def test_no_package_index_is_named() -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", ".ci/run", ".pre-commit-config.yaml"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not re.search(r"https?://|index-url|find-links|pypi|\.whl", text), name
+
+
+@pytest.mark.parametrize("target", ["setup", "demo", "test", "check", "bench", "help"])
+def test_make_has_the_target_and_sets_up_first(target: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    rule = re.search(rf"^{target}:(.*)##", makefile, re.MULTILINE)
+    assert rule is not None
+    assert target in ("help", "setup") or "setup" in rule.group(1)
+    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"make {target} " in listed
+
+
+def test_ci_runs_what_contributors_run() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    text = script.read_text(encoding="utf-8")
+    assert "set -euo pipefail" in text
+    commands = [line for line in text.splitlines() if line.startswith("make")]
+    assert [command.split()[-1] for command in commands] == ["check", "test"]
+
+
+def test_readme_names_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in readme
+    assert "make test" in readme
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_modules_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 500, "split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            assert (node.end_lineno or 0) - body[0].lineno < 70, f"{node.name} is too long"
+
+
+def test_version_is_said_once() -> None:
+    import preftune
+
+    project = pyproject()["project"]
+    assert isinstance(project, dict)
+    assert project["version"] == preftune.__version__
+    assert f"## [{preftune.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
