@@ -14,7 +14,7 @@ from preftune.errors import ConfigError
 from preftune.kernels.attention import AttentionSpec, RowContext, attend, cpu, flex, reference, sdpa, varlen
 from preftune.packing import RowLayout, TreeSpan
 
-LAYOUTS = {
+LAYOUTS: dict[str, list[tuple[int, tuple[int, ...]]]] = {
     "pair": [(5, (4, 7))],
     "pairs": [(5, (4, 7)), (1, (1, 1)), (9, (2, 33))],
     "single branches": [(3, (4,)), (0, (6,))],
@@ -32,13 +32,14 @@ def layout_of(name: str) -> RowLayout:
     return RowLayout(tuple(spans))
 
 
-def tensors(layout: RowLayout, heads: int, groups: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+def tensors(layout: RowLayout, heads: int, groups: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     count = layout.num_tokens
     shapes = [(1, heads, count, dim), (1, heads // groups, count, dim), (1, heads // groups, count, dim)]
     # Strided as a model's projections leave them: tokens before heads in memory.
     made = [torch.randn(s[0], s[2], s[1], s[3], dtype=dtype).transpose(1, 2) for s in shapes]
-    return [t.detach().requires_grad_(True) for t in made]
+    query, key, value = (t.detach().requires_grad_(True) for t in made)
+    return query, key, value
 
 
 def separate(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, spec: AttentionSpec) -> Tensor:
@@ -56,7 +57,11 @@ def separate(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, spec:
                 seen = sequence[least : place + 1]
                 heads = []
                 for head in range(query.shape[1]):
-                    q, k, v = query[0, head, sequence[place]], key[0, head // groups, seen], value[0, head // groups, seen]
+                    q, k, v = (
+                        query[0, head, sequence[place]],
+                        key[0, head // groups, seen],
+                        value[0, head // groups, seen],
+                    )
                     score = (k @ q) * spec.scale
                     if spec.softcap is not None:
                         score = spec.softcap * torch.tanh(score / spec.softcap)
@@ -67,7 +72,7 @@ def separate(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, spec:
     return torch.stack(rows).unsqueeze(0)
 
 
-SPECS = {
+SPECS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 4},
     "softcap": {"softcap": 2.0},
@@ -127,7 +132,9 @@ def emulated_kernel(
     """Variable-length attention as documented: per sequence, causal, the last query aligned with the last key."""
     pieces = []
     groups = query.shape[1] // key.shape[1]
-    bounds = zip(plan.cu_query.tolist(), plan.cu_query[1:].tolist(), plan.cu_key.tolist(), plan.cu_key[1:].tolist(), strict=False)
+    bounds = zip(
+        plan.cu_query.tolist(), plan.cu_query[1:].tolist(), plan.cu_key.tolist(), plan.cu_key[1:].tolist(), strict=False
+    )
     for q0, q1, k0, k1 in bounds:
         q, k, v = query[q0:q1], key[k0:k1].repeat_interleave(groups, 1), value[k0:k1].repeat_interleave(groups, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -154,10 +161,9 @@ def test_varlen_gathers_and_offsets(layout: str, spec: str) -> None:
 def test_flex_forward(layout: str, spec: str) -> None:
     """FlexAttention's mask, cap and sinks; its CPU version has no backward."""
     rows, asked = layout_of(layout), spec_of(spec, 4, 16)
-    inputs = [t.detach() for t in tensors(rows, 4, 2, 16, torch.float32)]
-    torch.testing.assert_close(
-        flex.attend(*inputs, rows, asked).double(), separate(*inputs, rows, asked), atol=3e-6, rtol=3e-6
-    )
+    query, key, value = (t.detach() for t in tensors(rows, 4, 2, 16, torch.float32))
+    out = flex.attend(query, key, value, rows, asked)
+    torch.testing.assert_close(out.double(), separate(query, key, value, rows, asked), atol=3e-6, rtol=3e-6)
 
 
 def test_selection_prefers_the_fast_kernel_and_falls_back() -> None:

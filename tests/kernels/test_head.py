@@ -12,7 +12,9 @@ from preftune.kernels.head import HeadTransform, token_scores
 TRANSFORMS = [HeadTransform(), HeadTransform(0.25), HeadTransform(1.0, 3.0), HeadTransform(0.5, 2.0)]
 
 
-def oracle(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: HeadTransform) -> Tensor:
+def oracle(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: HeadTransform
+) -> tuple[Tensor, Tensor]:
     logits = (hidden.double() @ weight.double().T + (0 if bias is None else bias.double())) * t.scale
     if t.softcap is not None:
         logits = t.softcap * torch.tanh(logits / t.softcap)
@@ -87,5 +89,7 @@ def test_extreme_logits_stay_finite() -> None:
     out = token_scores(hidden, weight, None, torch.tensor([0, 1, 2]))
     out.logps.sum().backward()
     assert torch.isfinite(out.logps).all()
-    assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
-    assert weight.grad is not None and torch.isfinite(weight.grad).all()
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()
+    assert weight.grad is not None
+    assert torch.isfinite(weight.grad).all()

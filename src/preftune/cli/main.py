@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "dpo": "preference optimisation on pairs (DPO and its family)",
     "data": "look at prepared rows: prompt, chosen, rejected, and what is trained on",
     "methods": "list the methods with formula, settings and paper",
+    "recipes": "list, show or copy the published recipes",
     "cache": "show or clear the stored reference log-probs",
     "cite": "print BibTeX for the methods of a run",
     "demo": "teach a small model to write friendlier reviews, in minutes, without downloads",

@@ -38,6 +38,9 @@ class DataOptions:
         implicit_prompt: Where a row has no prompt column: ``common_prefix`` is TRL's rule (the longest common prefix);
             ``transcript`` first looks for ``Human:``/``Assistant:`` transcripts.
         append_eos: Append the end-of-sequence token to a conversational completion whose template leaves it out.
+        enclose: Begin every sequence of a pair with the beginning-of-sequence token and end it with the
+            end-of-sequence token, where the tokenizer has them, whatever template and tokenizer write themselves. The
+            rule of TRL's ORPO and CPO trainers.
         num_proc: Processes to tokenise with; used from 2,000 rows on, because starting them costs more before that.
         quarantine_path: JSON-lines file that skipped rows are appended to.
         max_dropped_share: Refuse to go on when more than this share of the rows is lost; ``None`` only warns.
@@ -51,6 +54,7 @@ class DataOptions:
     dataset_format: str = "auto"
     implicit_prompt: ImplicitPrompt = "common_prefix"
     append_eos: bool = False
+    enclose: bool = False
     num_proc: int | None = None
     quarantine_path: str | None = None
     max_dropped_share: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from preftune.data import batches
@@ -101,8 +102,11 @@ class PairWorker:
 
     def _fill(self, outcome: Outcome, row: Row, result: TokenisedPair) -> None:
         options = self.options
+        if options.enclose:
+            result = replace(result, ids=enclosed(result.ids, self.encoder.tokenizer))
         pair, reason = truncate(result.ids, options.max_length, options.max_prompt_length, options.truncation_mode)
-        appended = result.eos_missing and options.append_eos and not isinstance(row["prompt"], str)
+        completes = options.enclose or (options.append_eos and not isinstance(row["prompt"], str))
+        appended = result.eos_missing and completes
         outcome.flags = (
             batches.MERGED * bool(result.merged)
             + batches.DOUBLED_BOS * result.doubled_bos
@@ -116,6 +120,14 @@ class PairWorker:
         merged = next((r.merged for r in results if isinstance(r, TokenisedPair) and r.merged), None)
         if merged is not None:
             outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
+
+
+def enclosed(pair: TokenPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair:
+    """The pair between beginning- and end-of-sequence tokens; one that stands there already is not repeated."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    begins = bos is None or pair.prompt[:1] == [bos]
+    chosen, rejected = (ids if eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in (pair.chosen, pair.rejected))
+    return TokenPair(pair.prompt if begins else [bos, *pair.prompt], chosen, rejected)
 
 
 class TokenisedWorker:

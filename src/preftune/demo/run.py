@@ -204,14 +204,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="preftune demo",
         description="Teach a small model to write friendlier reviews: SFT, pairs labelled by a reward that is known "
         "exactly, DPO for several betas, evaluation on fresh prompts. Nothing is downloaded.",
-        epilog="Exit code: 0 if the true reward rose by more than its 95 %% interval, else 1.",
+        epilog="Exit code: 0 if the true reward rose by more than its 95 % interval, else 1.",
     )
     parser.add_argument("--out", default="demo-out", metavar="DIR", help="folder for results (default: demo-out)")
     parser.add_argument("--seed", type=_seed, default=0, help="of data, weights and samples (default: 0)")
     parser.add_argument(
         "--betas", type=_beta, nargs="+", metavar="BETA", help="trained one after the other (default: 0.05 0.1 0.3 1)"
     )
-    parser.add_argument("--quick", action="store_true", help="less data, in about a third of the time")
+    parser.add_argument("--quick", action="store_true", help="less data, about a third of the time")
     return parser
 
 

@@ -57,7 +57,14 @@ class DemoSettings:
 
     def quick(self) -> DemoSettings:
         """A smaller run, to see that everything works; its reward still rises."""
-        return replace(self, num_reviews=5000, num_prompts=1500, num_eval_prompts=300, dpo_learning_rate=2e-4)
+        return replace(
+            self,
+            num_reviews=4000,
+            sft_epochs=2,
+            num_prompts=1000,
+            dpo_learning_rate=2.5e-4,
+            num_eval_prompts=200,
+        )
 
 
 def clone(model: Any) -> Any:

@@ -1,0 +1,1 @@
+"""What a model is worth: seeded samples, log-probs, and statistics with intervals."""

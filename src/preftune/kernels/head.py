@@ -75,7 +75,7 @@ def token_scores(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    transform: HeadTransform = HeadTransform(),  # noqa: B008 - immutable
+    transform: HeadTransform = HeadTransform(),
     *,
     compute_dtype: torch.dtype | None = None,
     with_stats: bool = False,

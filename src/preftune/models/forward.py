@@ -1,8 +1,8 @@
 """From a packed row to per-token log-probs, through the model's own forward.
 
 Two paths compute the same numbers. The *packed* path runs the row as it is, with shared prompts computed once. The
-*padded* path unfolds the row into separate right-padded sequences; it serves models whose attention cannot be packed and
-is the oracle of the packed path's tests.
+*padded* path unfolds the row into separate right-padded sequences; it serves models whose attention cannot be packed
+and is the oracle of the packed path's tests.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class RowForward:
             if not fused:
                 logits: Tensor = original(picked.unsqueeze(0))
                 return logits
-            assert parameters is not None and transform is not None
+            assert parameters is not None
+            assert transform is not None
             found.append(_fused_scores(picked, parameters, targets, transform, options))
             # Distributed wrappers follow the graph from the model's outputs, so the result has to pass through them.
             return found[0].logps.view(1, -1, 1)

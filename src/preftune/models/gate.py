@@ -1,8 +1,8 @@
 """Whether a model can run on packed rows, decided by what it declares and then by trying.
 
 No flag of transformers tells an attention that can be packed from one that silently mixes sequences (state-space
-layers, chunked attention, convolutions across tokens). So a model has to pass two tests: the *gate* reads what it declares,
-the *probe* runs a few short pairs packed and separately and compares values and gradients.
+layers, chunked attention, convolutions across tokens). So a model has to pass two tests: the *gate* reads what it
+declares, the *probe* runs a few short pairs packed and separately and compares values and gradients.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ def _refusals(model: Any, base: Any, config: Any, max_length: int | None) -> Any
     peft_configs = getattr(model, "peft_config", None) or {}
     if any(getattr(each, "is_prompt_learning", False) for each in peft_configs.values()):
         yield "is tuned by prompt learning, which puts virtual tokens before every sequence"
-    dropout = next((m.p for m in base.modules() if isinstance(m, nn.Dropout) and _inside_attention(base, m) and m.p), 0.0)
-    if dropout or getattr(config, "attention_dropout", 0.0) and _attention_dropout(base):
+    dropout = next(
+        (m.p for m in base.modules() if isinstance(m, nn.Dropout) and _inside_attention(base, m) and m.p), 0.0
+    )
+    if dropout or (getattr(config, "attention_dropout", 0.0) and _attention_dropout(base)):
         yield "uses dropout in its attention (set disable_dropout: true)"
     rope = getattr(config, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
@@ -157,7 +159,10 @@ def _values_and_grads(forward: RowForward, row: PackedRow, watched: list[nn.Para
         scores, _ = forward(row)
         sign = torch.from_numpy(1.0 - 2.0 * (row.target_slot % 2)).to(scores.logps)
         grads = torch.autograd.grad((scores.logps * sign).sum(), watched, allow_unused=True)
-    return [scores.logps.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(watched, grads, strict=True))]
+    return [
+        scores.logps.detach(),
+        *(torch.zeros_like(p) if g is None else g for p, g in zip(watched, grads, strict=True)),
+    ]
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

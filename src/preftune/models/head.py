@@ -40,9 +40,7 @@ def find_head(model: nn.Module) -> nn.Module:
 def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Effective weight ``(V, H)`` and bias of a head, adapters included; ``None`` where it is no plain linear layer."""
     if hasattr(head, "modules_to_save"):  # peft trains a copy of the head
-        if getattr(head, "disable_adapters", False):
-            return head_parameters(head.original_module)  # type: ignore[arg-type]
-        return head_parameters(head.modules_to_save[head.active_adapters[0]])  # type: ignore[index]
+        return _saved_parameters(head)
     if hasattr(head, "base_layer"):
         return _adapted_parameters(head)
     if isinstance(head, nn.Linear):
@@ -53,6 +51,12 @@ def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return None
 
 
+def _saved_parameters(head: Any) -> tuple[Tensor, Tensor | None] | None:
+    if getattr(head, "disable_adapters", False):
+        return head_parameters(head.original_module)
+    return head_parameters(head.modules_to_save[head.active_adapters[0]])
+
+
 def _adapted_parameters(head: Any) -> tuple[Tensor, Tensor | None] | None:
     base = head.base_layer
     if type(base) is not nn.Linear:
@@ -61,8 +65,10 @@ def _adapted_parameters(head: Any) -> tuple[Tensor, Tensor | None] | None:
     if head.disable_adapters or head.merged:
         return weight, bias
     for name in head.active_adapters:
-        dropout = head.lora_dropout[name] if name in head.lora_dropout else None
-        if name not in head.lora_A or getattr(dropout, "p", 0.0) or head.use_dora.get(name, False):
+        # A ModuleDict has no get.
+        dropout = head.lora_dropout[name] if name in head.lora_dropout else None  # noqa: SIM401
+        dropout_p: float = getattr(dropout, "p", 0.0)
+        if name not in head.lora_A or dropout_p or head.use_dora.get(name, False):
             return None
         weight = weight + head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
     return weight, bias

@@ -5,8 +5,8 @@ branches chosen and rejected; an SFT example is one tree with one branch. Trees 
 
     [ prefix | branch 0 | branch 1 ][ prefix | branch 0 ] ...
 
-A branch sees its own prefix and itself, nothing else, and its positions continue those of the prefix. Attention over the
-row is therefore exactly attention over the separate sequences ``prefix + branch``.
+A branch sees its own prefix and itself, nothing else, and its positions continue those of the prefix. Attention over
+the row is therefore exactly attention over the separate sequences ``prefix + branch``.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ class Tree:
 
     Attributes:
         prefix: Token ids that each branch continues, shape ``(tokens,)``; may be empty.
-        branches: One or more branches. Prefix tokens are never scored.
+        branches: One or more branches.
+        prefix_slot: Slot that the prefix tokens' log-probs add to, the first token's excepted; ``None`` does not
+            score them.
     """
 
     prefix: Ids
     branches: tuple[Branch, ...]
+    prefix_slot: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -126,7 +129,7 @@ class RowLayout:
         return np.concatenate(parts).astype(np.int64)
 
     def tree_and_branch(self) -> tuple[Ids, Ids]:
-        """Tree number and branch number of every token, the prefix counting as branch ``-1``; both ``(num_tokens,)``."""
+        """Tree and branch number of every token, the prefix counting as branch ``-1``; both ``(num_tokens,)``."""
         tree_of, branch_of = [], []
         for number, span in enumerate(self.spans):
             tree_of.append(np.full(span.num_tokens, number))

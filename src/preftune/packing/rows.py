@@ -21,8 +21,10 @@ class PackedRow:
         source: Row position whose hidden state predicts each scored token, shape ``(N,)``.
         target_ids: The scored tokens, shape ``(N,)``.
         target_slot: Slot of the sequence that each scored token belongs to, shape ``(N,)``.
-        target_rank: Index of each scored token within its branch, counted from 0, shape ``(N,)``.
-        target_branch: Number of the row's branch that each scored token lies in, shape ``(N,)``.
+        target_rank: Index of each scored token within its branch, counted from 0, shape ``(N,)``; a scored prefix
+            token's is negative, -1 being the prefix's last.
+        target_branch: Number of the row's branch that each scored token lies in, shape ``(N,)``; for a prefix token
+            the first branch of its tree.
         examples: Numbers of the examples whose trees the row holds.
     """
 
@@ -59,8 +61,17 @@ def build_row(trees: Sequence[Tree], examples: Sequence[int] = ()) -> PackedRow:
     slot: list[Ids] = []
     rank: list[Ids] = []
     branch_of: list[Ids] = []
+    num_branches = 0
     for tree, span in zip(trees, layout.spans, strict=True):
         ids.append(tree.prefix)
+        if tree.prefix_slot is not None:
+            length = max(len(tree.prefix) - 1, 0)
+            source.append(span.start + np.arange(length))
+            target.append(tree.prefix[1:])
+            slot.append(np.full(length, tree.prefix_slot, dtype=np.int64))
+            rank.append(np.arange(-length, 0))
+            # The padded path finds the token in the sequence of the tree's first branch.
+            branch_of.append(np.full(length, num_branches, dtype=np.int64))
         for branch, start in zip(tree.branches, span.branch_starts(), strict=True):
             ids.append(branch.ids)
             ranks = _scored_ranks(branch, has_prefix=span.prefix > 0)
@@ -71,7 +82,8 @@ def build_row(trees: Sequence[Tree], examples: Sequence[int] = ()) -> PackedRow:
             target.append(branch.ids[ranks])
             slot.append(np.full(len(ranks), branch.slot, dtype=np.int64))
             rank.append(ranks)
-            branch_of.append(np.full(len(ranks), len(branch_of), dtype=np.int64))
+            branch_of.append(np.full(len(ranks), num_branches, dtype=np.int64))
+            num_branches += 1
     return PackedRow(
         input_ids=_join(ids),
         position_ids=layout.position_ids() if trees else _join([]),
@@ -86,7 +98,12 @@ def build_row(trees: Sequence[Tree], examples: Sequence[int] = ()) -> PackedRow:
 
 
 def pair_trees(
-    prompt: Ids, chosen: Ids, rejected: Ids, rejected_prompt: Ids | None, slots: tuple[int, int]
+    prompt: Ids,
+    chosen: Ids,
+    rejected: Ids,
+    rejected_prompt: Ids | None,
+    slots: tuple[int, int],
+    prompt_slot: int | None = None,
 ) -> tuple[Tree, ...]:
     """Trees of a preference pair: one that shares the prompt, or two where truncation left different prompts.
 
@@ -96,13 +113,14 @@ def pair_trees(
         rejected: Completion tokens.
         rejected_prompt: Prompt tokens of the rejected sequence where they differ.
         slots: Slots of the chosen and the rejected sequence.
+        prompt_slot: Slot of the chosen sequence's prompt, where it is scored too.
     """
     first, second = Branch(chosen, slots[0]), Branch(rejected, slots[1])
     if rejected_prompt is None and len(prompt):
-        return (Tree(prompt, (first, second)),)
+        return (Tree(prompt, (first, second), prompt_slot),)
     # Without a prompt there is nothing to share.
     other = prompt if rejected_prompt is None else rejected_prompt
-    return (Tree(prompt, (first,)), Tree(other, (second,)))
+    return (Tree(prompt, (first,), prompt_slot), Tree(other, (second,)))
 
 
 def _scored_ranks(branch: Branch, has_prefix: bool) -> Ids:

@@ -1,0 +1,1 @@
+"""Where reference log-probs are kept, and how they are found again."""

@@ -13,8 +13,8 @@ class Shadow:
     """An earlier state of a model's trainable parameters, swapped in for the reference's forward.
 
     One mechanism serves every reference that shares the policy's architecture: the frozen initial policy of full
-    fine-tuning, the adapter as it was before training (a fresh one computes nothing, a trained one is the SFT model), and
-    a reference that follows the policy. Frozen parameters are shared, and swapping exchanges pointers, not data.
+    fine-tuning, the adapter as it was before training (a fresh one computes nothing, a trained one is the SFT model),
+    and a reference that follows the policy. Frozen parameters are shared, and swapping exchanges pointers, not data.
 
     Args:
         model: The policy, in the state that the reference is to have.

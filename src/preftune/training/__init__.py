@@ -2,6 +2,18 @@
 
 from preftune.training.config import DPOConfig, PackedConfig, SFTConfig
 from preftune.training.dpo import DPOTrainer
+from preftune.training.reference_free import CPOTrainer, ORPOTrainer
+from preftune.training.reference_free_config import CPOConfig, ORPOConfig
 from preftune.training.sft import SFTTrainer
 
-__all__ = ["DPOConfig", "DPOTrainer", "PackedConfig", "SFTConfig", "SFTTrainer"]
+__all__ = [
+    "CPOConfig",
+    "CPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "PackedConfig",
+    "SFTConfig",
+    "SFTTrainer",
+]

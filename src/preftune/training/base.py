@@ -52,10 +52,14 @@ class RowTerms:
     predictions: Tensor | None = None
 
 
-class PackedTrainer(Trainer):  # type: ignore[misc]
+class PackedTrainer(Trainer):
     """Base of the trainers. Subclasses say what an example's trees are and how a row's scores become a loss."""
 
     args: PackedConfig
+    # transformers declares these as possibly missing, for uses that a trainer with data and model does not have.
+    model: nn.Module
+    optimizer: Any
+    eval_dataset: Any
     #: Columns that the data loader hands on.
     example_columns: tuple[str, ...] = ()
     #: Which of :meth:`example_totals` the loss is divided by.
@@ -135,7 +139,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(self.example_columns)
+            self._signature_columns = list(self.example_columns)  # type: ignore[assignment]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Batches of this process's share of the evaluation data, every example exactly once over all processes."""
@@ -146,7 +150,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             raise ValueError("Trainer: evaluation requires an eval_dataset.")
         return self._plain_loader(dataset, self.args.eval_batch_size)
 
-    get_test_dataloader = get_eval_dataloader
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Batches of data to predict on, shared out as for evaluation."""
+        return self.get_eval_dataloader(test_dataset)
 
     def _plain_loader(self, dataset: Any, batch_size: int) -> DataLoader[Any]:
         if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
@@ -160,7 +166,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             dataset, batch_size=batch_size, collate_fn=collate, num_workers=self.args.dataloader_num_workers
         )
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any) -> tuple[list[Any], None]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any
+    ) -> tuple[list[Any], None]:
         """All micro-batches of an optimizer step as one, preceded by empty ones to keep transformers' step count."""
         batches = []
         for _ in range(num_batches):
@@ -183,7 +191,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     # ---- one optimizer step ---------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
+    ) -> Tensor:
         """Forward and backward of all rows of an optimizer step. Returns the loss, detached."""
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
@@ -196,7 +206,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.before_rows(rows, inputs)
         loss = self.run_rows(model, rows, inputs, totals)
         self._num_train_tokens += float(self.num_tokens(inputs.examples))
-        return loss
+        # The loop logs the mean over processes of what each returns.
+        summed: Tensor = loss * self.args.world_size
+        return summed
 
     def run_rows(self, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
         """Forward and backward row by row. Returns this process's share of the loss, detached."""
@@ -205,7 +217,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         real = {id(row) for row in rows}
         stats = self._stats_due()
         # One autocast region around all rows keeps the half-precision copies of the weights for the whole step.
-        with self.accelerator.autocast(), self.forward_policy.active(), memory.offloading(self.args.activation_offloading):
+        with (
+            self.accelerator.autocast(),
+            self.forward_policy.active(),
+            memory.offloading(self.args.activation_offloading),
+        ):
             for number, row in enumerate(rows):
                 padding = id(row) not in real
                 real.discard(id(row))
@@ -227,7 +243,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         return scores
 
     def _row_terms(self, model: nn.Module, row: PackedRow, batch: Batch, totals: list[float], stats: bool) -> RowTerms:
-        return self.row_terms(row, self.forward_row(model, row, stats), [batch.examples[n] for n in row.examples], totals)
+        return self.row_terms(
+            row, self.forward_row(model, row, stats), [batch.examples[n] for n in row.examples], totals
+        )
 
     def backward_row(self, model: nn.Module, loss: Tensor, last: bool) -> None:
         """Add a row's gradient; processes exchange gradients once, with the last row."""
@@ -298,7 +316,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         output = EvalLoopOutput(predictions=stacked, label_ids=None, metrics=metrics, num_samples=num_samples)
         if self.compute_metrics is not None:
             metrics.update(self.user_metrics(stacked))
-        named = {f"{metric_key_prefix}_{k}" if not k.startswith(metric_key_prefix) else k: v for k, v in metrics.items()}
+        named = {
+            f"{metric_key_prefix}_{k}" if not k.startswith(metric_key_prefix) else k: v for k, v in metrics.items()
+        }
         return output._replace(metrics=named)
 
     def _evaluate_batch(self, batch: Batch, totals: list[float], predictions: list[Tensor]) -> None:
@@ -336,6 +356,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             logs["num_tokens"] = float(self._sum_over_processes([float(self._num_train_tokens)])[0])
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the model without the access token that transformers would pickle along with the settings."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Floating-point operations of a step: six per parameter and computed token."""
         examples = inputs.examples if isinstance(inputs, Batch) else []
@@ -346,12 +374,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         tokens = sum(tree.num_tokens for example in examples for tree in self.example_trees(example, 0))
         return int(6 * tokens * self._num_parameters)
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean loss of a batch, with graph; for code that asks the trainer for it. Training itself goes row by row."""
         if return_outputs:
-            warnings.warn("return_outputs has no logits to return: preftune never builds them", UserWarning, stacklevel=2)
+            warnings.warn(
+                "return_outputs has no logits to return: preftune never builds them", UserWarning, stacklevel=2
+            )
         totals = self.example_totals(inputs.examples)
         rows = self._plan(inputs)
         self.before_rows(rows, inputs)

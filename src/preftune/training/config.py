@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
+from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from preftune.errors import ConfigError
 from preftune.kernels.attention import BACKEND_NAMES
@@ -23,6 +24,10 @@ def _at_least(name: str, value: int | float | None, least: int | float) -> None:
         raise ConfigError("value too small", where=name, value=value, allowed=f"{least} or more")
 
 
+def _has_bf16_accelerator() -> bool:
+    return bool(is_torch_bf16_gpu_available() or is_torch_xla_available())
+
+
 @dataclass
 class PackedConfig(TrainingArguments):
     """Settings that every preftune trainer shares. Names and defaults that TRL also has are TRL's.
@@ -32,7 +37,8 @@ class PackedConfig(TrainingArguments):
         logging_steps: Log every so many optimizer steps.
         gradient_checkpointing: Recompute activations in the backward where memory asks for it; see
             ``checkpoint_policy``.
-        bf16: Mixed precision; by default on unless ``fp16`` is.
+        bf16: Mixed precision; by default on unless ``fp16`` is, wherever the hardware takes it. A processor without
+            accelerator takes it with ``use_cpu``; TRL refuses to start there otherwise, preftune trains in fp32.
         model_init_kwargs: Keywords for loading the model where it is given by name.
         trust_remote_code: Run code shipped with a model.
         router_aux_loss_coef: Weight of the load-balancing loss of mixture-of-experts models.
@@ -57,11 +63,14 @@ class PackedConfig(TrainingArguments):
         append_eos: Add the end-of-sequence token where the chat template leaves it out.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
 
     logging_steps: float = 10
     gradient_checkpointing: bool = True
-    bf16: bool | None = None
+    bf16: bool | None = None  # type: ignore[assignment]
     lr_scheduler_kwargs: dict[str, Any] | str | None = None
 
     model_init_kwargs: dict[str, Any] | str | None = None
@@ -88,7 +97,7 @@ class PackedConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = not self.fp16
+            self.bf16 = not self.fp16 and (self.use_cpu or _has_bf16_accelerator())
         _choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
         _choice("packing_mode", self.packing_mode, ("auto", "packed", "padded"))
         _choice("attention_backend", self.attention_backend, BACKEND_NAMES)
@@ -100,7 +109,7 @@ class PackedConfig(TrainingArguments):
         _at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         if self.pad_to_multiple_of not in (None, "auto", "none", "null"):
             warnings.warn("pad_to_multiple_of has no effect: packed rows are not padded", UserWarning, stacklevel=3)
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -155,8 +164,9 @@ class DPOConfig(PackedConfig):
     first_step_check: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
+        given: Any = self.loss_type
+        if isinstance(given, str):
+            self.loss_type = [given]
         _choice("implicit_prompt", self.implicit_prompt, ("common_prefix", "transcript"))
         _at_least("max_prompt_length", self.max_prompt_length, 1)
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
@@ -195,6 +205,7 @@ class DPOConfig(PackedConfig):
             discopop_tau=self.discopop_tau,
             ipo_normalize=self.ipo_normalize,
             use_weighting=self.use_weighting,
+            ld_alpha=self.ld_alpha,
         )
 
 
@@ -216,7 +227,10 @@ class SFTConfig(PackedConfig):
         dataset_kwargs: ``{"skip_prepare_dataset": true}`` takes the data as tokenised.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*PackedConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
+        *PackedConfig._VALID_DICT_FIELDS,
+        "dataset_kwargs",
+    ]
 
     learning_rate: float = 2e-5
     dataset_text_field: str = "text"

@@ -17,7 +17,7 @@ from preftune.errors import ModelError, TrainingError
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.models.head import probe_head
-from preftune.objectives import Objective, PairLogps, ld_token_weights, wpo_weight
+from preftune.objectives import Objective, PairLogps
 from preftune.packing import PackedRow, Tree, pair_trees
 from preftune.references.store import ReferenceStore
 from preftune.training import setup
@@ -26,7 +26,7 @@ from preftune.training.batch import Batch, Example
 from preftune.training.config import DPOConfig
 from preftune.training.joint import run_jointly
 from preftune.training.lengths import ExampleLengths, pair_lengths
-from preftune.training.metrics import Term
+from preftune.training.pairs import SyncReference, pair_metrics, sequence_sums, wpo_weights
 from preftune.training.reference import COLUMNS, Reference
 from preftune.training.visits import visited_rows
 
@@ -93,7 +93,7 @@ class DPOTrainer(PackedTrainer):
             )
         set_seed(args.seed)
         model, processing_class = setup.load(model, processing_class, args, quantization_config)
-        self._refuse_images(train_dataset)
+        setup.refuse_images(train_dataset)
         model = setup.wrap_peft(model, peft_config, args)
         if args.disable_dropout:
             for each in (model, ref_model):
@@ -122,19 +122,9 @@ class DPOTrainer(PackedTrainer):
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
         self._checked_first_step = not args.first_step_check
         if args.sync_ref_model:
-            self.add_callback(_SyncReference(self))
+            self.add_callback(SyncReference(self))
 
     # ---- data -------------------------------------------------------------------------------------------------------
-
-    def _refuse_images(self, dataset: Any) -> None:
-        names = set(getattr(dataset, "column_names", None) or ())
-        if names & {"image", "images"}:
-            raise ModelError(
-                "vision-language data are not supported",
-                where="train_dataset",
-                value=sorted(names & {"image", "images"}),
-                remedy="remove the image column to train on the text alone",
-            )
 
     def _prepared(self, dataset: Any, tokenizer: Any, name: str) -> Any:
         prepared, self.reports[name] = prepare(dataset, tokenizer, self._data_options, name)
@@ -291,24 +281,9 @@ class DPOTrainer(PackedTrainer):
         """Run the reference along where its values are not in the data."""
         if self.reference is None or (batch.examples and COLUMNS[0] in batch.examples[0]):
             return
-        self._live = {id(row): self._sums(row, self.reference.row_logps(row)) for row in rows}
+        self._live = {id(row): sequence_sums(row, self.reference.row_logps(row), self.args.ld_alpha) for row in rows}
 
     # ---- loss -------------------------------------------------------------------------------------------------------
-
-    def _sums(self, row: PackedRow, logps: Tensor, modified: bool = True) -> tuple[Tensor, Tensor]:
-        """Per-sequence sums ``(pairs,)`` of per-token log-probs ``(N,)``: chosen and rejected.
-
-        In fp64: sums reach hundreds of nats while the log-ratios taken from them are near zero.
-        """
-        logps = logps if logps.device.type == "mps" else logps.double()
-        slots = torch.from_numpy(row.target_slot).to(logps.device)
-        if modified and self.args.ld_alpha is not None:
-            lengths = torch.bincount(slots, minlength=2 * len(row.examples)).view(-1, 2)
-            shared = lengths.min(1).values[slots // 2]
-            ranks = torch.from_numpy(_scored_ranks(row)).to(logps.device)
-            logps = logps * ld_token_weights(ranks, shared, self.args.ld_alpha).to(logps.dtype)
-        sums = logps.new_zeros(2 * len(row.examples)).index_add(0, slots, logps)
-        return sums[0::2], sums[1::2]
 
     def _reference_sums(self, row: PackedRow, examples: list[Example], like: Tensor) -> tuple[Any, Any]:
         if self.reference is None:
@@ -329,8 +304,9 @@ class DPOTrainer(PackedTrainer):
     ) -> PairLogps:
         """Everything the objective may ask for about a row's pairs."""
         device = scores.logps.device
-        chosen, rejected = self._sums(row, scores.logps)
-        plain = chosen if self.args.ld_alpha is None else self._sums(row, scores.logps, modified=False)[0]
+        ld_alpha = self.args.ld_alpha
+        chosen, rejected = sequence_sums(row, scores.logps, ld_alpha)
+        plain = chosen if ld_alpha is None else sequence_sums(row, scores.logps)[0]
         ref_chosen, ref_rejected = self._reference_sums(row, examples, chosen)
 
         def column(values: list[float]) -> Tensor:
@@ -349,16 +325,9 @@ class DPOTrainer(PackedTrainer):
             chosen_scored=column([len(e["chosen_ids"]) - (len(e["prompt_ids"]) == 0) for e in examples]),
             margins=column(margins) if len(margins) == len(examples) else None,
             weights=column(weights) if len(weights) == len(examples) else None,
-            wpo_weights=self._wpo_weights(row, scores) if self.args.use_weighting else None,
+            wpo_weights=wpo_weights(row, scores) if self.args.use_weighting else None,
             mean_chosen_scored=totals[1] / totals[0],
         )
-
-    def _wpo_weights(self, row: PackedRow, scores: TokenScores) -> Tensor:
-        assert scores.log_sum_sq is not None
-        chosen, rejected = self._sums(row, scores.logps.detach() - scores.log_sum_sq, modified=False)
-        slots = torch.from_numpy(row.target_slot).to(chosen.device)
-        lengths = torch.bincount(slots, minlength=2 * len(row.examples)).to(chosen.dtype)
-        return wpo_weight(chosen, rejected, lengths[0::2], lengths[1::2])
 
     def score_row(
         self, model: Any, row: PackedRow, batch: Batch, totals: list[float], with_stats: bool
@@ -389,32 +358,10 @@ class DPOTrainer(PackedTrainer):
         if not self._checked_first_step and self.model.training:
             self._check_first_step(logps)
         rewards = torch.stack(self.objective.rewards(logps), 1).detach()
-        metrics = self._metrics_of(row, scores, logps, rewards)
+        metrics = pair_metrics(row, scores, logps, rewards)
         if parts and len(self.objective.names) > 1:
             metrics |= {f"loss/{name}": (part.detach().sum(), float(logps.num_pairs)) for name, part in parts.items()}
         return RowTerms(rewards.new_zeros(()), float(logps.num_pairs), metrics, rewards)
-
-    @staticmethod
-    def _metrics_of(row: PackedRow, scores: TokenScores, logps: PairLogps, rewards: Tensor) -> dict[str, Term]:
-        chosen, rejected = rewards.unbind(1)
-        pairs = float(logps.num_pairs)
-        terms: dict[str, Term] = {
-            "rewards/chosen": (chosen.sum(), pairs),
-            "rewards/rejected": (rejected.sum(), pairs),
-            "rewards/accuracies": ((chosen > rejected).sum(), pairs),
-            "rewards/margins": ((chosen - rejected).sum(), pairs),
-            "logps/chosen": (logps.chosen_logps.detach().sum(), pairs),
-            "logps/rejected": (logps.rejected_logps.detach().sum(), pairs),
-        }
-        if scores.entropy is not None and scores.mean_logit is not None and scores.top1 is not None:
-            is_chosen = torch.from_numpy(row.target_slot % 2 == 0).to(scores.entropy.device)
-            number = float(len(row.target_slot))
-            num_chosen = float((row.target_slot % 2 == 0).sum())
-            terms["entropy"] = (scores.entropy.sum(), number)
-            terms["logits/chosen"] = ((scores.mean_logit * is_chosen).sum(), num_chosen)
-            terms["logits/rejected"] = ((scores.mean_logit * ~is_chosen).sum(), number - num_chosen)
-            terms["mean_token_accuracy"] = ((scores.top1 & is_chosen).sum(), num_chosen)
-        return terms
 
     def user_metrics(self, predictions: Any) -> Any:
         """Call ``compute_metrics`` with rewards as predictions and the chosen column as label."""
@@ -435,31 +382,12 @@ class DPOTrainer(PackedTrainer):
         half = self.accelerator.mixed_precision != "no" or next(self.model.parameters()).dtype != torch.float32
         if worst > _AGREEMENT[half]:
             warnings.warn(
-                f"policy and reference differ by {worst:.2g} nats per token before the first update, so that the loss does "
-                "not start where it should; likely causes: dropout is on (disable_dropout: true), the reference "
+                f"policy and reference differ by {worst:.2g} nats per token before the first update, so that the loss "
+                "does not start where it should; likely causes: dropout is on (disable_dropout: true), the reference "
                 "is not the model that training starts from, or an adapter was merged or switched in between",
                 UserWarning,
                 stacklevel=2,
             )
-
-
-class _SyncReference(TrainerCallback):
-    """Moves the reference towards the policy every so many steps (TR-DPO, 2404.09656)."""
-
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: DPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        reference = self.trainer.reference
-        if reference is not None and reference.shadow is not None and state.global_step % args.ref_model_sync_steps == 0:
-            reference.shadow.follow(args.ref_model_mixup_alpha)
-
-
-def _scored_ranks(row: PackedRow) -> Any:
-    """Position of each target among the scored tokens of its sequence: ranks count unscored first tokens too."""
-    first = np.full(int(row.target_slot.max()) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, row.target_slot, row.target_rank)
-    return row.target_rank - first[row.target_slot]
 
 
 __all__ = ["DPOTrainer"]

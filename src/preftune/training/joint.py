@@ -1,8 +1,8 @@
 """Losses that need all pairs of an optimizer step at once, such as those that sort log-ratios across the batch.
 
 Two passes: the first scores all rows without graph and takes the loss's gradient with respect to the per-sequence sums;
-the second scores the rows again, one at a time, and carries that gradient through the model. The result does not depend on
-the token budget, the accumulation or the number of processes, and memory stays that of one row.
+the second scores the rows again, one at a time, and carries that gradient through the model. The result does not
+depend on the token budget, the accumulation or the number of processes, and memory stays that of one row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 _INPUTS = ("chosen_logps", "rejected_logps", "chosen_sum_logps")
 
 
-def run_jointly(trainer: DPOTrainer, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
+def run_jointly(
+    trainer: DPOTrainer, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]
+) -> Tensor:
     """Forward and backward of an optimizer step whose loss joins all of its pairs. Returns the loss, detached."""
     with torch.no_grad(), trainer.accelerator.autocast(), trainer.forward_policy.active():
         scored = [trainer.score_row(model, row, batch, totals, with_stats=True) for row in rows]
@@ -43,8 +45,9 @@ def run_jointly(trainer: DPOTrainer, model: nn.Module, rows: list[PackedRow], ba
     for row, (scores, logps) in zip(rows, scored, strict=True):
         trainer.note_row(row, scores, logps, None)
     _second_pass(trainer, model, rows, batch, totals, local, start)
-    # The logged loss is the mean over processes of what each returns.
-    return loss.detach().to(torch.float32) / trainer.args.world_size
+    # Every process holds the whole loss here; their shares have to add up to it.
+    share: Tensor = loss.detach().to(torch.float32) / trainer.args.world_size
+    return share
 
 
 def _second_pass(
@@ -56,7 +59,11 @@ def _second_pass(
     grads: dict[str, Tensor],
     start: int,
 ) -> None:
-    with trainer.accelerator.autocast(), trainer.forward_policy.active(), memory.offloading(trainer.args.activation_offloading):
+    with (
+        trainer.accelerator.autocast(),
+        trainer.forward_policy.active(),
+        memory.offloading(trainer.args.activation_offloading),
+    ):
         for number, row in enumerate(rows):
             logps = trainer.score_row(model, row, batch, totals, with_stats=False)[1]
             stop = start + logps.num_pairs

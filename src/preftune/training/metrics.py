@@ -14,8 +14,8 @@ Term = tuple[Tensor, Tensor | float]
 class MetricSums:
     """Running sums of metrics, reduced over processes once per log line.
 
-    Every metric is a weighted mean: pairs weigh one each in rewards, tokens in the entropy. Means of means, which change
-    with the way a batch was split, are not formed.
+    Every metric is a weighted mean: pairs weigh one each in rewards, tokens in the entropy. Means of means, which
+    change with the way a batch was split, are not formed.
     """
 
     def __init__(self, device: torch.device) -> None:

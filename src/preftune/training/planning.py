@@ -12,6 +12,7 @@ from preftune.training.plan import TrainingPlan
 
 if TYPE_CHECKING:
     from preftune.training.base import PackedTrainer
+    from preftune.training.config import PackedConfig
 
 
 def describe(trainer: PackedTrainer) -> TrainingPlan:
@@ -55,11 +56,12 @@ def _method(args: Any) -> str:
     return names if isinstance(names, str) else " + ".join(names)
 
 
-def _num_steps(args: Any, num: int) -> int:
+def _num_steps(args: PackedConfig, num: int) -> int:
     if args.max_steps > 0:
         return int(args.max_steps)
     batches = math.ceil(num / (args.train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+    steps: int = math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+    return steps
 
 
 def _backend(trainer: PackedTrainer) -> str:

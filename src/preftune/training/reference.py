@@ -1,10 +1,10 @@
 """Where a preference trainer's reference log-probs come from.
 
-A reference that stays fixed is scored once, before training, over the pairs that training will see; the values go to the
-content-addressed store, and a run finds there what any earlier run has computed. The initial policy *is* the usual
-reference, so that no second model is loaded for it. Where values cannot be known beforehand (streamed data, a reference that
-follows the policy, the store switched off) a shadow of the trainable parameters, or the model that was given, is run
-along.
+A reference that stays fixed is scored once, before training, over the pairs that training will see; the values go to
+the content-addressed store, and a run finds there what any earlier run has computed. The initial policy *is* the usual
+reference, so that no second model is loaded for it. Where values cannot be known beforehand (streamed data, a reference
+that follows the policy, the store switched off) a shadow of the trainable parameters, or the model that was given, is
+run along.
 """
 
 from __future__ import annotations
@@ -161,12 +161,13 @@ class Reference:
     ) -> dict[bytes, Floats]:
         assert self.store is not None
         keys = _pair_keys(pairs)
-        known: dict[bytes, Floats] = dict(
-            self.store.get_many(self.weights_key, [key for both in keys for key in both])
-        )
-        self.num_found += sum(both[0] in known and both[1] in known for both in keys)
+        known: dict[bytes, Floats] = dict(self.store.get_many(self.weights_key, [key for both in keys for key in both]))
         missing = {both: n for n, both in enumerate(keys) if not (both[0] in known and both[1] in known)}
-        # Every process must come to the same division, so that it goes by what is needed, in a fixed order.
+        self.num_found += len(pairs) - len(missing)
+        if share[1] > 1:
+            # Another process may have stored a value between two look-ups: what one misses, all count as missing.
+            union = exchange(dict(missing.keys()))
+            missing = {both: n for n, both in enumerate(keys) if both[0] in union and union[both[0]] == both[1]}
         numbers = sorted(missing.values())[share[0] :: share[1]]
         computed = self._score_pairs([pairs[n] for n in numbers], [keys[n] for n in numbers], max_tokens)
         if computed:
@@ -181,8 +182,10 @@ class Reference:
             return {}
         if self.policy_moved and self.separate is None and self.shadow is None:
             raise TrainingError(
-                "reference log-probs of new pairs are asked for, but the policy has been trained since it was the reference",
-                remedy="pass these pairs as eval_dataset from the start, give a ref_model, or set reference_store: false",
+                "reference log-probs of new pairs are asked for, but the policy has been trained since it was the"
+                " reference",
+                remedy="pass these pairs as eval_dataset from the start, give a ref_model, or set reference_store:"
+                " false",
             )
         trees = [_trees(pair, 0) for pair in pairs]
         lengths = [sum(tree.num_tokens for tree in each) for each in trees]

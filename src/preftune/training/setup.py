@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,11 +38,24 @@ def require_dataset(dataset: Any) -> None:
         raise DataError("training data are missing", where="train_dataset", remedy="pass train_dataset")
 
 
+def refuse_images(dataset: Any) -> None:
+    """Text alone is trained on."""
+    names = set(getattr(dataset, "column_names", None) or ())
+    if names & {"image", "images"}:
+        raise ModelError(
+            "vision-language data are not supported",
+            where="train_dataset",
+            value=sorted(names & {"image", "images"}),
+            remedy="remove the image column to train on the text alone",
+        )
+
+
 def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: Any) -> tuple[Any, Any]:
     """Load model and tokenizer where they are given by name, and make them agree on the padding token."""
     revision = None
     if isinstance(model, str):
-        kwargs = dict(args.model_init_kwargs or {})
+        # A JSON string has been parsed by now.
+        kwargs = dict(cast("dict[str, Any]", args.model_init_kwargs or {}))
         if quantization_config is not None:
             if "quantization_config" in kwargs:
                 raise ConfigError("quantization_config is given twice", where="model_init_kwargs")
@@ -52,7 +65,9 @@ def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: An
         model = from_name(model, args, kwargs)
     else:
         if args.model_init_kwargs is not None:
-            warnings.warn("model_init_kwargs has no effect on a model that is loaded already", UserWarning, stacklevel=4)
+            warnings.warn(
+                "model_init_kwargs has no effect on a model that is loaded already", UserWarning, stacklevel=4
+            )
         if quantization_config is not None:
             raise ConfigError(
                 "quantization_config has no effect on a model that is loaded already",

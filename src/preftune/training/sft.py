@@ -92,8 +92,9 @@ class SFTTrainer(PackedTrainer):
         self._formatting_func = formatting_func
         if args.packing:
             warnings.warn(
-                "packing never mixes examples here, so that a batch still counts examples: with per_device_train_batch_size"
-                " as it was, there are more and smaller steps than where examples are joined",
+                "packing never mixes examples here, so that a batch still counts examples: with"
+                " per_device_train_batch_size as it was, there are more and smaller steps than where examples are"
+                " joined",
                 UserWarning,
                 stacklevel=2,
             )
@@ -133,7 +134,9 @@ class SFTTrainer(PackedTrainer):
         try:
             tokenizer.chat_template = AutoTokenizer.from_pretrained(str(path)).chat_template
         except (OSError, ValueError) as error:
-            raise ConfigError("no tokenizer to take a chat template from", where="chat_template_path", value=str(path)) from error
+            raise ConfigError(
+                "no tokenizer to take a chat template from", where="chat_template_path", value=str(path)
+            ) from error
 
     @staticmethod
     def _use_eos(tokenizer: Any, args: SFTConfig) -> None:

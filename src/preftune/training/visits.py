@@ -26,8 +26,8 @@ class _Indices(Dataset[int]):
 def visited_rows(trainer: PackedTrainer) -> list[int]:
     """Rows that any process will train on, ascending.
 
-    Only a run shorter than one epoch leaves rows out. Its data order is that of transformers' sampler, which a loader over
-    bare indices with the same sampler repeats; random state is left as it was.
+    Only a run shorter than one epoch leaves rows out. Its data order is that of transformers' sampler, which a loader
+    over bare indices with the same sampler repeats; random state is left as it was.
     """
     args, size = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def mask_function(layout: RowLayout, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-    """Visibility of key ``k`` to query ``q``: same tree, in the prefix or the same branch, and not later in position."""
+    """Visibility of key ``k`` to query ``q``: same tree, in the prefix or the same branch, not later in position."""
     tree_of, branch_of = (torch.as_tensor(array, device=device) for array in layout.tree_and_branch())
     position = torch.as_tensor(layout.position_ids(), device=device)
 
@@ -76,4 +76,5 @@ def _kernel(device_type: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Uncompiled, FlexAttention materialises every score; only the compiled kernel is worth using on CUDA.
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+    kernel: Callable[..., Any] = flex_attention
+    return torch.compile(kernel, dynamic=True) if device_type == "cuda" else kernel

@@ -129,7 +129,9 @@ def attend(
     return out.unsqueeze(0)
 
 
-def call_kernel(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None) -> Tensor:
+def call_kernel(
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None
+) -> Tensor:
     """Call the installed ``varlen_attn`` on ``(tokens, heads, D)`` tensors, whatever its signature."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -172,11 +174,11 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
         layout = RowLayout((TreeSpan(0, 5, (4, 7)), TreeSpan(16, 3, (2, 6))))
         generator = torch.Generator(device="cpu").manual_seed(0)
         shape = (1, 2, layout.num_tokens, 64)
-        tensors = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
+        query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
         for window in (None, 4):
             spec = AttentionSpec(scale=0.125, window=window)
-            expected = reference.attend(*(tensor.float() for tensor in tensors), layout, spec)
-            got = attend(*tensors, layout, spec).float()
+            expected = reference.attend(query.float(), key.float(), value.float(), layout, spec)
+            got = attend(query, key, value, layout, spec).float()
             if not torch.allclose(got, expected, atol=3e-2, rtol=3e-2):
                 return False
     except (ImportError, NotImplementedError, RuntimeError, TypeError):
