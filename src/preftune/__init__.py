@@ -21,11 +21,28 @@ if TYPE_CHECKING:
         StoreError,
         TrainingError,
     )
-    from preftune.training import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from preftune.training import (
+        CPOConfig,
+        CPOTrainer,
+        DPOConfig,
+        DPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+        ORPOConfig,
+        ORPOTrainer,
+        SFTConfig,
+        SFTTrainer,
+    )
 
 _HOME_OF = {
+    "CPOConfig": "preftune.training",
+    "CPOTrainer": "preftune.training",
     "DPOConfig": "preftune.training",
     "DPOTrainer": "preftune.training",
+    "KTOConfig": "preftune.training",
+    "KTOTrainer": "preftune.training",
+    "ORPOConfig": "preftune.training",
+    "ORPOTrainer": "preftune.training",
     "SFTConfig": "preftune.training",
     "SFTTrainer": "preftune.training",
     "ConfigError": "preftune.errors",
@@ -38,11 +55,17 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "CPOConfig",
+    "CPOTrainer",
     "ConfigError",
     "DPOConfig",
     "DPOTrainer",
     "DataError",
+    "KTOConfig",
+    "KTOTrainer",
     "ModelError",
+    "ORPOConfig",
+    "ORPOTrainer",
     "PreftuneError",
     "SFTConfig",
     "SFTTrainer",

@@ -29,7 +29,9 @@ def hh_rows(folder: Path) -> list[dict[str, Any]]:
             end, other = (row[name].rindex(marker) + len(marker) for name in ("chosen", "rejected"))
             same = row["chosen"][:end] == row["rejected"][:other] and row["chosen"] != row["rejected"]
             if same and row["chosen"][end:].strip() and row["rejected"][other:].strip():
-                rows.append({"prompt": row["chosen"][:end], "chosen": row["chosen"][end:], "rejected": row["rejected"][other:]})
+                rows.append(
+                    {"prompt": row["chosen"][:end], "chosen": row["chosen"][end:], "rejected": row["rejected"][other:]}
+                )
     return rows
 
 
@@ -76,5 +78,7 @@ def settings(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     """One setting per file of real preference data."""
     return {
         "hh": Setting(tmp_path_factory.mktemp("hh"), hh_rows(shared_data)[:240]),
-        "dpo_en": Setting(tmp_path_factory.mktemp("dpo_en"), [row for row in dpo_en_rows(shared_data) if len(_texts([row])[0]) < 600]),
+        "dpo_en": Setting(
+            tmp_path_factory.mktemp("dpo_en"), [row for row in dpo_en_rows(shared_data) if len(_texts([row])[0]) < 600]
+        ),
     }

@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.f
 TOLERANCE = 1e-4
 
 
-# Both files hold more pairs than the 160 of twenty steps, so that no accumulation ends in a partial batch at an epoch's end:
-# there TRL averages means of unequal micro-batches, while every pair weighs the same here.
+# Both files hold more pairs than the 160 of twenty steps, so that no accumulation ends in a partial batch at an
+# epoch's end: there TRL averages means of unequal micro-batches, while every pair weighs the same here.
 
 
 def train(library: str, setting: Setting, out: Path, **options: Any) -> Any:
@@ -26,7 +26,7 @@ def train(library: str, setting: Setting, out: Path, **options: Any) -> Any:
     if library == "trl":
         from trl import DPOConfig, DPOTrainer
     else:
-        from preftune import DPOConfig, DPOTrainer  # type: ignore[assignment]
+        from preftune import DPOConfig, DPOTrainer
     lora = options.pop("lora", False)
     defaults: dict[str, Any] = {
         "output_dir": str(out / library),
@@ -60,8 +60,9 @@ def log_lines(trainer: Any) -> list[dict[str, float]]:
 def assert_same_logs(ours: Any, theirs: Any, beta: float = 0.1) -> None:
     """Loss, rewards, log-probs and gradient norm of every step.
 
-    A reward is ``beta`` times a difference of two sums of log-probs, which TRL adds up in fp32: near zero its own rounding,
-    ``beta * eps * |sum|``, is larger than any relative tolerance on the difference, so that the reward's scale is the sums'.
+    A reward is ``beta`` times a difference of two sums of log-probs, which TRL adds up in fp32: near zero its own
+    rounding, ``beta * eps * |sum|``, is larger than any relative tolerance on the difference, so that its scale
+    is the sums'.
     """
     mine, others = log_lines(ours), log_lines(theirs)
     assert len(mine) == len(others) > 0

@@ -58,21 +58,23 @@ def used_by(folder: Path) -> list[str]:
     """
     file = folder / "provenance.json"
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))["settings"]["trainer"]
-        values = {name: entry["value"] for name, entry in settings.items()}
+        document = json.loads(file.read_text(encoding="utf-8"))
+        values = {name: entry["value"] for name, entry in document["settings"]["trainer"].items()}
+        method = (document.get("plan") or {}).get("method")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError("no readable record of a run", where=str(file), remedy="give a run's output folder") from error
-    names = [*_methods(values), *(name for name, neutral in _MODIFIERS.items() if values.get(name, neutral) != neutral)]
+    names = [*_methods(values, method), *(name for name, neutral in _MODIFIERS.items() if values.get(name, neutral) != neutral)]
     if not names:
         raise ConfigError("this run used no method that has a paper", where=str(folder))
     return names
 
 
-def _methods(values: Mapping[str, Any]) -> list[str]:
+def _methods(values: Mapping[str, Any], method: str | None) -> list[str]:
     from preftune.objectives import METHODS
 
     given = values.get("loss_type")
-    names = given if isinstance(given, list) else [given]
+    # The plan has the table's names; a trainer's own loss_type may call another method so.
+    names = method.split(" + ") if method else given if isinstance(given, list) else [given]
     found = [str(name) for name in names if name in METHODS]
     # For this method the paper that introduced smoothing is another one.
     smoothed = values.get("label_smoothing") and "sigmoid" in found

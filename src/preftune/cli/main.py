@@ -19,6 +19,9 @@ INTERRUPTED = 130
 VERBS: dict[str, str] = {
     "sft": "supervised fine-tuning on completions or conversations",
     "dpo": "preference optimisation on pairs (DPO and its family)",
+    "orpo": "odds-ratio preference optimisation on pairs, without a reference",
+    "cpo": "contrastive preference optimisation and SimPO on pairs, without a reference",
+    "kto": "learning from single answers labelled good or bad",
     "data": "look at prepared rows: prompt, chosen, rejected, and what is trained on",
     "methods": "list the methods with formula, settings and paper",
     "recipes": "list, show or copy the published recipes",
@@ -28,7 +31,7 @@ VERBS: dict[str, str] = {
 }
 
 # These read their arguments themselves: settings are the fields of classes whose import takes seconds.
-_READ_THEMSELVES = frozenset({"sft", "dpo", "data", "demo"})
+_READ_THEMSELVES = frozenset({"sft", "dpo", "orpo", "cpo", "kto", "data", "demo"})
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -13,6 +13,9 @@ from rich.text import Text
 from preftune.cli.style import count, plural, share, size
 from preftune.training.plan import MemoryEstimate, TrainingPlan
 
+#: Losses of supervised fine-tuning.
+_SFT = ("nll", "dft")
+
 
 def summary(plan: TrainingPlan, *, paired: bool, output_dir: str, notes: Sequence[str] = ()) -> Panel:
     """Lay the plan out.
@@ -37,7 +40,7 @@ def summary(plan: TrainingPlan, *, paired: bool, output_dir: str, notes: Sequenc
     body: list[RenderableType] = [grid]
     if told:
         body += [Text(""), *(Text(f"- {line}", style="yellow") for line in told)]
-    title = Text(f"preftune {plan.method}" if paired else "preftune sft")
+    title = Text("preftune sft" if plan.method in _SFT else f"preftune {plan.method}")
     return Panel(Group(*body), title=title, title_align="left", expand=False, border_style="cyan")
 
 
@@ -50,7 +53,7 @@ def _rows(plan: TrainingPlan, unit: str, paired: bool, output_dir: str) -> list[
         ("packing", saved(plan, paired)),
         ("steps", f"{plan.num_steps:,} steps of {plural(plan.pairs_per_step, unit)}"),
         ("path", f"{plan.path}, {plan.backend}: {plan.backend_reason}"),
-        *([("reference", plan.reference)] if paired else []),
+        *([("reference", plan.reference)] if plan.reference != "none" else []),
         ("memory", memory(plan.memory)),
         ("output", output_dir),
     ]

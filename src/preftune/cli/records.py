@@ -31,7 +31,7 @@ def make_card(
     """Gather what the model card says.
 
     Args:
-        verb: ``sft`` or ``dpo``.
+        verb: The training verb.
         snapshot: Values by role and name.
         origins: Origin of each value.
         plan: The training plan.
@@ -42,7 +42,7 @@ def make_card(
         The card.
     """
     values = {name: value for role in snapshot.values() for name, value in role.items()}
-    methods = _methods(values.get("loss_type")) if verb != "sft" else []
+    methods = str(plan.method).split(" + ") if verb != "sft" else []
     chosen = [name for name in values if name in _ALWAYS or origins[name].kind != "default"]
     settings = {
         name: redact(provenance.plain(values[name]), name)
@@ -63,12 +63,6 @@ def make_card(
         versions={"preftune": preftune.__version__, **versions},
         is_adapter=bool(values.get("use_peft")),
     )
-
-
-def _methods(loss_type: Any) -> list[str]:
-    if loss_type is None:
-        return []
-    return [str(name) for name in loss_type] if isinstance(loss_type, (list, tuple)) else [str(loss_type)]
 
 
 def _papers(methods: Sequence[str]) -> list[tuple[str, str]]:

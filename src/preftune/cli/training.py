@@ -1,4 +1,4 @@
-"""What ``preftune sft`` and ``preftune dpo`` share: settings, data, model, summary, training, and the records left."""
+"""What the training verbs share: settings, data, model, summary, training, and the records left."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from preftune.config import ModelConfig, Resolved, ScriptConfig, resolve, split_
 from preftune.config.fields import fields_of
 from preftune.errors import ConfigError, SetupError
 
+#: Verbs that train, those with most settings last.
+TRAINING_VERBS = ("sft", "orpo", "cpo", "kto", "dpo")
+#: Verbs whose examples are pairs, and verbs that compare with a reference.
+_PAIRED, _WITH_REFERENCE = ("dpo", "orpo", "cpo"), ("dpo", "kto")
+
 
 @dataclass
 class Run:
     """One run of a training verb.
 
     Attributes:
-        verb: ``sft`` or ``dpo``.
+        verb: One of :data:`TRAINING_VERBS`.
         argv: Arguments after the verb.
         settings: Resolved settings.
         snapshot: All values by role as they were resolved, before they are used up.
@@ -45,7 +50,7 @@ def run(verb: str, argv: Sequence[str]) -> int:
     """Train.
 
     Args:
-        verb: ``sft`` or ``dpo``.
+        verb: One of :data:`TRAINING_VERBS`.
         argv: Arguments after the verb.
 
     Returns:
@@ -113,8 +118,8 @@ def cli_defaults() -> dict[str, Any]:
 
 
 def _other_verb(verb: str, name: str) -> str | None:
-    other = "sft" if verb == "dpo" else "dpo"
-    return other if name in fields_of(settings_classes(other)[0]) else None
+    others = [other for other in reversed(TRAINING_VERBS) if other != verb]
+    return next((other for other in others if name in fields_of(settings_classes(other)[0])), None)
 
 
 def _snapshot(settings: Resolved[Any]) -> dict[str, dict[str, Any]]:
@@ -134,6 +139,9 @@ def _complete(this: Run) -> None:
         args.max_dropped_share = None
     if origins["output_dir"].kind == "default":
         args.output_dir = f"{name.rstrip('/').split('/')[-1]}-{this.verb.upper()}"
+    if this.verb == "kto" and origins["pairing"].kind == "default":
+        # Single answers are what it learns from.
+        script.pairing = "none"
     if args.on_bad_rows == "skip" and args.quarantine_path is None:
         args.quarantine_path = script.quarantine_path = os.path.join(args.output_dir, "quarantine.jsonl")
     if args.do_predict:
@@ -202,14 +210,14 @@ def _build(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, Any]]:
         splits = load_splits(this.settings, with_test=_evaluates(args))
     if offline:
         this.console.print(offline, style="yellow", highlight=False)
-    paired = this.verb != "sft"
+    compares = this.verb in _WITH_REFERENCE
     with this.console.status("loading model"):
-        loaded = load_model_and_tokenizer(model, model_init_kwargs=args.model_init_kwargs, with_reference=paired)
-    if not paired and model.ref_model_name_or_path:
-        raise ConfigError("fine-tuning has no reference", where="ref_model_name_or_path", remedy="leave it out")
+        loaded = load_model_and_tokenizer(model, model_init_kwargs=args.model_init_kwargs, with_reference=compares)
+    if not compares and model.ref_model_name_or_path:
+        raise ConfigError(f"{this.verb} has no reference model", where="ref_model_name_or_path", remedy="leave it out")
     # They are used up; the trainer would otherwise warn that they come too late.
     args.model_init_kwargs = None
-    keywords: dict[str, Any] = {"ref_model": loaded.ref_model} if paired else {}
+    keywords: dict[str, Any] = {"ref_model": loaded.ref_model} if compares else {}
     with this.console.status("preparing data"), trainer_errors():
         trainer = trainer_class(
             model=loaded.model,
@@ -289,7 +297,7 @@ def load_splits(settings: Resolved[Any], *, with_test: bool) -> dict[str, Any]:
 def _show(this: Run, plan: Any) -> None:
     from preftune.cli.panel import summary
 
-    panel = summary(plan, paired=this.verb != "sft", output_dir=str(this.args.output_dir), notes=this.settings.notes)
+    panel = summary(plan, paired=this.verb in _PAIRED, output_dir=str(this.args.output_dir), notes=this.settings.notes)
     this.console.print(panel)
 
 

@@ -125,9 +125,10 @@ class PairWorker:
 def enclosed(pair: TokenPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair:
     """The pair between beginning- and end-of-sequence tokens; one that stands there already is not repeated."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    begins = bos is None or pair.prompt[:1] == [bos]
-    chosen, rejected = (ids if eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in (pair.chosen, pair.rejected))
-    return TokenPair(pair.prompt if begins else [bos, *pair.prompt], chosen, rejected)
+    prompt = pair.prompt if bos is None or pair.prompt[:1] == [bos] else [bos, *pair.prompt]
+    answers = (pair.chosen, pair.rejected)
+    chosen, rejected = (ids if eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in answers)
+    return TokenPair(prompt, chosen, rejected)
 
 
 class TokenisedWorker:
@@ -139,7 +140,7 @@ class TokenisedWorker:
     """
 
     columns = PAIR_COLUMNS
-    floats = FLOAT_EXTRAS
+    floats: tuple[str, ...] = FLOAT_EXTRAS
 
     def __init__(self, options: DataOptions, name: str) -> None:
         self.options = options

@@ -3,8 +3,8 @@
 The head's matmul, the soft cap and the log-softmax run over tiles of tokens. What is kept for the backward depends on
 the head:
 
-* frozen (LoRA): the gradient of a token's log-prob with respect to its hidden state, ``(onehot - p) @ W``, is computed in
-  the forward, where the tile's probabilities are at hand, and only scaled in the backward: no recomputation;
+* frozen (LoRA): the gradient of a token's log-prob with respect to its hidden state, ``(onehot - p) @ W``, is computed
+  in the forward, where the tile's probabilities are at hand, and only scaled in the backward: no recomputation;
 * trainable: the probabilities in the compute dtype, while they fit a memory budget; else the tile is recomputed.
 
 Legend: N scored tokens, H hidden size, V vocabulary.

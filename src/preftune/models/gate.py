@@ -19,8 +19,9 @@ from preftune.models.head import base_model
 from preftune.packing import PackedRow, build_row, pair_trees
 
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
-#: Largest relative difference between packed and separate forwards, by the dtype of the weights.
-PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+#: Largest relative difference between packed and separate forwards, by the dtype of the weights. Norms and rotary
+#: embeddings compute in fp32 even where the weights are fp64.
+PROBE_TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ def probe(model: nn.Module, *, backend: str = "auto", pad_token_id: int = 0) -> 
     if packed.last_context.calls != layers:
         return Verdict(False, f"{name} attends {packed.last_context.calls} times in {layers} layers on packed rows")
     tolerance = PROBE_TOLERANCE.get(next(model.parameters()).dtype, 2e-4)
-    worst = max(_difference(a, b) for a, b in zip(got, expected, strict=True))
+    # Some gradients are zero in exact arithmetic (a bias on the keys, without rotary positions): what rounding leaves
+    # of them is measured against the largest gradient.
+    least = 1e-3 * max(float(each.double().norm()) for each in expected[1:])
+    worst = max(_difference(a, b, least) for a, b in zip(got, expected, strict=True))
     if not worst <= tolerance:
         return Verdict(False, f"{name} mixes sequences in packed rows (probe differs by {worst:.1e})")
     return Verdict(True, f"{name} passes the probe (packed and separate differ by {worst:.1e})")
@@ -165,9 +169,9 @@ def _values_and_grads(forward: RowForward, row: PackedRow, watched: list[nn.Para
     ]
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    scale = expected.double().norm().clamp_min(1e-6)
-    return float((got.double() - expected.double()).norm() / scale)
+def _difference(got: Tensor, expected: Tensor, least: float) -> float:
+    scale = max(float(expected.double().norm()), least, 1e-12)
+    return float((got.double() - expected.double()).norm()) / scale
 
 
 def _one_line(error: Exception) -> str:

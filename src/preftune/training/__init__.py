@@ -2,6 +2,8 @@
 
 from preftune.training.config import DPOConfig, PackedConfig, SFTConfig
 from preftune.training.dpo import DPOTrainer
+from preftune.training.kto import KTOTrainer
+from preftune.training.kto_config import KTOConfig
 from preftune.training.reference_free import CPOTrainer, ORPOTrainer
 from preftune.training.reference_free_config import CPOConfig, ORPOConfig
 from preftune.training.sft import SFTTrainer
@@ -11,6 +13,8 @@ __all__ = [
     "CPOTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
     "ORPOConfig",
     "ORPOTrainer",
     "PackedConfig",

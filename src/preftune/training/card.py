@@ -13,6 +13,9 @@ import yaml
 
 FILE_NAME = "README.md"
 
+#: What a verb tunes on, where that is not preference pairs.
+_DATA = {"sft": "completions", "kto": "labelled answers"}
+
 # Markdown that could change the page when it stands in a value: links, images, code, tables, strike-through, emphasis
 # (an underscore inside a word is none), and what makes a heading or a list at the beginning of a line.
 _ACTIVE = re.compile(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=-])")
@@ -116,7 +119,7 @@ def _is_hub_name(name: str) -> bool:
 
 def _opening(card: Card) -> str:
     kind = "A LoRA adapter for" if card.is_adapter else "A version of"
-    how = "tuned on preference pairs" if card.verb != "sft" else "tuned on completions"
+    how = f"tuned on {_DATA.get(card.verb, 'preference pairs')}"
     method = f" with {escape(', '.join(card.methods))}" if card.methods else ""
     data = f", data: {escape(', '.join(card.datasets))}" if card.datasets else ""
     return f"{kind} {escape(card.base_model)}, {how}{method}{data}.\n"

@@ -118,7 +118,9 @@ class DPOTrainer(PackedTrainer):
         )
         setup.add_tags(self.model, self._tag_names)
         self.ref_model = ref_model
-        self.reference = self._make_reference(ref_model) if self.objective.needs_reference else None
+        # As in TRL, the plain SFT term alone still reports rewards against the reference.
+        wanted = self.objective.needs_reference or self.objective.names == ("sft",)
+        self.reference = self._make_reference(ref_model) if wanted else None
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
         self._checked_first_step = not args.first_step_check
         if args.sync_ref_model:
@@ -127,6 +129,11 @@ class DPOTrainer(PackedTrainer):
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def _prepared(self, dataset: Any, tokenizer: Any, name: str) -> Any:
+        stale = [column for column in COLUMNS if column in (getattr(dataset, "column_names", None) or ())]
+        if stale:
+            # Whose log-probs they are cannot be known; the store finds what is still valid by its content.
+            warnings.warn(f"columns {stale} of the data are not used", UserWarning, stacklevel=4)
+            dataset = dataset.remove_columns(stale)
         prepared, self.reports[name] = prepare(dataset, tokenizer, self._data_options, name)
         return prepared
 
@@ -169,24 +176,37 @@ class DPOTrainer(PackedTrainer):
     # ---- reference --------------------------------------------------------------------------------------------------
 
     def _make_reference(self, ref_model: Any) -> Reference:
-        separate = None
-        if ref_model is not None:
-            ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-            inner = self.accelerator.unwrap_model(ref_model)
-            same = type(inner) is type(self.accelerator.unwrap_model(self.model))
-            packed = self.verdict.ok if same else self._choose_path(inner)[0].packed
-            separate = RowForward(
-                inner, packed, self.args.attention_backend, probe_head(inner), self.forward_policy.pad_token_id
-            )
         fixed = self.args.reference_store and not self.args.sync_ref_model and self._is_map_style(self.train_dataset)
         return Reference(
             self.forward_policy,
             self.accelerator.autocast,
             store=ReferenceStore() if fixed else None,
-            model=separate,
+            model=None if ref_model is None else self._reference_forward(ref_model),
             ld_alpha=self.args.ld_alpha,
             compute={"mixed_precision": str(self.accelerator.mixed_precision)},
+            reload=self._reload_reference,
+            show_progress=not self.args.disable_tqdm,
         )
+
+    def _reference_forward(self, ref_model: Any) -> RowForward:
+        inner = self.accelerator.unwrap_model(self.accelerator.prepare_model(ref_model, evaluation_mode=True))
+        same = type(inner) is type(self.accelerator.unwrap_model(self.model))
+        packed = self.verdict.ok if same else self._choose_path(inner)[0].packed
+        pad = self.forward_policy.pad_token_id
+        return RowForward(inner, packed, self.args.attention_backend, probe_head(inner), pad)
+
+    def _reload_reference(self) -> RowForward | None:
+        name = getattr(self.accelerator.unwrap_model(self.model).config, "_name_or_path", "")
+        if not name:
+            return None
+        kwargs = {**setup.init_kwargs(self.args), "dtype": next(self.model.parameters()).dtype}
+        try:
+            model = setup.from_name(name, self.args, kwargs)
+        except ModelError:
+            return None
+        if self.args.disable_dropout:
+            setup.disable_dropout(model)
+        return self._reference_forward(model)
 
     @staticmethod
     def _is_map_style(dataset: Any) -> bool:

@@ -23,7 +23,7 @@ def describe(trainer: PackedTrainer) -> TrainingPlan:
     reference = getattr(trainer, "reference", None)
     row = 0 if lengths is None else max(lengths.longest_row, min(trainer.max_tokens_per_row, int(lengths.row.sum())))
     return TrainingPlan(
-        method=_method(args),
+        method=_method(trainer),
         model=str(base_model(model).config._name_or_path or type(base_model(model)).__name__),
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -51,8 +51,10 @@ def describe(trainer: PackedTrainer) -> TrainingPlan:
     )
 
 
-def _method(args: Any) -> str:
-    names = args.loss_type
+def _method(trainer: PackedTrainer) -> str:
+    # The table's names: trainers may call a method otherwise, as CPO's sigmoid.
+    objective = getattr(trainer, "objective", None)
+    names = trainer.args.loss_type if objective is None else objective.names  # type: ignore[attr-defined]
     return names if isinstance(names, str) else " + ".join(names)
 
 

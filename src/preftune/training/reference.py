@@ -80,6 +80,8 @@ class Reference:
         model: Separate reference model, or ``None``.
         ld_alpha: Weight of tokens beyond the shorter completion.
         compute: What beside the weights decides the numbers, for the store's key.
+        reload: Loads the reference again where the policy has moved on and nothing of it was kept.
+        show_progress: Draw a progress bar over the reference pass.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class Reference:
         model: RowForward | None = None,
         ld_alpha: float | None = None,
         compute: dict[str, Any] | None = None,
+        reload: Callable[[], RowForward | None] = lambda: None,
+        show_progress: bool = True,
     ) -> None:
         self.policy = forward
         self.separate = model
@@ -102,6 +106,8 @@ class Reference:
         self.shadow: Shadow | None = None
         self._autocast = autocast
         self._compute = compute or {}
+        self._reload = reload
+        self._show_progress = show_progress
         self._key: str | None = None
 
     # ---- fixed references -----------------------------------------------------------------------------------------
@@ -140,7 +146,9 @@ class Reference:
         assert self.store is not None
         out = np.full((len(dataset), 2), np.nan)
         chunks = [indices[i : i + _PAIRS_PER_CHUNK] for i in range(0, len(indices), _PAIRS_PER_CHUNK)]
-        with tqdm(total=len(indices), desc=description, unit="pair", disable=not self._shows_progress(share)) as bar:
+        with tqdm(
+            total=len(indices), desc=description, unit="pair", disable=share[0] != 0 or not self._show_progress
+        ) as bar:
             for chunk in chunks:
                 pairs = [PairSequences.of(as_arrays(example)) for example in _rows(dataset, chunk)]
                 values = self._values(pairs, max_tokens, share, exchange)
@@ -148,9 +156,6 @@ class Reference:
                     out[index] = self._weighted_sums(values[keys[0]], values[keys[1]], pair)
                 bar.update(len(chunk))
         return out
-
-    def _shows_progress(self, share: tuple[int, int]) -> bool:
-        return share[0] == 0
 
     def _values(
         self,
@@ -181,16 +186,11 @@ class Reference:
         if not pairs:
             return {}
         if self.policy_moved and self.separate is None and self.shadow is None:
-            raise TrainingError(
-                "reference log-probs of new pairs are asked for, but the policy has been trained since it was the"
-                " reference",
-                remedy="pass these pairs as eval_dataset from the start, give a ref_model, or set reference_store:"
-                " false",
-            )
+            self.separate = self._reloaded()
         trees = [_trees(pair, 0) for pair in pairs]
         lengths = [sum(tree.num_tokens for tree in each) for each in trees]
         found: dict[bytes, Floats] = {}
-        for numbers in plan_rows(lengths, max_tokens):
+        for numbers in self._plan(lengths, max_tokens):
             row = build_row([tree for k, n in enumerate(numbers) for tree in _trees(pairs[n], 2 * k)], numbers)
             logps = self.row_logps(row).float().cpu().numpy()
             slots = row.target_slot
@@ -199,6 +199,30 @@ class Reference:
                 found[keys[n][1]] = logps[slots == 2 * k + 1]
         self.num_scored += len(pairs)
         return found
+
+    def _plan(self, lengths: list[int], max_tokens: int) -> list[list[int]]:
+        """Rows of the reference pass. Padded rows hold pairs of like length, or most of them would be padding."""
+        if (self.separate or self.policy).packed:
+            return plan_rows(lengths, max_tokens)
+        rows: list[list[int]] = [[]]
+        for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
+            if rows[-1] and 2 * lengths[number] * (len(rows[-1]) + 1) > max_tokens:
+                rows.append([])
+            rows[-1].append(number)
+        return rows
+
+    def _reloaded(self) -> RowForward:
+        """The reference, loaded from where the policy came from and proved to be the same by its content."""
+        forward = self._reload()
+        if forward is not None:
+            key = model_weights_key(forward.model, self._compute, adapter=trained_adapter(forward.model))
+            if key == self.weights_key:
+                return forward
+        raise TrainingError(
+            "reference log-probs of new pairs are asked for, but the policy has moved on and the model it started from "
+            "cannot be loaded again",
+            remedy="pass these pairs as eval_dataset from the start, give a ref_model, or set reference_store: false",
+        )
 
     def _weighted_sums(self, chosen: Floats, rejected: Floats, pair: PairSequences) -> tuple[float, float]:
         if self.ld_alpha is None:

@@ -1,11 +1,11 @@
 """ORPO and CPO (with SimPO and AlphaPO): pairs without a reference model, as drop-ins for TRL's trainers.
 
 Both are the pair trainer with other sums: per-token averages where the method has them, and for ORPO a supervised term
-that covers the prompt as well. Three things differ from TRL on purpose. The supervised term is the mean over all tokens of
-an optimizer step, where TRL averages the means of micro-batches, so that accumulation changes nothing. A pair whose
-prompt alone fills ``max_length`` is dropped, where TRL's average over no tokens is not a number. And the completion
-starts at one place for both answers, the earlier one, where TRL lets the two differ by a token that merges with the
-prompt's end in one of them only.
+that covers the prompt as well. Some things differ from TRL on purpose. The supervised term is the mean over all tokens
+of an optimizer step, where TRL averages the means of micro-batches, so that accumulation changes nothing. A pair whose
+prompt alone fills ``max_length`` is dropped, where TRL's average over no tokens is not a number, and without a
+``max_length`` nothing is cut, where TRL takes 512. The completion starts at one place for both answers, the earlier
+one, where TRL lets the two differ by a token that merges with the prompt's end in one of them only.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class ORPOTrainer(ReferenceFreeTrainer):
     supervised term covers prompt and chosen completion, as TRL's does.
     """
 
-    args: ORPOConfig  # type: ignore[assignment]
+    args: ORPOConfig
     config_class = ORPOConfig
     scores_prompt = True
     _tag_names = ("preftune", "orpo")
@@ -200,7 +200,7 @@ class CPOTrainer(ReferenceFreeTrainer):
     Takes the arguments of TRL's trainer of the same name, with the same meaning; see :class:`ReferenceFreeTrainer`.
     """
 
-    args: CPOConfig  # type: ignore[assignment]
+    args: CPOConfig
     config_class = CPOConfig
     _tag_names = ("preftune", "cpo")
 
@@ -208,9 +208,9 @@ class CPOTrainer(ReferenceFreeTrainer):
 def _one_model(model: Any, model_init: Callable[[], Any] | None) -> Any:
     if (model is None) == (model_init is None):
         raise ConfigError(
-            "give a model, or a function that makes it" if model is None else "both a model and a function that makes one",
+            "no model is given" if model is None else "a model is given, and a function that makes one",
             where="model" if model is None else "model_init",
-            remedy="pass model or model_init",
+            remedy="pass either model or model_init",
         )
     return model if model_init is None else model_init()
 

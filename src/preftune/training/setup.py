@@ -98,6 +98,14 @@ def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: An
     return model, tokenizer
 
 
+def init_kwargs(args: PackedConfig) -> dict[str, Any]:
+    """``model_init_kwargs`` as a mapping of its own."""
+    given = args.model_init_kwargs
+    if isinstance(given, str):
+        raise ConfigError("not a mapping", where="model_init_kwargs", value=given, allowed="a JSON object")
+    return dict(given or {})
+
+
 def from_name(name: str, args: PackedConfig, kwargs: dict[str, Any]) -> Any:
     """Load a causal language model by name or path, in fp32 unless another dtype is asked for."""
     from transformers import AutoModelForCausalLM

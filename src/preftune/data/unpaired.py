@@ -1,0 +1,238 @@
+"""From labelled answers, or from pairs taken apart, to tokenised examples for KTO.
+
+An example is laid out as a pair is: the completion stands as the chosen answer, and a completion of another prompt,
+from which KTO estimates how far the policy has moved, as the rejected one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from preftune.data import batches
+from preftune.data.batches import Outcome
+from preftune.data.convert import canonical_rows, to_dataset
+from preftune.data.files import from_dataset
+from preftune.data.formats import FORMATS, Row, resolve
+from preftune.data.formats.base import BadRow, common_prefix
+from preftune.data.options import DataOptions
+from preftune.data.prepare import TokenisedWorker, canonical_batch, pair_rows, place_of, sum_counts
+from preftune.data.report import PrepareReport, build_report
+from preftune.data.rows import BadRowHandler
+from preftune.data.sources import load_report
+from preftune.data.tokenise import Encoder, sequences
+from preftune.data.truncate import TokenPair, truncate
+from preftune.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+FLOATS = ("label", "weight")
+TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids", "label")
+
+# Pairs are taken apart in blocks of this size, first all chosen answers and then all rejected ones, as TRL does.
+_BLOCK = 1000
+
+
+class UnpairedWorker:
+    """Labelled answers to token ids, not truncated yet.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        options: Data options.
+        name: Name of the data set, for messages.
+    """
+
+    columns = ("prompt_ids", "chosen_ids")
+    floats = FLOATS
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, name: str) -> None:
+        self.encoder = Encoder(tokenizer, options.chat_template)
+        self.options = options
+        self.name = name
+
+    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
+        """One outcome per row."""
+        handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
+        outcomes, positions, canonical = canonical_batch(rows, indices, FORMATS["unpaired"], self.name, handler)
+        merged: list[int] = []
+        results = sequences(self.encoder, canonical, ("completion",))
+        for position, row, parts in zip(positions, canonical, results, strict=True):
+            if isinstance(parts, BadRow):
+                handler.keep(parts, place_of(self.name, indices[position]), rows[position], converted=False)
+                outcomes[position] = Outcome(status=batches.BAD, bad=parts.reason)
+            else:
+                end = self._fill(outcomes[position], row, parts)
+                merged = merged or end
+        if merged:
+            outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
+        return outcomes
+
+    def _fill(self, outcome: Outcome, row: Row, parts: list[list[int]]) -> list[int]:
+        """Enter a row's tokens; returns the end of its prompt that the sequence does not contain."""
+        options, encoder = self.options, self.encoder
+        plain = isinstance(row["prompt"], str)
+        prompt, whole = (encoder.drop_doubled_bos(ids) for ids in parts) if plain else parts
+        start = common_prefix(prompt, whole)
+        answer = whole[start:]
+        missing = not encoder.ends_with_eos(answer)
+        appended = missing and options.append_eos and not plain
+        outcome.flags = (
+            batches.MERGED * (start < len(prompt))
+            + batches.DOUBLED_BOS * (plain and len(whole) < len(parts[1]))
+            + batches.EOS_MISSING * missing
+            + batches.EOS_APPENDED * appended
+        )
+        outcome.floats = {"label": float(row["label"]), **({"weight": row["weight"]} if "weight" in row else {})}
+        answer = encoder.append_eos(answer) if appended else answer
+        kept, reason = truncate(
+            TokenPair(whole[:start], answer, answer),
+            options.max_length,
+            options.max_prompt_length,
+            options.truncation_mode,
+        )
+        outcome.status = "" if kept else str(reason)
+        # Whole for now: its counterpart may have room for more of it.
+        outcome.lists = (whole[:start], answer) if kept else ()
+        return prompt[start:]
+
+
+class _TruncatingWorker(TokenisedWorker):
+    """Truncation of tokenised examples, labels kept."""
+
+    floats: tuple[str, ...] = FLOATS
+
+    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
+        """One outcome per row."""
+        out = super().outcomes(rows, indices)
+        for outcome, row in zip(out, rows, strict=True):
+            outcome.floats = {name: row[name] for name in FLOATS if row.get(name) is not None}
+        return out
+
+
+def prepare_unpaired(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    name: str = "train",
+    *,
+    block: int | None = None,
+) -> tuple[Dataset, PrepareReport]:
+    """Tokenise and truncate labelled answers.
+
+    Args:
+        dataset: Rows of prompt, completion and label; rows of a preference format, which are taken apart; or a data set
+            that this function has returned before.
+        tokenizer: Tokenizer of the model, with its chat template where the rows are conversations.
+        options: Data options.
+        name: Name of the data set, for messages and the report.
+        block: Number of successive examples among which completions are exchanged, each prompt getting the completion
+            of the example before it and the first the last's; ``None`` repeats an example's own completion.
+
+    Returns:
+        A data set with ``prompt_ids``, ``chosen_ids`` (the completion), ``rejected_ids`` (the exchanged one),
+        ``rejected_prompt_ids`` (null where it equals ``prompt_ids``), ``label`` (1 for desirable, 0 for not) and
+        ``weight`` where the rows carry it; and the report. Token ids, order and, with TRL's batch size as ``block``,
+        exchanged completions are those of TRL 1.16's ``KTOTrainer``, but a doubled BOS token is removed, and an
+        example with no scored token is dropped.
+
+    Raises:
+        DataError: Bad rows that the policy does not allow, too many lost rows, or no labelled answers.
+        ModelError: The tokenizer has no chat template or no end-of-sequence token.
+    """
+    loaded = load_report(dataset)
+    dataset, notes = batches.materialise(dataset, name)
+    rows_read, bad_before = len(dataset), dict[str, int]()
+    if all(column in dataset.column_names for column in TOKENISED):
+        format_name, whole, first = "tokenised", dataset, None
+    else:
+        dataset, format_name, bad_before, more = _labelled(dataset, options, name)
+        notes += more
+        whole, first = batches.run(
+            dataset, UnpairedWorker(tokenizer, options, name), options.num_proc, f"Preparing {name}"
+        )
+        if len(whole):
+            whole = whole.add_column("rejected_ids", _exchanged(whole["chosen_ids"], block))
+    rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
+    lost = sum(bad_before.values()) if options.on_bad_rows == "skip" else 0
+    if first is not None:
+        batches.check_share(
+            first, rows_read, lost + (loaded.num_lost if loaded else 0), options.max_dropped_share, name
+        )
+    result, tally = batches.run(whole, _TruncatingWorker(options, name), options.num_proc, f"Truncating {name}")
+    batches.check_share(tally, rows_read, rows_read - len(whole), options.max_dropped_share, name)
+    return result, build_report(
+        name=name,
+        format_name=format_name,
+        rows_read=rows_read,
+        rows_kept=len(result),
+        tally=tally if first is None else _with_truncation(first, tally),
+        bad_rows=sum_counts(bad_before, first.bad if first else {}, loaded.bad_rows if loaded else {}),
+        options=options,
+        notes=[*(loaded.notes if loaded else ()), *notes],
+        **_lengths(result),
+    )
+
+
+def _labelled(dataset: Dataset, options: DataOptions, name: str) -> tuple[Dataset, str, dict[str, int], list[str]]:
+    """Rows of prompt, completion and label, the format they came in, bad rows by reason, and notes."""
+    skip = ("hh",) if options.implicit_prompt == "common_prefix" else ()
+    example = from_dataset(name, dataset).example()
+    spec = resolve(options.dataset_format, dataset.column_names, example, where=f"{name} data set", skip=skip)
+    if spec.kind == "unpaired":
+        return dataset, spec.name, {}, []
+    if spec.kind == "sft":
+        raise DataError(
+            f"labelled answers are needed, and this is SFT data ({spec.name})",
+            where=f"{name} data set",
+            value=dataset.column_names,
+            remedy="use `preftune sft`, or rename columns with `columns: {theirs: ours}`",
+        )
+    pairs, pair_spec, bad, notes = pair_rows(dataset, spec, options, name)
+    handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
+    rows, more = canonical_rows(from_dataset(f"{name} data set", pairs), pair_spec, handler)
+    notes = [*notes, *more, f"{len(rows)} pairs were taken apart into desirable and undesirable answers"]
+    return (
+        to_dataset(list(_taken_apart(rows)), f"{name} data set"),
+        spec.name,
+        sum_counts(bad, handler.counts),
+        notes,
+    )
+
+
+def _taken_apart(pairs: Sequence[Row]) -> Iterable[Row]:
+    for start in range(0, len(pairs), _BLOCK):
+        for side, label in (("chosen", True), ("rejected", False)):
+            for pair in pairs[start : start + _BLOCK]:
+                rest = {key: value for key, value in pair.items() if key not in ("prompt", "chosen", "rejected")}
+                yield {"prompt": pair["prompt"], "completion": pair[side], "label": label, **rest}
+
+
+def _exchanged(completions: Sequence[list[int]], block: int | None) -> list[list[int]]:
+    if block is None:
+        return list(completions)
+    out: list[list[int]] = []
+    for start in range(0, len(completions), block):
+        part = list(completions[start : start + block])
+        out += [part[-1], *part[:-1]]
+    return out
+
+
+def _with_truncation(first: batches.Tally, second: batches.Tally) -> batches.Tally:
+    from dataclasses import replace
+
+    return replace(first, num_truncated=second.num_truncated, dropped=sum_counts(first.dropped, second.dropped))
+
+
+def _lengths(result: Dataset) -> dict[str, Any]:
+    import numpy as np
+    import pyarrow.compute as pc
+
+    table = result.data.table
+    prompt, completion = (pc.list_value_length(table[column]).to_numpy() for column in ("prompt_ids", "chosen_ids"))
+    desirable = np.asarray(table["label"].to_numpy()) > 0
+    return {
+        "lengths": {"prompt": prompt, "completion": completion, "prompt_and_completion": prompt + completion},
+        "tokens": (int(prompt.sum()), int(completion[desirable].sum()), int(completion[~desirable].sum())),
+    }

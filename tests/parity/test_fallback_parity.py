@@ -1,0 +1,36 @@
+"""Models whose attention cannot be packed take the padded path, say why, and still match TRL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from tests.equivalence.conftest import make_rows
+from tests.models.test_gate import REFUSED
+from tests.models.tiny import tiny_model, train_tokenizer
+from tests.parity.conftest import Setting
+from tests.parity.test_dpo_parity import assert_same_logs, assert_same_weights, train
+
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+
+@pytest.mark.parametrize(("name", "sizes", "reason"), REFUSED[:1], ids=[REFUSED[0][0]])
+def test_fallback_matches_trl(tmp_path: Path, name: str, sizes: dict[str, Any], reason: str) -> None:
+    rows = make_rows(24)
+    setting = Setting.__new__(Setting)
+    setting.tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows], 300)
+    setting.path = str(tmp_path / "model")
+    tiny_model(name, len(setting.tokenizer), **sizes).save_pretrained(setting.path)
+    setting.tokenizer.save_pretrained(setting.path)
+    setting.dataset = Dataset.from_list(rows)
+    options = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
+    theirs = train("trl", setting, tmp_path, **options)
+    ours = train("preftune", setting, tmp_path, **options)
+    plan = ours.plan()
+    assert plan.path == "padded"
+    assert reason in plan.backend_reason
+    assert_same_logs(ours, theirs)
+    assert_same_weights(ours, theirs)
