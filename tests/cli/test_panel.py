@@ -42,9 +42,9 @@ PLAN = TrainingPlan(
 )
 
 
-def text_of(width: int = 200, paired: bool = True, notes: tuple[str, ...] = ()) -> str:
+def text_of(width: int = 200, paired: bool = True, notes: tuple[str, ...] = (), plan: TrainingPlan = PLAN) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(summary(PLAN, paired=paired, output_dir="out/x", notes=notes))
+    console.print(summary(plan, paired=paired, output_dir="out/x", notes=notes))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -70,7 +70,8 @@ def test_everything_is_said() -> None:
 
 
 def test_examples_share_no_prompt_and_need_no_reference() -> None:
-    shown = text_of(paired=False)
+    shown = text_of(paired=False, plan=dataclasses.replace(PLAN, method="nll", reference="none"))
+    assert "preftune sft" in shown
     assert "65.0 % of the padded tokens were padding" in shown
     assert "share" not in shown.replace("shared", "")
     assert "reference" not in shown

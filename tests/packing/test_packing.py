@@ -88,3 +88,48 @@ def test_rows_are_evenly_filled(lengths: list[int]) -> None:
 @pytest.mark.parametrize("budget", [1, 10_000])
 def test_no_examples_make_one_empty_row(budget: int) -> None:
     assert plan_rows([], budget) == [[]]
+
+
+def test_a_scored_prompt_has_a_slot_of_its_own() -> None:
+    trees = [
+        *pair_trees(ids(9), ids(8), ids(7), None, (0, 1), 2),
+        *pair_trees(ids(1, 2, 3), ids(4, 5), ids(6), None, (3, 4), 5),
+    ]
+    row = build_row(trees)
+    # A prompt of one token has nothing to score; the next begins at position 3 of the row.
+    by_slot = {
+        slot: (row.target_ids[row.target_slot == slot].tolist(), row.source[row.target_slot == slot].tolist())
+        for slot in range(6)
+    }
+    assert by_slot == {
+        0: ([8], [0]),
+        1: ([7], [0]),
+        2: ([], []),
+        3: ([4, 5], [5, 6]),
+        4: ([6], [5]),
+        5: ([2, 3], [3, 4]),
+    }
+    prompt = row.target_slot == 5
+    assert row.target_rank[prompt].tolist() == [-2, -1]
+    assert row.target_branch.tolist() == [0, 1, 2, 2, 2, 2, 3]
+
+
+def test_a_scored_prompt_belongs_to_the_chosen_sequence_where_prompts_differ() -> None:
+    row = build_row(pair_trees(ids(1, 2), ids(3), ids(4, 5, 6), ids(7), (0, 1), 2))
+    assert row.target_ids[row.target_slot == 2].tolist() == [2]
+    assert row.target_branch.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_unfolding_finds_scored_prompts_too() -> None:
+    """The padded path looks a target's prediction up in its own sequence; there it must stand one place before it."""
+    from preftune.models.forward import unfold
+
+    trees = [
+        *pair_trees(ids(1, 2, 3), ids(4, 5), ids(6), None, (0, 1), 2),
+        *pair_trees(ids(), ids(7, 8), ids(9, 10), None, (3, 4), 5),
+        *pair_trees(ids(11, 12), ids(13), ids(14), ids(15, 16, 17), (6, 7), 8),
+    ]
+    row = build_row(trees)
+    sequences, places = unfold(row)
+    found = [sequences[number][position + 1] for number, position in places]
+    assert found == row.target_ids.tolist()

@@ -136,7 +136,7 @@ def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
 
 
 def test_reference_that_follows_the_policy(world: worlds.World, tmp_path: Path) -> None:
-    options = {"sync_ref_model": True, "ref_model_sync_steps": 2}
+    options: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 2}
     compare(world, worlds.unpaired_rows(20), tmp_path, **options)
 
 

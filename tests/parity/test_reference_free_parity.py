@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 
+from tests.data.conftest import make_tokenizer
+from tests.models.tiny import tiny_model
 from tests.parity import worlds
 from tests.parity.conftest import hh_rows
 
@@ -186,6 +189,60 @@ def test_a_prompt_that_fills_the_length_is_dropped_where_trl_has_no_number(world
     assert not torch.isfinite(torch.tensor(worlds.log_lines(theirs)[0]["logps/chosen"]))
     assert torch.isfinite(torch.tensor(worlds.log_lines(ours)[0]["logps/chosen"]))
     assert ours.reports["train"].dropped == {"prompt_fills_max_length": 1}
+
+
+def trl_row(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
+    """A row as TRL's ORPO trainer tokenises it; its CPO trainer has the same code."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    oracle: Any = SimpleNamespace(processing_class=tokenizer, is_encoder_decoder=False, max_length=99)
+    oracle.build_tokenized_answer = lambda *texts: ORPOTrainer.build_tokenized_answer(oracle, *texts)
+    found: dict[str, list[int]] = ORPOTrainer.tokenize_row(oracle, row)
+    return found
+
+
+def ours_prepared(tokenizer: Any, rows: list[dict[str, str]], out: Path) -> Any:
+    import preftune
+
+    trainer = preftune.ORPOTrainer(
+        model=tiny_model("LlamaConfig", len(tokenizer)),
+        args=preftune.ORPOConfig(output_dir=str(out), **worlds.DEFAULTS),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    return trainer.train_dataset
+
+
+@pytest.mark.parametrize(("adds_bos", "bos"), [(False, "<s>"), (True, "<s>"), (False, None)])
+def test_sequences_begin_and_end_as_trls(tmp_path: Path, adds_bos: bool, bos: str | None) -> None:
+    """Against TRL's own tokenisation of a row, also for answers that carry the end-of-sequence token already."""
+    tokenizer = make_tokenizer(adds_bos=adds_bos)
+    tokenizer.bos_token = bos
+    rows = [
+        {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " was bright"},
+        {"prompt": "the sky", "chosen": " bark</s>", "rejected": " no"},
+        {"prompt": "", "chosen": "yes yes", "rejected": "no no"},
+    ]
+    ours_all = ours_prepared(tokenizer, rows, tmp_path)
+    for row, ours in zip(rows, ours_all, strict=True):
+        theirs = trl_row(tokenizer, row)
+        for side in ("chosen", "rejected"):
+            assert ours["prompt_ids"] + ours[f"{side}_ids"] == theirs[f"{side}_input_ids"]
+            scored = [label for label in theirs[f"{side}_labels"] if label != -100]
+            assert ours[f"{side}_ids"] == scored
+
+
+def test_a_token_merged_in_one_answer_is_scored_in_both(tmp_path: Path) -> None:
+    """A deliberate difference: TRL then begins one completion a token later than the other."""
+    tokenizer = make_tokenizer()
+    row = {"prompt": "dogs ", "chosen": "bark", "rejected": "!"}
+    theirs = trl_row(tokenizer, row)
+    ours_all = ours_prepared(tokenizer, [row], tmp_path)
+    ours = ours_all[0]
+    assert ours["prompt_ids"] + ours["rejected_ids"] == theirs["rejected_input_ids"]
+    scored = [label for label in theirs["rejected_labels"] if label != -100]
+    assert len(ours["rejected_ids"]) > len(scored)
+    assert ours["rejected_ids"][-len(scored) :] == scored
 
 
 @pytest.mark.parametrize("method", ["orpo", "cpo"])

@@ -30,10 +30,10 @@ SMALL = {
     "output_dir": "out",
 }
 
-# Loss of the first step, where policy and reference agree: what the formula gives for equal log-probs; the weight of the
-# SFT term, which is about the logarithm of the vocabulary, 300, for a model that knows nothing; and how far the loss may
-# be from that. An untrained model's mean log-probs are within 0.1 of each other and of the uniform guess; where no
-# log-prob of the policy alone enters, the four digits of the log are all there is.
+# Loss of the first step, where policy and reference agree: what the formula gives for equal log-probs; the weight of
+# the SFT term, which is about the logarithm of the vocabulary, 300, for a model that knows nothing; and how far the
+# loss may be from that. An untrained model's mean log-probs are within 0.1 of each other and of the uniform guess;
+# where no log-prob of the policy alone enters, the four digits of the log are all there is.
 LN2 = math.log(2)
 FIRST_LOSS = {
     "zephyr-7b-dpo-full": (LN2, 0.0, 1e-4),

@@ -63,7 +63,8 @@ def used_by(folder: Path) -> list[str]:
         method = (document.get("plan") or {}).get("method")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError("no readable record of a run", where=str(file), remedy="give a run's output folder") from error
-    names = [*_methods(values, method), *(name for name, neutral in _MODIFIERS.items() if values.get(name, neutral) != neutral)]
+    modifiers = (name for name, neutral in _MODIFIERS.items() if values.get(name, neutral) != neutral)
+    names = [*_methods(values, method), *modifiers]
     if not names:
         raise ConfigError("this run used no method that has a paper", where=str(folder))
     return names

@@ -42,20 +42,26 @@ class UnpairedWorker:
         tokenizer: Tokenizer of the model.
         options: Data options.
         name: Name of the data set, for messages.
+        checked: The rows were checked, and the bad ones among them counted, while they were pairs.
     """
 
     columns = ("prompt_ids", "chosen_ids")
     floats = FLOATS
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, name: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, name: str, *, checked: bool = False
+    ) -> None:
         self.encoder = Encoder(tokenizer, options.chat_template)
         self.options = options
         self.name = name
+        self.checked = checked
 
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
         handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
         outcomes, positions, canonical = canonical_batch(rows, indices, FORMATS["unpaired"], self.name, handler)
+        for outcome in outcomes:
+            outcome.bad = "" if self.checked else outcome.bad
         merged: list[int] = []
         results = sequences(self.encoder, canonical, ("completion",))
         for position, row, parts in zip(positions, canonical, results, strict=True):
@@ -149,9 +155,8 @@ def prepare_unpaired(
     else:
         dataset, format_name, bad_before, more = _labelled(dataset, options, name)
         notes += more
-        whole, first = batches.run(
-            dataset, UnpairedWorker(tokenizer, options, name), options.num_proc, f"Preparing {name}"
-        )
+        worker = UnpairedWorker(tokenizer, options, name, checked=format_name != "unpaired")
+        whole, first = batches.run(dataset, worker, options.num_proc, f"Preparing {name}")
         if len(whole):
             whole = whole.add_column("rejected_ids", _exchanged(whole["chosen_ids"], block))
     rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)

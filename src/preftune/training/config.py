@@ -247,12 +247,16 @@ class SFTConfig(PackedConfig):
 
     def __post_init__(self) -> None:
         _choice("loss_type", self.loss_type, ("nll", "dft"))
-        if self.packing and self.packing_strategy != "bfd":
+        if self.packing and self.packing_strategy not in ("bfd", "ffd"):
             raise ConfigError(
                 "preftune packs whole examples and never cuts one apart",
                 where="packing_strategy",
                 value=self.packing_strategy,
-                allowed="bfd",
+                allowed="bfd, ffd",
                 remedy="drop packing_strategy",
             )
+        if isinstance(self.dataset_kwargs, dict) and set(self.dataset_kwargs) - {"skip_prepare_dataset"}:
+            # Older recipes carry add_special_tokens and append_concat_token here, which TRL no longer reads either.
+            unread = ", ".join(sorted(set(self.dataset_kwargs) - {"skip_prepare_dataset"}))
+            warnings.warn(f"dataset_kwargs: {unread} has no effect", UserWarning, stacklevel=3)
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: An
     revision = None
     if isinstance(model, str):
         # A JSON string has been parsed by now.
-        kwargs = dict(cast("dict[str, Any]", args.model_init_kwargs or {}))
+        kwargs = init_kwargs(args)
         if quantization_config is not None:
             if "quantization_config" in kwargs:
                 raise ConfigError("quantization_config is given twice", where="model_init_kwargs")
