@@ -33,6 +33,7 @@ from preftune.training.lengths import ExampleLengths
 from preftune.training.metrics import MetricSums, Term
 from preftune.training.plan import TrainingPlan
 from preftune.training.planning import describe
+from preftune.training.router import REASON, RouterLoss
 
 
 @dataclass
@@ -44,16 +45,21 @@ class RowTerms:
         weight: How much of the step's denominator the row holds: its pairs, or its trained tokens.
         metrics: ``{name: (sum, weight)}``.
         predictions: Per-example values for ``compute_metrics``, ``(examples, ...)``, or ``None``.
+        router: Unweighted load-balancing loss of the row, a scalar with graph, or ``None``.
     """
 
     total: Tensor
     weight: float
     metrics: dict[str, Term]
     predictions: Tensor | None = None
+    router: Tensor | None = None
 
 
 class PackedTrainer(Trainer):
     """Base of the trainers. Subclasses say what an example's trees are and how a row's scores become a loss."""
+
+    #: Add the load-balancing loss wherever a model has one, not only where its configuration asks for it.
+    balances_experts = False
 
     args: PackedConfig
     # transformers declares these as possibly missing, for uses that a trainer with data and model does not have.
@@ -99,6 +105,8 @@ class PackedTrainer(Trainer):
         self._eval_sums = MetricSums(self.args.device)
         self._train_sums = MetricSums(self.args.device)
         self._num_train_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        coef = self.args.router_aux_loss_coef
+        self.router = RouterLoss.of(self.model, coef, self.balances_experts)
         self.forward_policy, self.verdict = self._choose_path(self.model)
         self._measure_memory()
 
@@ -106,8 +114,8 @@ class PackedTrainer(Trainer):
         """Packed or padded: what the user asked for, what the gate allows, what the probe shows."""
         pad = getattr(getattr(self.processing_class, "tokenizer", self.processing_class), "pad_token_id", None) or 0
         mode, backend = self.args.packing_mode, self.args.attention_backend
-        verdict = Verdict(False, "asked for by packing_mode: padded")
-        if mode != "padded":
+        verdict = Verdict(False, "asked for by packing_mode: padded" if self.router is None else REASON)
+        if mode != "padded" and (self.router is None or mode == "packed"):
             longest = self.lengths.longest_sequence if self.lengths else self.args.max_length
             verdict = check_declared(model, max_length=longest)
             if verdict.ok:
@@ -184,7 +192,8 @@ class PackedTrainer(Trainer):
         trees = [self.example_trees(example, 0) for example in batch.examples]
         lengths = [sum(tree.num_tokens for tree in each) for each in trees]
         rows = []
-        for numbers in plan_rows(lengths, self.max_tokens_per_row, min_rows):
+        groups = batch.groups() if self.router else plan_rows(lengths, self.max_tokens_per_row, min_rows)
+        for numbers in groups:
             in_row = [self.example_trees(batch.examples[n], k) for k, n in enumerate(numbers)]
             rows.append(build_row([tree for each in in_row for tree in each], numbers))
         return rows
@@ -227,6 +236,8 @@ class PackedTrainer(Trainer):
                 real.discard(id(row))
                 terms = self._row_terms(model, row, batch, totals, stats and not padding)
                 share = terms.total / max(totals[self.denominator], 1.0)
+                if terms.router is not None and self.router is not None:
+                    share = share + self.router.coef * terms.router / (len(rows) * self.args.world_size)
                 if not padding:
                     self._train_sums.add(terms.metrics)
                     loss += share.detach()
@@ -235,17 +246,26 @@ class PackedTrainer(Trainer):
 
     def forward_row(self, model: nn.Module, row: PackedRow, with_stats: bool) -> TokenScores:
         """Score a row under the policy, recomputing activations later where they would not fit."""
+        return self._forward(model, row, with_stats)[0]
+
+    def _forward(self, model: nn.Module, row: PackedRow, with_stats: bool) -> tuple[TokenScores, Any]:
         recompute = bool(self.args.gradient_checkpointing) and row.num_tokens > self.checkpoint_above
         with memory.checkpointing(self.model, recompute):
-            scores, _ = self.forward_policy(
-                row, wrapped=model, with_stats=with_stats, with_log_sum_sq=self.needs_log_sum_sq
+            return self.forward_policy(
+                row,
+                wrapped=model,
+                with_stats=with_stats,
+                with_log_sum_sq=self.needs_log_sum_sq,
+                extra=self.router.keywords if self.router else None,
             )
-        return scores
 
     def _row_terms(self, model: nn.Module, row: PackedRow, batch: Batch, totals: list[float], stats: bool) -> RowTerms:
-        return self.row_terms(
-            row, self.forward_row(model, row, stats), [batch.examples[n] for n in row.examples], totals
-        )
+        scores, output = self._forward(model, row, stats)
+        terms = self.row_terms(row, scores, [batch.examples[n] for n in row.examples], totals)
+        if self.router is not None:
+            terms.router = self.router.term(output)
+            terms.metrics["aux_loss"] = (terms.router.detach(), 1.0)
+        return terms
 
     def backward_row(self, model: nn.Module, loss: Tensor, last: bool) -> None:
         """Add a row's gradient; processes exchange gradients once, with the last row."""
@@ -327,10 +347,9 @@ class PackedTrainer(Trainer):
         found: list[Tensor] = []
         with self.accelerator.autocast(), self.forward_policy.active():
             for row in rows:
-                examples = [batch.examples[n] for n in row.examples]
-                scores, _ = self.forward_policy(row, with_stats=True, with_log_sum_sq=self.needs_log_sum_sq)
-                terms = self.row_terms(row, scores, examples, totals)
-                self._eval_sums.add({**terms.metrics, "loss": (terms.total, terms.weight)})
+                terms = self._row_terms(self.model, row, batch, totals, stats=True)
+                balance = 0.0 if self.router is None else self.router.coef * terms.metrics["aux_loss"][0]
+                self._eval_sums.add({**terms.metrics, "loss": (terms.total + balance * terms.weight, terms.weight)})
                 if terms.predictions is not None:
                     found.append(terms.predictions)
         if found and self.compute_metrics is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,11 @@ class Batch:
 
     Attributes:
         examples: One mapping per example.
+        sizes: How many of them the data loader grouped together each time.
     """
 
     examples: list[Example] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -30,7 +33,14 @@ class Batch:
     @classmethod
     def merged(cls, batches: Iterable[Batch]) -> Batch:
         """All examples of several batches, in order."""
-        return cls([example for batch in batches for example in batch.examples])
+        parts = list(batches)
+        examples = [example for batch in parts for example in batch.examples]
+        return cls(examples, [size for batch in parts for size in batch.sizes])
+
+    def groups(self) -> list[list[int]]:
+        """Numbers of the examples in every group of the data loader."""
+        starts = itertools.accumulate(self.sizes, initial=0)
+        return [list(range(start, start + size)) for start, size in zip(starts, self.sizes, strict=False)]
 
 
 def as_arrays(example: Example) -> Example:
@@ -46,4 +56,4 @@ def as_arrays(example: Example) -> Example:
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Collate function of every preftune trainer: nothing is padded, nothing becomes a tensor yet."""
-    return Batch([as_arrays(example) for example in examples])
+    return Batch([as_arrays(example) for example in examples], [len(examples)])

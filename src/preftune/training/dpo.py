@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from preftune.data import PrepareReport, prepare
-from preftune.errors import ModelError, TrainingError
+from preftune.errors import ConfigError, ModelError, TrainingError
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.models.head import probe_head
@@ -66,6 +66,7 @@ class DPOTrainer(PackedTrainer):
         *COLUMNS,
     )
     _tag_names = ("preftune", "dpo")
+    balances_experts = True
 
     def __init__(
         self,
@@ -116,6 +117,13 @@ class DPOTrainer(PackedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.router is not None and not self.objective.separable:
+            raise ConfigError(
+                f"{', '.join(self.objective.names)} joins the pairs of a step, the load-balancing loss divides them",
+                where="router_aux_loss_coef",
+                value=self.router.coef,
+                remedy="set router_aux_loss_coef: 0",
+            )
         setup.add_tags(self.model, self._tag_names)
         self.ref_model = ref_model
         # As in TRL, the plain SFT term alone still reports rewards against the reference.

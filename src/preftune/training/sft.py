@@ -53,6 +53,7 @@ class SFTTrainer(PackedTrainer):
     example_columns = ("input_ids", "loss_mask")
     denominator = 1
     _tag_names = ("preftune", "sft")
+    balances_experts = True
 
     def __init__(
         self,
