@@ -20,7 +20,7 @@ from preftune.models.head import probe_head
 from preftune.objectives import Objective, PairLogps
 from preftune.packing import PackedRow, Tree, pair_trees
 from preftune.references.store import ReferenceStore
-from preftune.training import setup
+from preftune.training import memory, setup
 from preftune.training.base import PackedTrainer, RowTerms
 from preftune.training.batch import Batch, Example
 from preftune.training.config import DPOConfig
@@ -259,8 +259,8 @@ class DPOTrainer(PackedTrainer):
         sums = self.reference.sums(
             dataset,
             rows,
-            # Without a graph a row costs a fraction of a training row's memory.
-            max_tokens=4 * self.max_tokens_per_row,
+            # Without a graph a row costs a fraction of a training row's memory; longer ones than these gain nothing.
+            max_tokens=min(4 * self.max_tokens_per_row, memory.most_tokens(self.args.device)),
             share=(self.args.process_index, self.args.world_size),
             exchange=self._exchange,
             description=f"Reference log-probs ({name})",

@@ -23,7 +23,7 @@ from preftune.data.unpaired import prepare_unpaired
 from preftune.kernels.head import TokenScores
 from preftune.objectives import PairLogps, UnpairedLogps, check_kto_weights, kl_baseline_from_sum
 from preftune.packing import Branch, PackedRow, Tree, build_row, plan_rows
-from preftune.training import setup
+from preftune.training import memory, setup
 from preftune.training.base import PackedTrainer, RowTerms
 from preftune.training.batch import Batch, Example
 from preftune.training.dpo import DPOTrainer
@@ -151,7 +151,7 @@ class KTOTrainer(DPOTrainer):
         for batch in some:
             lengths = [self._exchanged_trees(e, 0)[0].num_tokens for e in batch.examples]
             # Without a graph a row costs a fraction of a training row's memory.
-            numbered = plan_rows(lengths, 4 * self.max_tokens_per_row)
+            numbered = plan_rows(lengths, min(4 * self.max_tokens_per_row, memory.most_tokens(self.args.device)))
             numbered += [numbered[-1]] * (self._rows_everywhere(len(numbered)) - len(numbered))
             for place, numbers in enumerate(numbered):
                 ratios = self._exchanged_ratios([batch.examples[n] for n in numbers])

@@ -23,6 +23,11 @@ _SAMPLE_TOKENS = 53
 _ACTIVATION_SHARE = 0.5
 
 
+def most_tokens(device: torch.device) -> int:
+    """Row length beyond which nothing is gained on this kind of device."""
+    return MOST_TOKENS.get(device.type, 8192)
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of the device, or ``None`` where it is unknown."""
     if device.type == "cuda":
@@ -85,7 +90,7 @@ def row_budget(per_token: float, device: torch.device, reserved: int) -> int:
         device: Where the model lies.
         reserved: Bytes that gradients and optimizer state are still going to take.
     """
-    most = MOST_TOKENS.get(device.type, 8192)
+    most = most_tokens(device)
     free = available_bytes(device)
     if free is None or per_token <= 0:
         return most
