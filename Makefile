@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 TEST_ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format bench learning noise clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -46,6 +46,12 @@ format: setup  ## apply the formatter and the safe fixes
 
 bench: setup  ## pairs per second and peak memory: TRL, the padded baseline, preftune
 	@$(BIN)/python -m benchmarks.run
+
+learning: setup  ## true reward before and after for every method, on a toy; writes docs/learning.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning
+
+noise: setup  ## true reward against flipped labels for DPO, cDPO, robust, IPO; writes docs/noise.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.noise
 
 clean:  ## remove caches and build products; .venv stays
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

@@ -51,8 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError("the folder cannot be made", where="--out", value=options.out, remedy=str(error)) from error
+    import torch
+
     from preftune.demo.training import DemoSettings
 
+    # The demo's matrices are so small that a second thread gains little, and beside another busy process it loses all:
+    # every parallel region then waits for the thread that was put aside.
+    torch.set_num_threads(1)
     settings = DemoSettings()
     if options.quick:
         settings = settings.quick()
