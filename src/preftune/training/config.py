@@ -133,6 +133,11 @@ class DPOConfig(PackedConfig):
         use_weighting: Weight pairs by the policy's own probability of them (WPO).
         discopop_tau: Temperature of ``discopop``.
         ipo_normalize: Use per-token averages in ``ipo``, as TRL does, rather than sums.
+        dpop_lambda: Penalty of ``dpop`` on chosen completions that fall below the reference.
+        odpo_alpha: Scale of the offset that ``odpo`` makes of the score gap.
+        odpo_transform: Offset of ``odpo`` as ``log`` of the score gap, or the gap itself (``identity``).
+        sft_average: The SFT term as a mean over all chosen tokens of the step (``batch_tokens``, as TRL) or per pair
+            over its own (``pair_tokens``).
         sync_ref_model: Let the reference follow the policy (TR-DPO).
         ref_model_mixup_alpha: Share of the policy in each synchronisation.
         ref_model_sync_steps: Optimizer steps between synchronisations.
@@ -157,6 +162,10 @@ class DPOConfig(PackedConfig):
     use_weighting: bool = False
     discopop_tau: float = 0.05
     ipo_normalize: bool = True
+    dpop_lambda: float = 50.0
+    odpo_alpha: float = 1.0
+    odpo_transform: str = "log"
+    sft_average: str = "batch_tokens"
     sync_ref_model: bool = False
     ref_model_mixup_alpha: float = 0.6
     ref_model_sync_steps: int = 512
@@ -204,6 +213,10 @@ class DPOConfig(PackedConfig):
             f_alpha_divergence_coef=self.f_alpha_divergence_coef,
             discopop_tau=self.discopop_tau,
             ipo_normalize=self.ipo_normalize,
+            dpop_lambda=self.dpop_lambda,
+            odpo_alpha=self.odpo_alpha,
+            odpo_transform=self.odpo_transform,
+            sft_average=self.sft_average,
             use_weighting=self.use_weighting,
             ld_alpha=self.ld_alpha,
         )
