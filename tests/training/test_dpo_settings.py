@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from preftune import ConfigError, DPOConfig, DPOTrainer
+from preftune import ConfigError, DPOConfig, DPOTrainer, SFTConfig
 from preftune.objectives import METHODS
 from tests.equivalence.conftest import make_rows
 from tests.models.tiny import tiny_model, train_tokenizer
@@ -61,3 +61,22 @@ def test_methods_beyond_trl_train(tmp_path: Path, loss: str) -> None:
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 2
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"precompute_ref_log_probs": True, "reference_store": False}, "precompute_ref_log_probs"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **options)
+
+
+def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="precompute_ref_batch_size has no effect"):
+        DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, precompute_ref_batch_size=4)
+    with pytest.warns(UserWarning, match="eval_packing has no effect"):
+        SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, eval_packing=False)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -188,11 +189,11 @@ class PackedTrainer(Trainer):
             return [], None
         return [*(Batch() for _ in batches[1:]), Batch.merged(batches)], None
 
-    def _plan(self, batch: Batch, min_rows: int = 1) -> list[PackedRow]:
+    def _plan(self, batch: Batch) -> list[PackedRow]:
         trees = [self.example_trees(example, 0) for example in batch.examples]
         lengths = [sum(tree.num_tokens for tree in each) for each in trees]
         rows = []
-        groups = batch.groups() if self.router else plan_rows(lengths, self.max_tokens_per_row, min_rows)
+        groups = batch.groups() if self.router else plan_rows(lengths, self.max_tokens_per_row)
         for numbers in groups:
             in_row = [self.example_trees(batch.examples[n], k) for k, n in enumerate(numbers)]
             rows.append(build_row([tree for each in in_row for tree in each], numbers))
@@ -214,6 +215,9 @@ class PackedTrainer(Trainer):
         rows += [rows[-1]] * (self._rows_everywhere(len(rows)) - len(rows))
         self.before_rows(rows, inputs)
         loss = self.run_rows(model, rows, inputs, totals)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         self._num_train_tokens += float(self.num_tokens(inputs.examples))
         # The loop logs the mean over processes of what each returns.
         summed: Tensor = loss * self.args.world_size

@@ -109,6 +109,13 @@ class PackedConfig(TrainingArguments):
         _at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         if self.pad_to_multiple_of not in (None, "auto", "none", "null"):
             warnings.warn("pad_to_multiple_of has no effect: packed rows are not padded", UserWarning, stacklevel=3)
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                "smoothing over the vocabulary needs logits, which are never built",
+                where="label_smoothing_factor",
+                value=self.label_smoothing_factor,
+                remedy="leave label_smoothing_factor out; label_smoothing of the preference methods is another setting",
+            )
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 
@@ -119,8 +126,8 @@ class DPOConfig(PackedConfig):
     Attributes:
         disable_dropout: Switch dropout off in policy and reference.
         max_prompt_length: Longest prompt in tokens; ``None`` for no limit of its own.
-        precompute_ref_log_probs: Compute reference log-probs before training. They are whenever the reference is fixed
-            and ``reference_store`` is on, so that this only matters without the store.
+        precompute_ref_log_probs: Compute reference log-probs before training, as is done anyway whenever the reference
+            is fixed and ``reference_store`` is on; without the store it is refused.
         precompute_ref_batch_size: Accepted from TRL; the reference pass packs rows under ``max_tokens_per_row``.
         reference_store: Keep reference log-probs on disk and never compute one twice.
         loss_type: One method or several, see ``preftune methods``.
@@ -182,6 +189,19 @@ class DPOConfig(PackedConfig):
             raise ConfigError("value out of range", where="ld_alpha", value=self.ld_alpha, allowed="0 to 1, or null")
         if self.sync_ref_model:
             self._check_sync()
+        if self.precompute_ref_log_probs and not self.reference_store:
+            raise ConfigError(
+                "precomputed values are kept in the reference store, which is switched off",
+                where="precompute_ref_log_probs",
+                value=True,
+                remedy="drop reference_store: false, or precompute_ref_log_probs",
+            )
+        if self.precompute_ref_batch_size is not None:
+            warnings.warn(
+                "precompute_ref_batch_size has no effect: the reference pass packs rows under max_tokens_per_row",
+                UserWarning,
+                stacklevel=3,
+            )
         self.build_objective()
         super().__post_init__()
 
@@ -267,6 +287,10 @@ class SFTConfig(PackedConfig):
                 value=self.packing_strategy,
                 allowed="bfd, ffd",
                 remedy="drop packing_strategy",
+            )
+        if self.eval_packing is not None:
+            warnings.warn(
+                "eval_packing has no effect: rows are packed without mixing examples", UserWarning, stacklevel=3
             )
         if isinstance(self.dataset_kwargs, dict) and set(self.dataset_kwargs) - {"skip_prepare_dataset"}:
             # Older recipes carry add_special_tokens and append_concat_token here, which TRL no longer reads either.
