@@ -124,6 +124,9 @@ def _audit(console: Console, settings: Resolved[Any], own: _Own) -> AuditReport:
     offline = go_offline_if_unreachable([*names, tokenised_by, reference])
     if offline:
         console.print(offline, style="yellow", highlight=False)
+    if args.dataset_num_proc is not None:
+        text = f"dataset_num_proc: {args.dataset_num_proc} has no effect here; an audit runs in one process"
+        console.print(text, style="yellow", highlight=False)
     if own.verb == "kto" and settings.origins["pairing"].kind == "default":
         script.pairing = "none"
     with console.status("loading data"):

@@ -25,8 +25,9 @@ from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
 from preftune.evaluation.resampling import Array
 from preftune.evaluation.result import EvalResult
 from preftune.evaluation.sampling import Sample
-from preftune.evaluation.scoring import Scorer, active_adapter
+from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.winrate import win_rate
+from preftune.references.fingerprint import trained_adapter
 from preftune.references.store import ReferenceStore
 
 #: Prompts that are shown with both completions.
@@ -432,7 +433,7 @@ def _players(
     reference = None
     if ref_model is not None:
         reference = scorer(ref_model, policy)
-    elif active_adapter(model) is not None:
+    elif trained_adapter(model) is not None:
         names["reference"] = f"{names['model']} without its adapter"
         reference = scorer(model, policy, adapter_off=True)
     other = None if compare is None else scorer(compare, policy)

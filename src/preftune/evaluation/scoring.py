@@ -21,7 +21,7 @@ from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict, check_declared, probe
 from preftune.models.head import base_model, probe_head
 from preftune.packing import Branch, Tree, build_row, plan_rows
-from preftune.references.fingerprint import model_weights_key, sequence_keys
+from preftune.references.fingerprint import model_weights_key, sequence_keys, trained_adapter
 from preftune.references.store import ReferenceStore
 
 Ids = npt.NDArray[np.int64]
@@ -102,7 +102,7 @@ class Scorer:
     def weights_key(self) -> str:
         """Content key of the model, the same that a trainer's reference has."""
         if self._key is None:
-            adapter = None if self._adapter_off else active_adapter(self.model)
+            adapter = None if self._adapter_off else trained_adapter(self.model)
             compute = {"mixed_precision": "bf16" if self._bf16 else "no"}
             self._key = model_weights_key(self.model, compute, adapter=adapter)
         return self._key
@@ -219,17 +219,6 @@ class Scorer:
         ends = np.cumsum(np.bincount(row.target_slot, minlength=len(flat)))
         parts = np.split(scores[order], ends[:-1])
         return {key: np.array(part, dtype=np.float32) for key, part in zip(flat, parts, strict=True)}
-
-
-def active_adapter(model: Any) -> str | None:
-    """Name of the adapter that changes the model's output; ``None`` without one, or where it is fresh."""
-    names = getattr(model, "active_adapters", None)
-    if not hasattr(model, "peft_config") or not names:
-        return None
-    ups = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
-    if ups and not any(bool(p.detach().any()) for p in ups):
-        return None
-    return str(names[0])
 
 
 def _same_kind(one: Any, other: Any) -> bool:

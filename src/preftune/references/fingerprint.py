@@ -383,3 +383,14 @@ def _digest(name: str, tensor: torch.Tensor) -> str:
             remedy="Turn the reference store off for this model",
         ) from error
     return digest.hexdigest()
+
+
+def trained_adapter(model: Any) -> str | None:
+    """Name of the active adapter where it changes the model's output; ``None`` for no adapter or a fresh one."""
+    names = getattr(model, "active_adapters", None)
+    if not hasattr(model, "peft_config") or not names:
+        return None
+    ups = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    if ups and not any(bool(p.detach().any()) for p in ups):
+        return None
+    return str(names[0])

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from preftune.errors import TrainingError
 from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
 from preftune.packing import Branch, PackedRow, Tree, build_row, pair_trees, plan_rows
-from preftune.references.fingerprint import model_weights_key, sequence_keys
+from preftune.references.fingerprint import model_weights_key, sequence_keys, trained_adapter
 from preftune.references.live import Shadow, using_adapter
 from preftune.references.store import ReferenceStore
 from preftune.training.batch import Example, as_arrays
@@ -297,17 +297,6 @@ class Reference:
                     return forward(row)[0].logps
             finally:
                 forward.model.train(training)
-
-
-def trained_adapter(model: nn.Module) -> str | None:
-    """Name of the active adapter where it changes the model's output; ``None`` for no adapter or a fresh one."""
-    names = getattr(model, "active_adapters", None)
-    if not hasattr(model, "peft_config") or not names:
-        return None
-    ups = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
-    if ups and not any(bool(p.detach().any()) for p in ups):
-        return None
-    return str(names[0])
 
 
 def _trees(pair: PairSequences, first_slot: int, alone: bool) -> tuple[Tree, ...]:
