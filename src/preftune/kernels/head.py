@@ -180,7 +180,7 @@ class _TokenScores(torch.autograd.Function):
             return ((direction * grad_logps.unsqueeze(1)).to(hidden_dtype), *[None] * 8)
         grad_hidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         # Accumulated over tiles in at least fp32: a half-precision sum over many tiles would lose its small terms.
-        grad_weight = torch.zeros_like(w, dtype=logps.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias, dtype=logps.dtype) if ctx.needs_input_grad[2] else None
         for part in _tiles(*_shape(h, w), whole=probs is not None):
             # d logp / d logits = onehot - p; the target's own entry comes from its exact log-prob, since 1 - p loses
@@ -201,8 +201,10 @@ class _TokenScores(torch.autograd.Function):
             grad = grad.to(h.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, w, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight = _add_outer(grad_weight, grad, h[part])
+            if ctx.needs_input_grad[1]:
+                grad_weight = _add_outer(grad_weight, grad, h[part], logps.dtype)
+        if ctx.needs_input_grad[1] and grad_weight is None:  # no token was scored
+            grad_weight = torch.zeros_like(w)
         return (
             None if grad_hidden is None else grad_hidden.to(hidden_dtype),
             None if grad_weight is None else grad_weight.to(weight_dtype),
@@ -211,7 +213,9 @@ class _TokenScores(torch.autograd.Function):
         )
 
 
-def _add_outer(total: Tensor, grad: Tensor, h: Tensor) -> Tensor:
+def _add_outer(total: Tensor | None, grad: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    if total is None:
+        return (grad.t() @ h).to(dtype)
     if grad.dtype == total.dtype:
         return total.addmm_(grad.t(), h)
     return total.add_(grad.t() @ h)
