@@ -1,15 +1,17 @@
 """Hostile input by the thousand: each ends in success or in one clear error, and no row disappears unseen.
 
 ``python -m benchmarks.fuzz`` feeds generated rows, damaged files, configurations and command lines to the code that a
-user's input meets first, and writes ``benchmarks/results/fuzz.json``. Three things are counted: exceptions that are no
-:class:`~preftune.errors.PreftuneError` (a user would see a traceback), errors of more than one line, and rows that are
-neither kept nor accounted for.
+user's input meets first, extreme numbers and lengths to losses and packing, and writes
+``benchmarks/results/fuzz.json``, where kinds that are not run this time stay as they are. Counted are exceptions that
+are no :class:`~preftune.errors.PreftuneError` (a user would see a traceback), errors of more than one line, rows that
+are neither kept nor accounted for, and results that an independent computation contradicts.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import gzip
 import io
 import json
@@ -20,62 +22,27 @@ import random
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from benchmarks.fuzz_guided import available, run_guided
+from benchmarks.fuzz_losses import fuzz_losses
+from benchmarks.fuzz_packing import fuzz_long_rows, fuzz_packing
+from benchmarks.fuzz_tally import Tally
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
-SHARES = {"rows": 0.35, "files": 0.1, "configs": 0.25, "command lines": 0.3}
+#: Share of ``--inputs`` that each kind gets.
+SHARES = {"rows": 0.35, "files": 0.1, "configs": 0.25, "command lines": 0.3, "losses": 0.5, "packing": 0.25}
+#: Rows of a hundred thousand tokens take minutes each.
+LONG_ROWS, GUIDED = "rows of 100,000 tokens", "guided"
+NUM_LONG_ROWS = 4
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 VALID_ROW = {"prompt": "What is it?", "chosen": " A cat of course.", "rejected": " No idea."}
-
-
-@dataclass
-class Tally:
-    """What one kind of input led to."""
-
-    inputs: int = 0
-    accepted: int = 0
-    refused: int = 0
-    tracebacks: int = 0
-    long_errors: int = 0
-    silent_drops: int = 0
-    examples: list[dict[str, str]] = field(default_factory=list)
-
-    def attempt(self, what: Any, action: Callable[[], int | None], weight: int = 1) -> None:
-        """Run ``action``, which returns the number of rows that vanished, and file its outcome."""
-        from preftune.errors import PreftuneError
-
-        self.inputs += weight
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-                warnings.simplefilter("ignore")
-                lost = action() or 0
-        except PreftuneError as error:
-            self.refused += weight
-            if "\n" in str(error).strip():
-                self.long_errors += 1
-                self._keep(what, f"error of several lines: {error}")
-        except Exception:
-            self.tracebacks += 1
-            self._keep(what, traceback.format_exc(limit=-4))
-        else:
-            self.accepted += weight
-            if lost:
-                self.silent_drops += lost
-                self._keep(what, f"{lost} rows vanished")
-
-    def _keep(self, what: Any, outcome: str) -> None:
-        if len(self.examples) < 20:
-            self.examples.append({"input": repr(what)[:2000], "outcome": outcome})
 
 
 # ---- what is generated ----------------------------------------------------------------------------------------------
@@ -215,7 +182,6 @@ def _damaged(content: bytes, draw: random.Random) -> bytes:
 
 def fuzz_configs(tally: Tally, examples: int, start: int, folder: Path) -> None:
     """YAML files with known and unknown names, old ones included, and values of every kind; and no YAML at all."""
-    from preftune.config import resolve
     from preftune.training import DPOConfig, KTOConfig, SFTConfig
 
     file = folder / "config.yaml"
@@ -230,9 +196,15 @@ def fuzz_configs(tally: Tally, examples: int, start: int, folder: Path) -> None:
     def run(text: str, config_class: type[Any]) -> None:
         file.write_bytes(text.encode("utf-8", "surrogatepass"))
         line = ["--config", str(file), "--output_dir", str(folder / "out"), "--use_cpu", "true"]
-        tally.attempt((config_class.__name__, text), lambda: resolve(line, config_class) and None)
+        tally.attempt((config_class.__name__, text), lambda: _resolved(line, config_class))
 
     run()
+
+
+def _resolved(line: list[str], config_class: type[Any]) -> None:
+    from preftune.config import resolve
+
+    resolve(line, config_class)
 
 
 def _dumped(settings_: dict[str, Any]) -> str:
@@ -245,7 +217,6 @@ def _dumped(settings_: dict[str, Any]) -> str:
 def fuzz_command_lines(tally: Tally, examples: int, start: int, folder: Path) -> None:
     """Flags of the training verbs, read into settings; and whole command lines of the verbs that only look."""
     from preftune.cli.main import main
-    from preftune.config import resolve
     from preftune.training import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, SFTConfig
 
     classes = (DPOConfig, KTOConfig, SFTConfig, ORPOConfig, CPOConfig)
@@ -273,7 +244,7 @@ def fuzz_command_lines(tally: Tally, examples: int, start: int, folder: Path) ->
             tally.attempt(argv, lambda: look(argv))
         else:
             line = [*argv, "--output_dir", str(folder / "out")]
-            tally.attempt((config_class.__name__, argv), lambda: resolve(line, config_class) and None)
+            tally.attempt((config_class.__name__, argv), lambda: _resolved(line, config_class))
 
     run()
 
@@ -297,7 +268,7 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def _quietly(examples: int) -> Any:
+def _quietly(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return settings(
         max_examples=examples,
         database=None,
@@ -312,6 +283,9 @@ KINDS: dict[str, Callable[[Tally, int, int, Path], None]] = {
     "files": fuzz_files,
     "configs": fuzz_configs,
     "command lines": fuzz_command_lines,
+    "losses": fuzz_losses,
+    "packing": fuzz_packing,
+    LONG_ROWS: fuzz_long_rows,
 }
 
 
@@ -320,15 +294,16 @@ def run_kind(kind: str, inputs: int, start: int) -> Tally:
     tally, rounds = Tally(), 0
     with tempfile.TemporaryDirectory() as name:
         while tally.inputs < inputs:
-            # Generated lists of rows hold about three.
+            # Lists of rows and of pairs hold about three.
             left = inputs - tally.inputs
-            KINDS[kind](tally, max(1, min(200, left // 3 if kind == "rows" else left)), start + rounds, Path(name))
+            several = kind in ("rows", "losses", "packing")
+            KINDS[kind](tally, max(1, min(200, left // 3 if several else left)), start + rounds, Path(name))
             rounds += 1
     return tally
 
 
-def _quiet_libraries(home: Path) -> None:
-    # Nothing that is generated may reach the user's own caches or the network.
+def quiet_libraries(home: Path) -> None:
+    """Keep libraries from printing, from the network and from the user's own caches."""
     for variable in ("HF_HOME", "XDG_CACHE_HOME", "PREFTUNE_CACHE", "HOME"):
         os.environ[variable] = str(home)
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -340,38 +315,69 @@ def _quiet_libraries(home: Path) -> None:
     logging.disable(logging.CRITICAL)
 
 
-def main() -> None:
-    """Run all kinds and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--inputs", type=int, default=12_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as home:
-        _quiet_libraries(Path(home))
-        os.chdir(home)
-        began, found = time.perf_counter(), {}
-        for kind in options.only:
-            found[kind] = run_kind(kind, round(options.inputs * SHARES[kind]), options.seed)
-            numbers = {name: value for name, value in vars(found[kind]).items() if name != "examples"}
-            print(kind, numbers, f"{time.perf_counter() - began:.0f} s", flush=True)
-        os.chdir("/")
-    document = {
-        "kinds": [{"kind": kind, **vars(tally)} for kind, tally in found.items()],
-        "seed": options.seed,
-        "seconds": round(time.perf_counter() - began, 1),
-        "environment": {
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "versions": {name: version(name) for name in ("preftune", "hypothesis", "datasets", "transformers")},
-        },
+def environment() -> dict[str, Any]:
+    """What a kind was run with."""
+    names = ["preftune", "hypothesis", "datasets", "transformers", "torch", *(["atheris"] if available() else [])]
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {name: version(name) for name in names},
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
-    bad = sum(tally.tracebacks + tally.long_errors + tally.silent_drops for tally in found.values())
-    sys.exit(1 if bad else 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run kinds and put their results beside those of the others.
+
+    Returns:
+        1 if anything happened that should not, else 0.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--inputs", type=int, default=12_000, help="rows, files, configurations and command lines")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guided", type=float, default=120.0, help="seconds of fuzzing by coverage")
+    parser.add_argument("--only", nargs="*", choices=[*KINDS, GUIDED], default=[*KINDS, GUIDED])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    out, here, bad = options.out.resolve(), Path.cwd(), 0
+    with tempfile.TemporaryDirectory() as home:
+        quiet_libraries(Path(home))
+        os.chdir(home)
+        for kind in options.only:
+            if kind == GUIDED and not available():
+                print("guided: left out, atheris is not installed", flush=True)
+                continue
+            began = time.perf_counter()
+            if kind == GUIDED:
+                tally = run_guided(options.guided, options.seed)
+            else:
+                most = NUM_LONG_ROWS if kind == LONG_ROWS else round(options.inputs * SHARES[kind])
+                tally = run_kind(kind, most, options.seed)
+            bad += tally.num_bad
+            seconds = round(time.perf_counter() - began, 1)
+            write_kind(
+                out,
+                {"kind": kind, **vars(tally), "seed": options.seed, "seconds": seconds}
+                | {"date": datetime.date.today().isoformat(), "environment": environment()},
+            )
+            print(kind, {k: v for k, v in vars(tally).items() if k != "examples"}, f"{seconds:.0f} s", flush=True)
+        os.chdir(here)
+    return 1 if bad else 0
+
+
+def write_kind(out: Path, found: dict[str, Any]) -> None:
+    """Put one kind's result into the file, in place of an earlier one of that kind."""
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"kinds": []}
+    # Results from before each kind had its own note of the environment.
+    shared = {"wrong": 0, "note": "", "environment": before.get("environment"), "seed": before.get("seed")}
+    kinds = {each["kind"]: {**shared, **each} for each in before["kinds"]}
+    kinds[found["kind"]] = found
+    order = {name: number for number, name in enumerate([*KINDS, GUIDED])}
+    document = {"kinds": sorted(kinds.values(), key=lambda each: order.get(each["kind"], len(order)))}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_suffix(".tmp")
+    beside.write_text(json.dumps(document, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
+    os.replace(beside, out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

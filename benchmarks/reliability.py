@@ -2,7 +2,7 @@
 
 Runs the whole fault suite of ``tests/faults`` against a tiny model, every trial in a freshly forked process, and the
 same kills against TRL's trainer. Results go into a JSON file trial by trial, so that an interrupted run goes on where
-it was, and from there into ``docs/reliability.md``.
+it was, and from there into ``docs/reliability.md``. ``--only`` runs some kinds again and leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from benchmarks.cell import machine  # noqa: E402 - settings of threads come first
 from benchmarks.reliability_document import render  # noqa: E402
 from tests.faults.campaign import DAMAGES, Campaign, Trial, may_mount  # noqa: E402
+from tests.faults.launched import SIGNALS  # noqa: E402
 from tests.faults.server import ForkServer  # noqa: E402
 from tests.faults.steps import LACKS  # noqa: E402
+from tests.faults.workers import ENDS  # noqa: E402
 from tests.faults.worlds import COMMON, NUM_PAIRS, SCENARIOS, build  # noqa: E402
 
 Job = Callable[[Campaign], "list[Trial]"]
@@ -64,6 +66,7 @@ def plan(scale: float) -> Iterator[tuple[str, Job]]:
         yield "read-only", lambda c: [c.read_only("dpo")]
     yield "clock", lambda c: [c.jumping_clock("dpo")]
     yield from _plan_of_steps(times)
+    yield from _plan_of_processes(times)
     for scenario in ("lora", "tr-dpo"):
         most = None if scale >= 1 else 3
         yield f"damaged {scenario}", lambda c, s=scenario, m=most: list(c.damaged(s, m))  # type: ignore[misc]
@@ -82,6 +85,22 @@ def _plan_of_steps(times: Callable[[int], range]) -> Iterator[tuple[str, Job]]:
             yield f"store {writers} {n}", lambda c, w=writers: [c.store_killed(w)]  # type: ignore[misc]
     for how in DAMAGES:
         yield f"store {how}", lambda c, h=how: [c.store_damaged("dpo", h)]  # type: ignore[misc]
+
+
+def _plan_of_processes(times: Callable[[int], range]) -> Iterator[tuple[str, Job]]:
+    for how in ENDS:
+        for scenario in ("dpo", "lora", "kto"):
+            yield f"workers {how} {scenario}", lambda c, s=scenario, h=how: [c.worker_fails(s, h)]  # type: ignore[misc]
+        for n in times(2):
+            yield f"preparation {how} {n}", lambda c, h=how: [c.preparation_fails("dpo", h)]  # type: ignore[misc]
+    for how in SIGNALS:
+        yield f"processes {how}", lambda c, h=how: [c.process_fails(h)]  # type: ignore[misc]
+        yield f"sweep {how}", lambda c, h=how: [c.sweep_worker_fails(h)]  # type: ignore[misc]
+
+
+def group_of(name: str) -> str:
+    """Kind of a trial, as ``--only`` takes it: the first word of its name."""
+    return name.split()[0]
 
 
 def compare(server: ForkServer, folder: Path, job: str, scale: float, say: Callable[[str], None]) -> dict[str, Any]:
@@ -126,25 +145,41 @@ def compare(server: ForkServer, folder: Path, job: str, scale: float, say: Calla
     return {"repeatable": again.get("outcome") == whole["outcome"], "trials": results}
 
 
-def run(out: Path, scale: float) -> dict[str, Any]:
+def begin(out: Path, scale: float, only: Collection[str]) -> dict[str, Any]:
+    """What the result file holds and is not to be run again.
+
+    Args:
+        out: The result file.
+        scale: Share of the trials.
+        only: Kinds that are run again while all others stay; empty goes on with an unfinished file, or begins anew.
+    """
+    here = {"machine": machine({"threads": 1}), "date": datetime.datetime.now(datetime.timezone.utc).isoformat()[:19]}
+    report: dict[str, Any] = {"scale": scale, "trials": {}, "compared": {}, **here}
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    if only and before:
+        report = before
+        report["trials"] = {name: found for name, found in before["trials"].items() if group_of(name) not in only}
+        report["compared"] = {} if "compared" in only else before["compared"]
+        # These were measured elsewhere or later than the rest.
+        report.setdefault("groups", {}).update(dict.fromkeys(only, here))
+    elif before.get("scale") == scale and not before.get("finished"):
+        report = {**before, **here}
+    report["world"] = {"pairs": NUM_PAIRS, "settings": COMMON, "scenarios": {k: v[1] for k, v in SCENARIOS.items()}}
+    return report
+
+
+def run(out: Path, scale: float, only: Collection[str] = ()) -> dict[str, Any]:
     """Run what the result file does not hold yet, and write it after each trial."""
     from tqdm import tqdm
 
-    report: dict[str, Any] = {"scale": scale, "trials": {}, "compared": {}}
-    if out.exists():
-        before = json.loads(out.read_text(encoding="utf-8"))
-        if before.get("scale") == scale and not before.get("finished"):
-            report = before
-    report["machine"] = machine({"threads": 1})
-    report["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    report["world"] = {"pairs": NUM_PAIRS, "settings": COMMON, "scenarios": {k: v[1] for k, v in SCENARIOS.items()}}
-    jobs = list(plan(scale))
+    report = begin(out, scale, only)
+    jobs = [(name, job) for name, job in plan(scale) if not only or group_of(name) in only]
     with tempfile.TemporaryDirectory(prefix="reliability-") as scratch, tqdm(total=len(jobs) + 2) as bar:
         folder = Path(scratch)
         build(folder)
-        server = ForkServer(folder, ("tests.faults.steps", "tests.faults.other", "trl"))
+        server = ForkServer(folder, ("tests.faults.steps", "tests.faults.workers", "tests.faults.other", "trl"))
         for which in ("train", "trl"):
-            if which not in report["compared"]:
+            if which not in report["compared"] and (not only or "compared" in only):
                 report["compared"][which] = compare(server, folder, which, scale, bar.set_description)
                 _write(out, report)
             bar.update()
@@ -192,8 +227,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--document", type=Path, default=HERE.parent / "docs" / "reliability.md")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the trials (default: 1)")
     parser.add_argument("--render-only", action="store_true", help="write the document from the result file")
+    groups = sorted({group_of(name) for name, _ in plan(1.0)} | {"compared"})
+    parser.add_argument("--only", nargs="+", choices=groups, default=(), help="run these kinds again, keep the others")
     args = parser.parse_args(argv)
-    report = json.loads(args.out.read_text(encoding="utf-8")) if args.render_only else run(args.out, args.scale)
+    stored = json.loads(args.out.read_text(encoding="utf-8")) if args.render_only else None
+    report = stored or run(args.out, args.scale, args.only)
     fuzz = json.loads(args.fuzz.read_text(encoding="utf-8")) if args.fuzz.exists() else None
     args.document.write_text(render(report, fuzz), encoding="utf-8")
     failed = [name for name, trials in report["trials"].items() for trial in trials if not trial["survived"]]

@@ -34,7 +34,8 @@ the reference store: what a careful implementation without packing reaches. *pre
 
 **Columns.** Tokens are those of prompt, chosen and rejected, each counted once. *Of matmul rate*: the floating-point
 operations that the work cannot do without, over time, as a share of what large matrix products in that dtype reached
-on the same machine. *s/pair CPU*: processor time per pair, which other programs disturb less than wall time.
+on the same machine; the reference's forward is counted for the second run too, which does not need it. *s/pair CPU*:
+processor time per pair, which other programs disturb less than wall time.
 
 **A caveat for CPU numbers.** Without Triton, TRL scores every position of a sequence, with entropy and further
 statistics, not the completion alone. That flatters everyone else here; on a GPU its fused head narrows the gap. Read

@@ -119,7 +119,6 @@ def _verdict(
 def run_demo(seeds: Sequence[int], out: Path, quick: bool) -> dict[str, Any]:
     """The experiment over seeds, written after each."""
     import torch
-    from benchmarks.cell import machine
 
     from benchmarks import toy
 
@@ -131,7 +130,7 @@ def run_demo(seeds: Sequence[int], out: Path, quick: bool) -> dict[str, Any]:
         "grid": {name: list(values) for name, values in DEMO_GRID.items()},
         "num_prompts": settings.num_prompts,
         "num_held_out_prompts": settings.num_eval_prompts,
-        "machine": machine({"threads": 1}),
+        "machine": machine_of(1),
         "seeds": [],
     }
     for seed in seeds:
@@ -157,8 +156,6 @@ def run_against_trl(
     out: Path, num_rows: int, model: str, work: Path, peft: bool, threads: int, quick: bool = False
 ) -> dict[str, Any]:
     """Ours once, TRL nine times, each in processes of its own with empty caches."""
-    from benchmarks.cell import machine
-
     from benchmarks import workloads
 
     tokenizer = workloads.load_tokenizer(work)
@@ -191,11 +188,11 @@ def run_against_trl(
         "num_held_out_pairs": number,
         "grid": {name: list(values) for name, values in grid.items()},
         "settings": base,
-        "machine": machine({"threads": threads}),
+        "machine": machine_of(threads),
     }
     with tempfile.TemporaryDirectory(prefix="preftune-sweep-") as scratch:
-        environment = _environment(Path(scratch), threads)
-        report["preftune"] = _ours(base, folder, data, Path(scratch), environment, peft, grid)
+        environment = environment_of(Path(scratch), threads)
+        report["preftune"] = our_sweep(base, folder, data, Path(scratch), environment, peft, grid)
         write(report, out)
         report["trl"] = _trl(base, folder, data, Path(scratch), environment, peft, grid)
     ours, theirs = report["preftune"], report["trl"]
@@ -209,7 +206,15 @@ def run_against_trl(
     return report
 
 
-def _environment(scratch: Path, threads: int) -> dict[str, str]:
+def machine_of(threads: int) -> dict[str, Any]:
+    """What the benchmark's cells record about the machine."""
+    from benchmarks.cell import machine
+
+    return machine({"threads": threads})
+
+
+def environment_of(scratch: Path, threads: int) -> dict[str, str]:
+    """Variables of a process with caches of its own."""
     found = {
         **os.environ,
         "PREFTUNE_CACHE": str(scratch / "references"),
@@ -235,7 +240,7 @@ def _measured(command: list[str], environment: dict[str, str]) -> dict[str, floa
     return {"seconds": time.perf_counter() - started, "peak_bytes": unit * int(done.stdout.split()[-1])}
 
 
-def _ours(
+def our_sweep(
     base: dict[str, Any],
     model: Path,
     data: Path,
@@ -243,7 +248,9 @@ def _ours(
     environment: dict[str, str],
     peft: bool,
     grid: dict[str, tuple[float, ...]],
+    extra: Sequence[str] = (),
 ) -> dict[str, Any]:
+    """One sweep from the command line, with further arguments ``extra``: wall time, peak memory and its trials."""
     settings = {**base, "model_name_or_path": str(model), "dataset_name": str(data)}
     if peft:
         settings |= {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
@@ -251,7 +258,7 @@ def _ours(
     config.write_text(json.dumps(settings), encoding="utf-8")
     out = scratch / "sweep"
     command = [sys.executable, "-m", "preftune", "sweep", "--config", str(config), *params_of(grid)]
-    found = _measured([*command, "--out", str(out), "--keep", "none"], environment)
+    found = _measured([*command, "--out", str(out), "--keep", "none", *extra], environment)
     result = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
     return {
         **found,

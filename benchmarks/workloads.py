@@ -64,8 +64,9 @@ WORKLOADS = {
     "ultrafeedback": _synthetic("UltraFeedback", 409, 0.42),
 }
 
-# Llama shapes by name. The first fits two CPU cores; the others are those of published models, for accelerators.
+# Llama shapes by name. The first two fit two CPU cores; the others are those of published models, for accelerators.
 MODELS: dict[str, dict[str, Any]] = {
+    "llama-1m": {"hidden": 64, "heads": 4, "kv_heads": 2, "layers": 4, "intermediate": 192},
     "llama-19m": {"hidden": 384, "heads": 6, "kv_heads": 2, "layers": 8, "intermediate": 1024},
     "llama-3.2-1b": {"hidden": 2048, "heads": 32, "kv_heads": 8, "layers": 16, "intermediate": 8192},
     "qwen2.5-0.5b": {"hidden": 896, "heads": 14, "kv_heads": 2, "layers": 24, "intermediate": 4864},

@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.browser.conftest import Watched, axe_violations
 from tests.report.folders import HOSTILE, history, make_run, make_sweep, write_json
-from tests.ui.conftest import Server, start
+from tests.ui.conftest import Server, start, world
+from tests.ui.test_rows import run_folder
 
 Tab = Callable[..., Watched]
+
+__all__ = ["world"]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,52 @@ def test_buttons_of_a_run_that_does_not_go_on_are_off(watched: Tab, live: Server
     tab.page.get_by_text("holds no weights").wait_for()
     assert tab.page.title() == "hostile · preftune live"
     assert [line for line in tab.complaints if "409" not in line] == []
+
+
+@pytest.mark.slow
+def test_labelled_answers_are_browsed_with_their_masks(watched: Tab, live: Server, world: Path) -> None:
+    folder = make_run(live.root / "kto", num_steps=5)
+    run_folder(folder, world, "kto", world / "pairs.jsonl", pairing="none", max_length=24)
+    tab = watched(width=390).open(f"{live.address}view?id={live.key('kto')}")
+    page = tab.page
+    page.get_by_role("button", name="Show rows").click()
+    page.locator(".row-card").first.wait_for(timeout=120_000)
+    assert "undesirable, trained on" in page.locator("#rows-legend").inner_text()
+    assert page.locator("#rows-status").inner_text() == "32 rows; showing 0 to 19"
+    # The first half are the chosen answers of 16 pairs, the others the rejected ones.
+    assert page.locator(".row-card .tok.chosen").count() == 16
+    assert page.locator(".row-card .tok.rejected").count() == 4
+    page.get_by_role("button", name="Next").click()
+    page.get_by_text("32 rows; showing 20 to 31").wait_for()
+    assert axe_violations(page) == []
+    check(tab, live)
+    shutil.rmtree(folder)
+
+
+def test_at_most_twelve_runs_are_compared(watched: Tab, live: Server) -> None:
+    for number in range(13):
+        make_run(live.root / "many" / f"run-{number:02d}", num_steps=3)
+    tab = watched().open(live.address)
+    for number in range(13):
+        box = tab.page.get_by_label(f"compare many/run-{number:02d}")
+        box.click()
+        assert box.is_checked() == (number < 12)
+    assert tab.page.locator("#limit").inner_text() == "At most 12 fit side by side."
+    check(tab, live)
+    shutil.rmtree(live.root / "many")
+
+
+def test_a_folder_that_comes_back_is_followed_again(watched: Tab, live: Server) -> None:
+    folder = make_run(live.root / "moving", num_steps=5)
+    tab = watched().open(f"{live.address}view?id={live.key('moving')}")
+    page = tab.page
+    page.wait_for_function("() => document.documentElement.dataset.refreshed")
+    away = folder.rename(live.root.parent / "away")
+    page.get_by_text("the folder has vanished").wait_for()
+    away.rename(folder)
+    page.get_by_text("connected", exact=True).wait_for()
+    assert page.locator("[data-entry] .status").inner_text() == "unknown"
+    shutil.rmtree(folder)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_a_typing_error_exits_2_with_one_line_that_names_the_field() -> None:
         (["data", "shwo"], "did you mean `preftune data show`?"),
         (["data"], "no action"),
         (["data", "show", "--num_rows", "0"], "1 or more"),
-        (["data", "show", "--verb", "x"], "dpo, sft"),
+        (["data", "show", "--verb", "x"], "dpo, orpo, cpo, kto, sft"),
         (["cache", "frob"], "frob"),
         (["methods", "sigmoidd"], "did you mean sigmoid?"),
         (["cite"], "RUN|METHOD"),

@@ -153,7 +153,7 @@ def test_result_files_hold_what_others_read(cli: Cli) -> None:
     assert all(isinstance(cell["tied_with_best"], bool) for cell in cells)
     assert found["best"]["config"] == "best.yaml"
     assert "sweet spot" in out
-    assert "1 passes over the data" in out
+    assert "1 pass over the data" in out
     # The ready file trains with these very settings.
     assert cli("dpo", "--config", "out/best.yaml")[0] == 0
     compared(final_metrics(Path("out") / found["best"]["run"]), final_metrics("out/best"))
@@ -478,8 +478,8 @@ def test_trackers_show_the_trials_together(cli: Cli, monkeypatch: pytest.MonkeyP
         assert list(Path("out/trials", number).rglob("events.out.tfevents*"))
         state = json.loads((Path("out/trials") / number / "provenance.json").read_text())
         assert state["settings"]["trainer"]["run_name"]["value"] == f"out-{number}"
-    assert os.environ.pop("WANDB_RUN_GROUP") == "out"
-    assert os.environ.pop("MLFLOW_EXPERIMENT_NAME") == "out"
+    # A sweep that follows in the same process is a group of its own.
+    assert not {"WANDB_RUN_GROUP", "MLFLOW_EXPERIMENT_NAME"} & set(os.environ)
 
 
 def test_help_lists_the_flags(cli: Cli) -> None:

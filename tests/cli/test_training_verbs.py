@@ -130,6 +130,28 @@ def test_data_show_prints_tokens_and_what_truncation_drops(cli: Cli) -> None:
     assert "dropped" in out
 
 
+@pytest.mark.parametrize(
+    ("verb", "shown"), [("kto", "undesirable: "), ("orpo", "rejected: "), ("cpo", "chosen: "), ("sft", "trained on: ")]
+)
+def test_data_show_prepares_rows_as_each_verb_does(verb: str, shown: str, cli: Cli) -> None:
+    rows = ("--num_rows", "20", "--verb", verb)
+    code, out, err = cli("data", "show", *BASE[:4], *rows)
+    assert code == 0, err
+    assert shown in out
+    # Pairs are two answers to kto.
+    assert ("row 19" in out) == (verb == "kto")
+
+
+def test_plain_text_may_stand_in_another_column(cli: Cli) -> None:
+    Path("texts.jsonl").write_text('{"body": "the plot was nice"}\n{"body": "a very good film"}\n', encoding="utf-8")
+    data = ("--model_name_or_path", "model", "--dataset_name", "texts.jsonl", "--dataset_text_field", "body")
+    code, out, err = cli("data", "show", *data, "--verb", "sft")
+    assert code == 0, err
+    assert "[+ very good film<eos>+]" in out
+    code, _, err = cli("sft", *data, "--output_dir", "out", "--max_steps", "1", "--no_bf16")
+    assert code == 0, err
+
+
 def test_cite_reads_a_run(cli: Cli) -> None:
     options = ("--loss_type", "ipo", "--max_steps", "1", "--output_dir", "out")
     assert cli("dpo", *BASE, *options)[0] == 0

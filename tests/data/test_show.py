@@ -9,10 +9,12 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from preftune.data import DataOptions, prepare, show
-from preftune.data.show import label_pair
+from preftune.data import DataOptions, prepare, prepare_sft, show
 from preftune.data.tokenise import Encoder, TokenisedPair, tokenise_pairs
+from preftune.data.unpaired import prepare_unpaired
+from preftune.data.view import Viewer, label_pair
 from preftune.errors import DataError
+from tests.data.conftest import make_tokenizer
 from tests.data.test_pair_parity import CHAT, PLAIN
 
 
@@ -64,13 +66,12 @@ def test_merges_are_shown(tokenizer: Any) -> None:
 
 def test_sft_examples(tokenizer: Any) -> None:
     rows = [{"messages": [*CHAT[0]["prompt"], *CHAT[0]["chosen"]]}]
-    text = printed(rows, tokenizer, DataOptions(), sft=True, assistant_only_loss=True)
+    text = printed(rows, tokenizer, DataOptions(), kind="sft", assistant_only_loss=True)
     assert "<|im_start|>assistant\n[+sat on a mat<|im_end|>\n+]" in text
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_sft_labels_are_the_real_mask(tokenizer: Any, mode: Any) -> None:
-    from preftune.data import prepare_sft
     from preftune.data.sft import Example, SftWorker
 
     rows = [{"prompt": "the cat", "completion": " sat on a mat"}]
@@ -84,6 +85,75 @@ def test_sft_labels_are_the_real_mask(tokenizer: Any, mode: Any) -> None:
         assert [token for token, label in labels if label != "dropped"] == row["input_ids"]
         mask = [int(label == "trained on") for _, label in labels if label != "dropped"]
         assert mask == [0, *row["loss_mask"][1:]]
+
+
+LABELLED = [
+    {"prompt": "the cat", "completion": " sat on a mat", "label": True},
+    {"prompt": "the cat", "completion": " was bright", "label": False},
+    {"prompt": "bark " * 30, "completion": "x", "label": True},
+    {"prompt": "", "completion": "no no", "label": False},
+    {"prompt": "dogs ", "completion": "bark", "label": True},
+]
+
+
+def check_against_prepared(viewer: Viewer, prepared: Any, name_of: Any) -> None:
+    """The tokens and labels of rows that are kept are those of the prepared data set, in its order."""
+    shown = [viewer.row(index) for index in range(len(viewer))]
+    kept = [row for row in shown if row.dropped is None and row.problem is None]
+    assert 0 < len(kept) == len(prepared)
+    for row, one in zip(kept, prepared, strict=True):
+        for name, (prompt, answer) in name_of(one).items():
+            tokens = [(token, label) for token, label in row.sequences[name] if label != "dropped"]
+            assert [token for token, _ in tokens] == prompt + answer
+            first = 0 if prompt else 1
+            assert [token for token, label in tokens if label == name] == answer[first:]
+            assert {label for _, label in tokens} <= {"prompt", name}
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize(("max_length", "max_prompt"), [(None, None), (20, None), (None, 3), (24, 4)])
+@pytest.mark.parametrize("source", [LABELLED, PLAIN, CHAT])
+def test_labels_of_answers_are_the_real_mask(
+    tokenizer: Any, mode: Any, max_length: int | None, max_prompt: int | None, source: Any
+) -> None:
+    options = DataOptions(max_length=max_length, max_prompt_length=max_prompt, truncation_mode=mode)
+    prepared, _ = prepare_unpaired(Dataset.from_list(source), tokenizer, options)
+    viewer = Viewer(Dataset.from_list(source), tokenizer, options, "labelled")
+    assert len(viewer) == len(source) * (1 if source is LABELLED else 2)
+    names = {1.0: "desirable", 0.0: "undesirable"}
+    check_against_prepared(viewer, prepared, lambda one: {names[one["label"]]: (one["prompt_ids"], one["chosen_ids"])})
+
+
+@pytest.mark.parametrize("max_length", [None, 9])
+def test_enclosed_pairs_are_shown_as_they_are_prepared(max_length: int | None) -> None:
+    tokenizer = make_tokenizer()
+    options = DataOptions(max_length=max_length, enclose=True)
+    prepared, _ = prepare(Dataset.from_list(PLAIN), tokenizer, options)
+    viewer = Viewer(Dataset.from_list(PLAIN), tokenizer, options)
+
+    def sides(one: dict[str, Any]) -> dict[str, Any]:
+        other = one["prompt_ids"] if one["rejected_prompt_ids"] is None else one["rejected_prompt_ids"]
+        return {"chosen": (one["prompt_ids"], one["chosen_ids"]), "rejected": (other, one["rejected_ids"])}
+
+    check_against_prepared(viewer, prepared, sides)
+    assert viewer.row(0).sequences["chosen"][0] == (tokenizer.bos_token_id, "prompt")
+
+
+def test_an_end_of_sequence_that_is_appended_is_shown(tokenizer: Any) -> None:
+    rows = [{"messages": [*CHAT[0]["prompt"], *CHAT[0]["chosen"]]}]
+    options = DataOptions(append_eos=True)
+    shown = Viewer(Dataset.from_list(rows), tokenizer, options, "sft").row(0).sequences["trained on"]
+    (row,) = prepare_sft(Dataset.from_list(rows), tokenizer, options)[0]
+    assert [token for token, _ in shown] == row["input_ids"]
+    assert shown[-1] == (tokenizer.eos_token_id, "trained on")
+
+
+def test_answers_in_the_terminal(tokenizer: Any) -> None:
+    text = printed(LABELLED, tokenizer, DataOptions(max_length=10), kind="labelled")
+    assert "the cat[+ sat on a mat</s>+]" in text
+    assert "the cat[- was bright</s>-]" in text
+    assert "the whole row is dropped: prompt_fills_max_length" in text
+    assert "desirable: " in text
 
 
 def test_control_characters_do_not_reach_the_terminal(tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.faults import launched
 from tests.faults.server import ForkServer
 from tests.faults.worlds import NUM_PAIRS
 
@@ -244,6 +245,68 @@ class Campaign:
         lost = self.bytes_lost(scenario, out, answer)
         well = answer["ended"] == "ok" and lost == 0
         return Trial(f"reference store {how}", scenario, "between runs", 1, well, lost, str(answer.get("error", "")))
+
+    # ---- processes that hang or die ---------------------------------------------------------------------------------
+
+    def worker_fails(self, scenario: str, how: str) -> Trial:
+        """A data-loader worker is stopped, never returns, or is killed; the run ends with one clear error."""
+        out, batch = self.place(f"worker-{scenario}"), self.draw.randint(2, 4)
+        answer = self.server.run("train with workers", out, scenario=scenario, how=how, batch=batch)
+        trial = self._after_failure(f"data-loader worker {how}", scenario, out, f"at its batch {batch}", answer)
+        trial.survived &= "dataloader_num_workers" in answer.get("error", "")
+        return trial
+
+    def preparation_fails(self, scenario: str, how: str) -> Trial:
+        """A process that prepares rows is stopped, never returns, or is killed."""
+        out = self.place("prepare")
+        answer = self.server.run("prepare with processes", out, scenario=scenario, how=how)
+        trial = self._after_failure(f"process that prepares rows {how}", scenario, out, "at its third batch", answer)
+        trial.survived &= "dataset_num_proc" in answer.get("error", "")
+        return trial
+
+    def _after_failure(self, kind: str, scenario: str, out: Path, where: str, answer: dict[str, Any]) -> Trial:
+        clear = answer["ended"] == "error" and answer["clear"]
+        trial = self.finish(kind, scenario, out, where, 1, answer.get("error", "")[:300])
+        if not clear:
+            trial.survived, trial.note = False, f"not one clear error: {answer.get('trace', answer)}"
+        return trial
+
+    def process_fails(self, how: str) -> Trial:
+        """One of two training processes is stopped or killed; the other says so, and the run goes on to the bit."""
+        world, whole = self.server.world, self.folder / "two-undisturbed"
+        constant = ("--lr_scheduler_type", "constant")
+        if not whole.exists():
+            code, said = launched.train(world, whole, *constant)
+            assert code == 0, said[-1500:]
+        out = self.place("two")
+        # Long enough to be struck, and alike up to the checkpoint that is gone on from.
+        code, said = launched.train(world, out, *constant, "--max_steps", "9999", "--ddp_timeout", "6", how=how)
+        lines = [line for line in said.splitlines() if line.startswith("preftune: process 0 of 2: ")]
+        clear = code not in (0, -99) and len(lines) == 1 and "[rank0]: Traceback" not in said
+        for later in out.glob("checkpoint-*"):
+            # A run of seven steps goes on from a step that it has.
+            if int(later.name.split("-")[1]) != 2:
+                shutil.rmtree(later)
+        code, rest = launched.train(world, out, *constant, "--resume_from_checkpoint", "true")
+        expected, found = launched.outcome(whole), launched.outcome(out)
+        lost = sum(len(str(value)) for key, value in expected.items() if found.get(key) != value)
+        note = lines[0] if clear else f"{code}: {said[-1500:]} {rest[-500:]}"
+        kind = f"one of two training processes {how}"
+        return Trial(kind, "two", "after the first checkpoint", 1, clear and code == 0 and not lost, lost, note[:2000])
+
+    def sweep_worker_fails(self, how: str) -> Trial:
+        """One of two sweep workers is stopped or killed; its trial is run again."""
+        world, whole, out = self.server.world, self.folder / "sweep-undisturbed", self.place("sweep")
+        if not whole.exists():
+            code, said = launched.sweep(world, whole)
+            assert code == 0, said[-1500:]
+        code, said = launched.sweep(world, out, how=how)
+        expected, found = launched.scores(whole), launched.scores(out)
+        lost = sum(len(str(value)) for key, value in expected.items() if found.get(key) != value)
+        told = [line for line in said.splitlines() if "is run again" in line or "hung and was ended" in line]
+        well = code == 0 and not lost and (bool(told) or how == "killed")
+        note = "; ".join(told) if well else f"{code}: {said[-1500:]}"
+        return Trial(f"sweep worker {how}", "sweep", "during a trial", 1, well, lost, note[:2000])
 
     def jumping_clock(self, scenario: str) -> Trial:
         """The wall clock jumps by days, forth and back; so do the checkpoints' times."""

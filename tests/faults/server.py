@@ -34,6 +34,7 @@ class ForkServer:
     """
 
     def __init__(self, folder: Path, extra: tuple[str, ...] = ()) -> None:
+        self.world = folder
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",

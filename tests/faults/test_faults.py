@@ -8,6 +8,7 @@ import pytest
 
 from tests.faults.campaign import Campaign, Trial, may_mount
 from tests.faults.conftest import FULL, scaled
+from tests.faults.workers import ENDS
 from tests.faults.worlds import SCENARIOS
 
 #: The quick part takes one run of each kind of state; all scenarios belong to the full suite.
@@ -106,6 +107,51 @@ def test_a_store_killed_while_it_is_written(campaign: Campaign, writers: int) ->
 @pytest.mark.parametrize("how", ["truncated", "zeroed", "deleted"] if FULL else ["zeroed"])
 def test_a_damaged_store_is_computed_anew(campaign: Campaign, how: str) -> None:
     assert_survived(campaign.store_damaged("dpo", how))
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_data_loader_worker_that_hangs_or_dies(campaign: Campaign, how: str) -> None:
+    for scenario in ("dpo", "lora", "kto") if FULL else ("dpo",):
+        assert_survived(campaign.worker_fails(scenario, how))
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_process_that_prepares_rows_and_hangs_or_dies(campaign: Campaign, how: str) -> None:
+    assert_survived(campaign.preparation_fails("dpo", how))
+
+
+def test_data_loader_workers_change_nothing(campaign: Campaign) -> None:
+    for scenario in NAMES:
+        out = campaign.place("workers")
+        answer = campaign.server.run("train", out, scenario=scenario, changes={"dataloader_num_workers": 2})
+        assert answer["ended"] == "ok", answer
+        assert campaign.bytes_lost(scenario, out, answer) == 0
+
+
+def test_workers_that_outlive_an_epoch_resume_to_the_bit(campaign: Campaign) -> None:
+    changes = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    whole = campaign.server.run("train", campaign.place("stay"), scenario="dpo", changes=changes)
+    for share in (0.35, 0.8):
+        out = campaign.place("stay")
+        struck = campaign.server.run(
+            "train", out, scenario="dpo", changes=changes, at=round(whole["operations"] * share)
+        )
+        assert struck["ended"] == "killed"
+        answer = campaign.server.run("train", out, scenario="dpo", changes=changes)
+        assert answer["resumed"]
+        assert answer["outcome"] == whole["outcome"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_one_of_two_training_processes_hangs_or_dies(campaign: Campaign, how: str) -> None:
+    assert_survived(campaign.process_fails(how))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stopped", "killed"] if FULL else ["stopped"])
+def test_a_sweep_worker_that_hangs_or_dies(campaign: Campaign, how: str) -> None:
+    assert_survived(campaign.sweep_worker_fails(how))
 
 
 def test_the_comparison_notices_a_difference(campaign: Campaign) -> None:

@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from preftune.kernels.head import TokenScores, token_scores
+from preftune.models import forward as forward_module
 from preftune.models.forward import ROW_MULTIPLE, RowForward
 from preftune.packing import PackedRow, build_row, pair_trees
 from preftune.training.memory import activation_bytes_per_token
@@ -58,6 +61,28 @@ def test_a_row_of_half_precision_is_filled_and_the_numbers_stay() -> None:
         scale = float(expected_grads[name].abs().max())
         # Two bf16 roundings of the largest entry.
         assert float((grad - expected_grads[name]).abs().max()) <= 2**-7 * scale, name
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_the_head_scores_filled_up_targets_and_returns_the_true_ones(
+    half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+
+    def recording(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> TokenScores:
+        scored.append(len(hidden))
+        return token_scores(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(forward_module, "token_scores", recording)
+    model = _model()
+    forward = RowForward.of(model, packed=True)
+    scored.clear()
+    row = _row()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), forward.active():
+        scores = forward(row, with_stats=True, with_log_sum_sq=True)[0]
+    number = 11 + 6 + 3 + 17
+    assert scored == [ROW_MULTIPLE if half else number]
+    assert {len(column) for column in vars(scores).values()} == {number}
 
 
 def test_a_row_of_full_precision_stays_as_it_is() -> None:

@@ -10,7 +10,9 @@ import pytest
 from scipy import stats
 
 from preftune.report.maps import direction_of, fields_of, metrics_of, sweep_payload, trials_table
+from preftune.report.page import gather
 from preftune.report.read import Sweep, read_sweep
+from preftune.report.render import render
 from tests.report.folders import estimate, make_sweep
 
 
@@ -115,3 +117,33 @@ def test_sweeps_without_figures(trials: list[dict[str, Any]]) -> None:
     sweep = Sweep("s", Path("s"), {}, trials)
     assert metrics_of(sweep) == []
     assert sweep_payload(sweep)["metrics"] == []
+
+
+def test_paired_tests_of_the_sweep_hold_for_every_metric_that_it_tested(tmp_path: Path) -> None:
+    sweep = load(tmp_path, flags=False)
+    name = "eval_rewards/accuracies"
+    scored = [trial["number"] for trial in sweep.trials if trial["metrics"]]
+    cells = [{"number": number, "tied_with_best": number in (4, 5)} for number in scored]
+    sweep.content |= {"metric": "eval_loss", "direction": "minimize", "maps": {name: {"best": 4, "cells": cells}}}
+    metric = next(metric for metric in metrics_of(sweep) if metric.name == name)
+    assert (metric.best, metric.tied) == (4, [5])
+    assert metric.tested.startswith("paired tests")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.01, 0.05, ""), (-0.02, 0.05, "includes 0"), (-0.05, -0.01, "prefers the rejected"), (None, None, "")],
+)
+def test_a_sweet_spot_that_gained_nothing_is_not_recommended(
+    low: float | None, high: float | None, said: str, tmp_path: Path
+) -> None:
+    sweep = load(tmp_path)
+    best = sweep.content["best"]["number"]
+    gain = {"mean": 0.02 if high is None or high > 0 else -0.03, "low": low, "high": high, "n": 50}
+    sweep.trials[best]["metrics"]["eval_preference_gain"] = gain
+    sweep.content["metric"] = "eval_preference_gain"
+    sweep.content["best"]["reason"] = "trial 4 is the one"
+    text = render(gather([], [sweep]))
+    assert ("includes 0" in text, "prefers the rejected" in text) == (said == "includes 0", "prefers" in said)
+    assert ('<article class="verdict good">' in text) == (not said)
+    assert "Trial 4 is the one." in text

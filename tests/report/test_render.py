@@ -162,3 +162,11 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_the_page_says_which_version_made_it(hostile: str) -> None:
     assert f"by preftune {preftune.__version__}" in hostile
+
+
+def test_long_lists_are_folded(tmp_path: Path) -> None:
+    text = render(gather(*read_all([make_run(tmp_path / "run")])))
+    # Samples of the last step are on the page; those of earlier ones, and checks that found nothing, behind a line.
+    older = re.findall(r'<details class="older"><summary>([^<]*)</summary>', text)
+    assert older == ["Step 0: 1 sample", "1 check found nothing to do"]
+    assert "Sources disagree:" in text

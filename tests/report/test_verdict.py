@@ -93,3 +93,33 @@ def test_lengths_of_own_answers_stand_beside_the_accuracy() -> None:
 
 def test_an_empty_run_is_not_judged() -> None:
     assert verdict().headline == "There is no training log in this folder."
+
+
+def evaluations(*lines: tuple[int, float]) -> list[dict[str, Any]]:
+    return [{"step": step, "eval_loss": loss, "eval_rewards/accuracies": 0.6} for step, loss in lines]
+
+
+@pytest.mark.parametrize(
+    ("lines", "step"),
+    [
+        (((10, 0.6), (20, 0.5), (30, 0.55)), "step 20"),
+        # The evaluation after training repeats that of the last step, and is nothing to compare it with.
+        (((10, 0.6), (20, 0.55), (30, 0.5), (30, 0.5)), None),
+        (((10, 0.5), (20, 0.5), (30, 0.5)), None),
+    ],
+)
+def test_an_earlier_step_is_named_only_where_it_was_better(lines: Any, step: str | None) -> None:
+    found = verdict(history=evaluations(*lines))
+    told = [line for line in found.steps if "checkpoint nearest" in line]
+    assert told == ([] if step is None else [f"Compare the checkpoint nearest to {step} with the final one."])
+
+
+def test_the_command_that_is_proposed_exists() -> None:
+    from preftune.config import ModelConfig, ScriptConfig
+    from preftune.config.fields import fields_of
+    from preftune.evaluation.config import EvalConfig
+
+    (line,) = (line for line in verdict(history=[{"step": 1, "loss": 0.6}]).steps if "preftune eval" in line)
+    flags = [word.removeprefix("--") for word in line.split() if word.startswith("--")]
+    assert flags
+    assert set(flags) <= {name for holder in (EvalConfig, ModelConfig, ScriptConfig) for name in fields_of(holder)}

@@ -108,3 +108,30 @@ def test_the_source_distribution_is_whole_and_reproducible(tmp_path: Path) -> No
     tests = {f"tests/{path.relative_to(ROOT / 'tests').as_posix()}" for path in (ROOT / "tests").rglob("*.py")}
     assert tests <= names
     assert not [name for name in names if "__pycache__" in name or "/results/" in name]
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_the_demo_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    """Installed, not imported from a checkout; its dependencies are lent by this environment."""
+    pytest.importorskip("setuptools", "77")
+    wheel = build("wheel", tmp_path / "built", mask=0o022, time=EPOCH)
+    home = tmp_path / "home"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    python = home / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (packages,) = home.glob("lib/python*/site-packages")
+    # A folder named in a .pth file is searched, but no .pth files inside it are read: no checkout comes along.
+    lent = "\n".join(path for path in map(str, sys.path) if path.endswith("site-packages"))
+    (packages / "lent.pth").write_text(lent + "\n", encoding="utf-8")
+    environment = {**os.environ, "HOME": str(tmp_path), "PREFTUNE_CACHE": str(tmp_path / "cache")}
+    environment.pop("PYTHONPATH", None)
+    where = [str(python), "-I", "-c", "import preftune; print(preftune.__file__)"]
+    said = subprocess.run(where, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment).stdout
+    assert Path(said.strip()).is_relative_to(home)
+    out = tmp_path / "out"
+    command = [str(home / "bin" / "preftune"), "demo", "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (out / "demo.json").is_file()

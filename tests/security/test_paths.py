@@ -12,8 +12,8 @@ import pytest
 
 from preftune.config.paths import inside
 from preftune.errors import ConfigError
+from preftune.report import build
 from preftune.report.read import read_all, read_run
-from preftune.report.render import build
 from preftune.sweep import runner
 from preftune.sweep.board import SlotState
 from preftune.sweep.result import candidates_of, drop_weights

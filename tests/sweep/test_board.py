@@ -98,8 +98,8 @@ def test_a_trial_whose_process_was_killed_is_run_again_and_no_other(tmp_path: Pa
 class Given:
     """Takes the owners it is told for dead."""
 
-    def __init__(self, dead: set[int]) -> None:
-        self.dead = dead
+    def __init__(self, dead: set[int], hung: set[int] | None = None) -> None:
+        self.dead, self.hung = dead, hung or set()
 
     def is_dead(self, trial: int, owner: Any, beat: Any) -> bool:
         return trial in self.dead
@@ -137,6 +137,14 @@ def test_a_worker_that_was_given_up_and_comes_back_does_not_count(tmp_path: Path
     outcome = slow.states()[0].outcome
     assert outcome is not None
     assert outcome.metrics[ACCURACY]["mean"] == 0.9
+
+
+def test_a_trial_of_a_process_that_hangs_is_run_again_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    claim = claim_and_die(tmp_path)
+    board = Board(make_plan(), tmp_path, Given({claim.handle.number}, {os.getpid()}))  # type: ignore[arg-type]
+    assert board.tend() == [f"trial 0 is run again: its process ({os.getpid()}) is there and does nothing"]
+    again = board.claim()[0]
+    assert (again.slot, again.attempt, again.fresh_folder) == (0, 1, True)
 
 
 def test_only_one_of_two_that_notice_a_death_runs_the_trial_again(tmp_path: Path) -> None:

@@ -68,3 +68,30 @@ def test_an_owner_that_has_not_signed_yet_is_given_time() -> None:
     assert not watcher.is_dead(0, None, None)
     clock.now = 100
     assert watcher.is_dead(0, None, None)
+
+
+def test_a_worker_here_that_shows_no_sign_of_life_is_given_up_in_the_end() -> None:
+    clock = Clock()
+    watcher = Watcher(clock=clock, patience_here=30)
+    owner = identity()
+    for second in range(0, 31, 10):
+        clock.now = second
+        assert not watcher.is_dead(0, owner, {"count": 1})
+    clock.now = 40
+    assert not watcher.is_dead(0, owner, {"count": 2})
+    assert not watcher.hung
+    for second in range(50, 71, 10):
+        clock.now = second
+        assert not watcher.is_dead(0, owner, {"count": 2})
+    clock.now = 80
+    assert watcher.is_dead(0, owner, {"count": 2})
+    assert watcher.hung == {os.getpid()}
+
+
+def test_time_in_which_nobody_looked_is_held_against_no_worker_here() -> None:
+    """All processes of a terminal stopped and continued together: the worker has no turn before somebody looks."""
+    clock = Clock()
+    watcher = Watcher(clock=clock, patience_here=30)
+    assert not watcher.is_dead(0, identity(), {"count": 1})
+    clock.now = 3600
+    assert not watcher.is_dead(0, identity(), {"count": 1})

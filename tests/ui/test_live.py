@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from preftune.training.live import machine_id
+from preftune.config.machine import machine_id
 from preftune.ui import control
 from preftune.ui.folders import find, overview, signature, status_of
 from tests.report.folders import make_run, make_sweep, write_lines

@@ -370,7 +370,11 @@ def show_at_start(this: Any, trainer: Any, plan: Any) -> None:
         trainer: Its trainer.
         plan: What it is going to do.
     """
-    if not this.settings.script.advice or this.verb not in VERBS:
+    if not this.settings.script.advice:
+        return
+    if this.verb not in VERBS:
+        if this.settings.origins["advice"].kind != "default":
+            this.console.print(f"nothing is advised for {this.verb}", style="dim", highlight=False)
         return
     from preftune.advice.advise import write_json
 

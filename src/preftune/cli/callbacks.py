@@ -54,7 +54,7 @@ class StopOnSignal(TrainerCallback):
             import torch.distributed
 
             # Beside the accelerators' own group, so that asking costs no synchronisation with them.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)

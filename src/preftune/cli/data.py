@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ACTIONS = ("show", "audit")
+VERBS = ("dpo", "orpo", "cpo", "kto", "sft")
 _OWN: dict[str, Any] = {"num_rows": 3, "first_row": 0, "verb": "dpo"}
 
 _HELP = """usage: preftune data show --dataset_name D --model_name_or_path M [--config FILE.yaml] [--name value ...]
@@ -25,12 +26,12 @@ Print prepared rows: prompt, chosen, rejected; which tokens are trained on, and 
       How many rows to print.
   --first_row  an integer  [0]
       Number of the first one.
-  --verb       dpo, sft  [dpo]
+  --verb       dpo, orpo, cpo, kto, sft  [dpo]
       Prepare the rows as this verb would.
 
 `preftune data audit --help` is about what is wrong with a data set.
 
-Settings of `preftune dpo` and `preftune sft` that concern data, tokenizer and truncation count as they do there."""
+Settings of that verb that concern data, tokenizer and truncation count as they do there."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,7 +74,7 @@ def _show(line: CommandLine) -> None:
     from rich.console import Console
 
     from preftune.cli.failures import plain_warnings
-    from preftune.cli.training import cli_defaults, settings_classes
+    from preftune.cli.training import cli_defaults, complete_pairing, settings_classes
 
     own, rest = _own_settings(line)
     console = Console()
@@ -81,6 +82,7 @@ def _show(line: CommandLine) -> None:
         # Bad rows are what somebody may be looking for, so that they do not end the verb here.
         defaults = cli_defaults() | {"on_bad_rows": "warn"}
         settings = resolve(rest, settings_classes(own["verb"])[0], defaults=defaults)
+        complete_pairing(own["verb"], settings)
         _print_rows(console, settings, own)
 
 
@@ -97,8 +99,8 @@ def _own_settings(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
             own[name] = coerce(values[0] if len(values) == 1 else list(values), kind, text=True)
         except Mismatch as reason:
             raise ConfigError(reason.why, where=shown, value=" ".join(values)) from reason
-    if own["verb"] not in ("dpo", "sft"):
-        raise ConfigError("not an allowed value", where="--verb", value=own["verb"], allowed="dpo, sft")
+    if own["verb"] not in VERBS:
+        raise ConfigError("not an allowed value", where="--verb", value=own["verb"], allowed=", ".join(VERBS))
     for name, least in (("num_rows", 1), ("first_row", 0)):
         if own[name] < least:
             raise ConfigError("out of range", where=f"--{name}", value=own[name], allowed=f"{least} or more")
@@ -109,23 +111,30 @@ def _print_rows(console: Console, settings: Resolved[Any], own: dict[str, Any]) 
     from preftune.cli.network import go_offline_if_unreachable
     from preftune.cli.training import dataset_names, load_splits
     from preftune.data import show
+    from preftune.data.view import ENCLOSING, REMARKS
+    from preftune.data.view import VERBS as KINDS
     from preftune.models.loading import load_tokenizer
-    from preftune.training.setup import data_options
+    from preftune.training.setup import data_options, use_template_and_eos
 
     settings.script.require_dataset()
-    args, pairs = settings.trainer, own["verb"] == "dpo"
+    args, verb = settings.trainer, own["verb"]
     offline = go_offline_if_unreachable([*dataset_names(settings.script), settings.model.require_model()])
     if offline:
         console.print(offline, style="yellow", highlight=False)
-    extra = {name: getattr(args, name) for name in ("max_prompt_length", "implicit_prompt") if pairs}
-    kinds = {name: getattr(args, name) for name in ("completion_only_loss", "assistant_only_loss") if not pairs}
+    extra = {name: getattr(args, name) for name in ("max_prompt_length", "implicit_prompt") if verb != "sft"}
+    kinds = {name: getattr(args, name) for name in ("completion_only_loss", "assistant_only_loss") if verb == "sft"}
+    tokenizer = load_tokenizer(settings.model)
+    if verb == "sft":
+        use_template_and_eos(tokenizer, args.chat_template_path, args.eos_token)
+    if verb in REMARKS:
+        console.print(REMARKS[verb], highlight=False)
     show(
         load_splits(settings, with_test=False)["train"],
-        load_tokenizer(settings.model),
-        data_options(args, **extra),
+        tokenizer,
+        data_options(args, enclose=verb in ENCLOSING, **extra),
         num_rows=own["num_rows"],
         start=own["first_row"],
-        sft=not pairs,
+        kind=KINDS[verb],
         console=console,
         **kinds,
     )

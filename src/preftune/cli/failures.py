@@ -44,11 +44,14 @@ def trainer_errors() -> Iterator[None]:
 
 @contextmanager
 def foreseen(args: Any) -> Iterator[None]:
-    """Memory and disk that run out are facts about the machine, said in one line."""
+    """Memory and disk that run out, and processes that die, are facts about the machine, said in one line."""
     import torch
 
+    from preftune.training.workers import worker_errors
+
     try:
-        yield
+        with worker_errors(args):
+            yield
     except torch.OutOfMemoryError as error:
         raise SetupError(
             f"the device ran out of memory ({flat(error)[:160]})",

@@ -40,7 +40,7 @@ def render(verb: str, summary: str, groups: Mapping[str, type[Any]]) -> str:
             shown = [field for name, field in fields_of(cls).items() if name not in seen and keep(name)]
             if shown:
                 lines += ["", f"{title}:"]
-                lines += [line for field in shown for line in _field_lines(field)]
+                lines += [line for field in shown for line in field_lines(field)]
                 seen |= {field.name for field in shown}
     return "\n".join(lines)
 
@@ -56,7 +56,8 @@ def _split(cls: type[Any]) -> tuple[Callable[[str], bool], Callable[[str], bool]
     return (lambda name: name in own), (lambda name: name not in own)
 
 
-def _field_lines(field: Field) -> list[str]:
+def field_lines(field: Field) -> list[str]:
+    """A field's lines in a help text: name, type and default, and below them what it does."""
     head = f"  --{field.name}  {describe(field.annotation, field.choices)}"
     if field.default is not MISSING:
         head += f"  [{_shown(field.default)}]"

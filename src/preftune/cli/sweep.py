@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
 
 def help_text() -> str:
     """The help of the verb, from the attributes of :class:`Options`."""
-    from preftune.cli.help import _field_lines
+    from preftune.cli.help import field_lines
     from preftune.config.fields import fields_of
 
     lines = [
@@ -147,7 +147,7 @@ def help_text() -> str:
         "",
     ]
     shown = (field for name, field in fields_of(Options).items() if name != "as_worker")
-    return "\n".join([*lines, *(line for field in shown for line in _field_lines(field))])
+    return "\n".join([*lines, *(line for field in shown for line in field_lines(field))])
 
 
 def read_options(line: CommandLine) -> tuple[Options, CommandLine]:
@@ -251,6 +251,8 @@ def _with_workers(options: Options, plan: Plan, folder: Path, board: Any, view: 
     """Start workers, show what they do, and wait for them."""
     import time
 
+    from preftune.sweep.children import Children
+
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "preftune", "sweep", "--out", str(folder), "--as_worker"],
@@ -258,20 +260,19 @@ def _with_workers(options: Options, plan: Plan, folder: Path, board: Any, view: 
         )
         for number in range(options.workers)
     ]
+    children = Children(processes)
     try:
         while any(process.poll() is None for process in processes):
             view.waiting(board)
+            for line in (*board.tend(), *children.end_hung(board.hung)):
+                view.note(line)
             time.sleep(0.5)
     except KeyboardInterrupt:
         # The terminal has told them too: each gives its trial back.
-        for process in processes:
-            process.wait()
+        children.wait()
         raise
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+        children.end()
     view.waiting(board)
 
 
@@ -354,9 +355,10 @@ def _end(options: Options, plan: Plan, folder: Path, board: Any, console: Consol
 
 def _closing(result: Mapping[str, Any], plan: Plan, folder: Path) -> list[str]:
     best, scored, passes = result["best"], result["reference_pairs"], result["reference_passes"]
+    times = "pass" if passes == 1 else "passes"
     return [
         best["reason"],
-        f"reference: {scored:,} pairs scored, {passes:g} passes over the data for all trials together",
+        f"reference: {scored:,} pairs scored, {passes:g} {times} over the data for all trials together",
         f"saved {folder / 'sweep.json'}",
         f"to train the sweet spot: preftune {plan.verb} --config {shlex.quote(str(folder / best['config']))}",
     ]

@@ -11,7 +11,8 @@ from typing import Any
 
 from preftune.cli.failures import foreseen
 from preftune.cli.sweep_trial import PairTrials, base_key
-from preftune.cli.training import Run, _build, _complete, _end, _leave_records, _snapshot
+from preftune.cli.trackers import grouped, replay, take_trackers
+from preftune.cli.training import Run, build_trainer, complete_settings, end_trainer, leave_records, snapshot_of
 from preftune.sweep import runner
 from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import Plan, write_yaml
@@ -73,10 +74,11 @@ class FusedTrials(PairTrials):
         first = runs[0]
         with foreseen(first.args):
             for run in runs:
-                _complete(run)
-                run.snapshot.update(_snapshot(run.settings))
+                complete_settings(run)
+                run.snapshot.update(snapshot_of(run.settings))
             key = (base_key(first.settings.model), first.args.chat_template, first.args.pad_token)
-            trainer, splits = _build(first, sharing(Configured, self.shelf, key, collect))
+            trainer, splits = build_trainer(first, sharing(Configured, self.shelf, key, collect))
+            trackers = take_trackers(trainer)
             watches = [Watch(trial, observer, self.plan.diverge_factor) for trial in trials]
             history = self._fit_together(trainer, watches)
             outcomes: list[Outcome | None] = []
@@ -91,14 +93,17 @@ class FusedTrials(PairTrials):
                 if self.plan.kl_prompts:
                     metrics[KL] = self._kl(run, trainer)
                 held.save(trial.folder)
-                self._leave_one(run, trial, trainer, splits, results, own_lines(history, number), number)
+                lines = own_lines(history, number)
+                self._leave_one(run, trial, trainer, splits, results, lines, number)
+                with grouped(self.folder.resolve().name, run.args.report_to, self.folder):
+                    replay([kind() for kind in trackers], run.args, trainer.model, trainer.state, lines)
                 reference = trainer.reference
                 outcome = Outcome(runner.COMPLETE, "", metrics, num_steps=trainer.state.global_step)
                 if reference is not None and not number:
                     # The reference was looked up once for all of them.
                     outcome.num_scored, outcome.num_found = reference.num_scored, reference.num_found
                 outcomes.append(outcome)
-            _end(trainer)
+            end_trainer(trainer)
         return outcomes
 
     def _fit_together(self, trainer: Any, watches: Sequence[Watch]) -> list[dict[str, Any]]:
@@ -135,7 +140,7 @@ class FusedTrials(PairTrials):
             trainer.processing_class.save_pretrained(str(trial.folder))
         replace_text(trial.folder / "all_results.json", json.dumps(plain(dict(results)), indent=4) + "\n")
         replace(trainer.state, log_history=history).save_to_json(str(trial.folder / "trainer_state.json"))
-        _leave_records(this, trainer, trainer.plan(), splits, results)
+        leave_records(this, trainer, trainer.plan(), splits, results)
 
 
 def own_lines(history: Sequence[Mapping[str, Any]], number: int) -> list[dict[str, Any]]:

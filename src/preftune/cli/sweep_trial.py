@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import sys
 import time
@@ -16,17 +15,18 @@ from typing import Any
 from rich.console import Console
 
 from preftune.cli.failures import flat, foreseen
+from preftune.cli.trackers import OneMlflowRun, grouped
 from preftune.cli.training import (
     Run,
     Sources,
-    _build,
-    _complete,
-    _end,
-    _leave_records,
-    _snapshot,
+    build_trainer,
     cli_defaults,
+    complete_settings,
+    end_trainer,
+    leave_records,
     load_splits,
     settings_classes,
+    snapshot_of,
 )
 from preftune.config import CommandLine, ModelConfig, Resolved, resolve
 from preftune.errors import DataError, ModelError, PreftuneError, TrainingError
@@ -148,7 +148,10 @@ class PairTrials:
 
     def _train(self, trial: TrialSpec, observer: Observer) -> Outcome:
         this = self.settings(trial)
-        _group_trackers(self.folder.resolve().name, this.args.report_to)
+        with grouped(self.folder.resolve().name, this.args.report_to, self.folder):
+            return self._train_one(this, trial, observer)
+
+    def _train_one(self, this: Run, trial: TrialSpec, observer: Observer) -> Outcome:
         write_yaml(trial.folder / "config.yaml", trial_settings(self.plan, trial.params, trial.folder))
         rewards: list[Any] = []
 
@@ -157,11 +160,11 @@ class PairTrials:
             return {}
 
         with foreseen(this.args):
-            _complete(this)
-            this.snapshot.update(_snapshot(this.settings))
+            complete_settings(this)
+            this.snapshot.update(snapshot_of(this.settings))
             key = (base_key(this.settings.model), this.args.chat_template, this.args.pad_token)
             trainer_class = sharing(settings_classes(self.plan.verb)[1], self.shelf, key, collect)
-            trainer, splits = _build(this, trainer_class)
+            trainer, splits = build_trainer(this, trainer_class)
             watch = Watch(trial, observer, self.plan.diverge_factor)
             results = self._fit(trial, trainer, watch)
             held = held_out_of(rewards[0], trainer.eval_dataset, this.args.beta) if "eval_loss" in results else None
@@ -190,6 +193,7 @@ class PairTrials:
             trainer.remove_callback(kind)
         trainer.add_callback(watch)
         trainer.add_callback(LiveLog())
+        trainer.add_callback(OneMlflowRun())
         with one_at_a_time(self.folder / "reference.lock"):
             trainer.prepare_reference()
         fitted = trainer.train()
@@ -220,12 +224,8 @@ class PairTrials:
         elif self.plan.keep != "all":
             remove_weights(trial.folder)
         trainer.save_state()
-        _leave_records(this, trainer, trainer.plan(), splits, results)
-        _end(trainer)
-        wandb = sys.modules.get("wandb")
-        if wandb is not None and getattr(wandb, "run", None) is not None:
-            # It keeps one run per process, into which the next trial would go on logging.
-            wandb.finish()
+        leave_records(this, trainer, trainer.plan(), splits, results)
+        end_trainer(trainer)
 
     def _kl(self, this: Run, trainer: Any) -> dict[str, Any]:
         """KL from the reference, on the policy's own samples."""
@@ -256,13 +256,6 @@ def _free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _group_trackers(name: str, report_to: Any) -> None:
-    """Let trackers show the trials of a sweep together; what the user has set stands."""
-    if report_to and report_to != "none":
-        os.environ.setdefault("WANDB_RUN_GROUP", name)
-        os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", name)
 
 
 def runner_of(plan: Plan, folder: Path) -> PairTrials:

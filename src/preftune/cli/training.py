@@ -97,12 +97,12 @@ def _run(this: Run, trainer_class: type[Any]) -> int:
     # Bars for files that are read in a blink bury those that tell something.
     disable_progress_bar()
     with foreseen(this.args):
-        _complete(this)
+        complete_settings(this)
         new_folder = not os.path.isdir(this.args.output_dir)
         if not this.settings.script.dry_run:
             _make_output_dir(this.args)
-        this.snapshot.update(_snapshot(this.settings))
-        trainer, splits = _build(this, trainer_class)
+        this.snapshot.update(snapshot_of(this.settings))
+        trainer, splits = build_trainer(this, trainer_class)
         plan = trainer.plan()
         _show(this, plan)
         show_at_start(this, trainer, plan)
@@ -141,7 +141,8 @@ def _other_verb(verb: str, name: str) -> str | None:
     return next((other for other in others if name in fields_of(settings_classes(other)[0])), None)
 
 
-def _snapshot(settings: Resolved[Any]) -> dict[str, dict[str, Any]]:
+def snapshot_of(settings: Resolved[Any]) -> dict[str, dict[str, Any]]:
+    """All values by role, as they stand at this moment."""
     holders = {"script": settings.script, "model": settings.model, "trainer": settings.trainer}
     return {
         role: {item.name: getattr(holder, item.name) for item in fields(holder) if item.init}
@@ -149,7 +150,7 @@ def _snapshot(settings: Resolved[Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _complete(this: Run) -> None:
+def complete_settings(this: Run) -> None:
     """Fill in what follows from other settings, and refuse what would have no effect."""
     script, args, origins = this.settings.script, this.args, this.settings.origins
     script.require_dataset()
@@ -158,9 +159,7 @@ def _complete(this: Run) -> None:
         args.max_dropped_share = None
     if origins["output_dir"].kind == "default":
         args.output_dir = f"{name.rstrip('/').split('/')[-1]}-{this.verb.upper()}"
-    if this.verb == "kto" and origins["pairing"].kind == "default":
-        # Single answers are what it learns from.
-        script.pairing = "none"
+    complete_pairing(this.verb, this.settings)
     if args.on_bad_rows == "skip" and args.quarantine_path is None:
         args.quarantine_path = script.quarantine_path = os.path.join(args.output_dir, "quarantine.jsonl")
     if args.do_predict:
@@ -170,6 +169,12 @@ def _complete(this: Run) -> None:
     if args.push_to_hub and not script.dry_run:
         _require_hub()
     args.resume_from_checkpoint = _resume_point(args.resume_from_checkpoint, args.output_dir)
+
+
+def complete_pairing(verb: str, settings: Resolved[Any]) -> None:
+    """Single answers are what kto learns from, unless somebody wants pairs made of them."""
+    if verb == "kto" and settings.origins["pairing"].kind == "default":
+        settings.script.pairing = "none"
 
 
 def _require_hub() -> None:
@@ -205,7 +210,19 @@ def _resume_point(asked: Any, output_dir: str) -> str | None:
 # ---- data, model, trainer -----------------------------------------------------------------------------------------
 
 
-def _build(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, Any]]:
+def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, Any]]:
+    """Load data and model, and make the trainer.
+
+    Args:
+        this: The run, with its settings completed.
+        trainer_class: Class of the trainer.
+
+    Returns:
+        The trainer, and the rows by split.
+
+    Raises:
+        PreftuneError: Data, model or settings cannot be used.
+    """
     from preftune.cli.network import go_offline_if_unreachable
 
     script, model, args = this.settings.script, this.settings.model, this.args
@@ -281,6 +298,9 @@ def load_splits(settings: Resolved[Any], *, with_test: bool) -> dict[str, Any]:
         splits = load(**several, dataset_config=script.dataset_config, quarantine_path=quarantine, **common)
     else:
         common["dataset_config"] = script.dataset_config
+        text = getattr(args, "dataset_text_field", "text")
+        if text != "text" and not script.dataset_columns:
+            common["columns"] = {text: "text"}
         splits = load(name, split=script.dataset_train_split, quarantine_path=quarantine, **common)
         if with_test and ("test" not in splits or settings.origins["dataset_test_split"].kind != "default"):
             splits["test"] = load(name, split=script.dataset_test_split, **common)["train"]
@@ -307,6 +327,7 @@ def _show(this: Run, plan: Any) -> None:
 
 def _train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> int:
     from preftune.cli.callbacks import StopOnSignal, replace_progress, say_to_stderr
+    from preftune.cli.trackers import OneMlflowRun
     from preftune.training.guards import find_guards
     from preftune.training.live import LiveLog
 
@@ -317,6 +338,7 @@ def _train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> int
         guards.say = lambda text: this.console.print(text, markup=False, highlight=False, soft_wrap=True)
     trainer.add_callback(stop)
     trainer.add_callback(LiveLog())
+    trainer.add_callback(OneMlflowRun())
     try:
         outcome = trainer.train(resume_from_checkpoint=this.args.resume_from_checkpoint)
     except KeyboardInterrupt:
@@ -335,7 +357,7 @@ def _train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> int
             highlight=False,
             soft_wrap=True,
         )
-        _end(trainer)
+        end_trainer(trainer)
         return INTERRUPTED
     results = dict(outcome.metrics)
     trainer.save_metrics("train", outcome.metrics)
@@ -349,10 +371,10 @@ def _train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> int
     trainer.save_model(this.args.output_dir)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        _leave_records(this, trainer, plan, splits, results)
+        leave_records(this, trainer, plan, splits, results)
     this.console.print(f"saved {this.args.output_dir}", markup=False, highlight=False)
     _push(this, trainer)
-    _end(trainer)
+    end_trainer(trainer)
     return 0
 
 
@@ -369,7 +391,7 @@ def resume_command(verb: str, argv: Sequence[str]) -> str:
     return shlex.join(redact_argv(["preftune", verb, *kept, "--resume_from_checkpoint", "true"]))
 
 
-def _leave_records(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+def leave_records(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Provenance and model card beside the weights."""
     from preftune.cli.records import make_card
     from preftune.training import card, provenance
@@ -417,7 +439,13 @@ def _push(this: Run, trainer: Any) -> None:
         ) from error
 
 
-def _end(trainer: Any) -> None:
+def end_trainer(trainer: Any) -> None:
+    """End what goes on beside a trainer: trackers and process groups."""
+    from preftune.cli.trackers import OneMlflowRun
+
+    run = trainer.pop_callback(OneMlflowRun)
+    if run is not None:
+        run.close()
     end: Callable[[], None] | None = getattr(trainer, "end", None)  # transformers 5.18 and later
     if end is not None:
         end()

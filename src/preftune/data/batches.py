@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
+from preftune.data.processes import in_processes
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ class Tally:
     example: str | None
 
 
-def run(dataset: Dataset, worker: Worker, num_proc: int | None, desc: str) -> tuple[Dataset, Tally]:
+def run(
+    dataset: Dataset, worker: Worker, num_proc: int | None, desc: str, patience: float = 0.0
+) -> tuple[Dataset, Tally]:
     """Apply a worker to every row.
 
     Args:
@@ -87,9 +90,13 @@ def run(dataset: Dataset, worker: Worker, num_proc: int | None, desc: str) -> tu
         worker: What to do with them.
         num_proc: Processes; used from :data:`MIN_ROWS_FOR_PROCESSES` rows on.
         desc: Title of the progress bar that large data sets get.
+        patience: Seconds to wait for a process that finishes no batch; 0 waits for ever.
 
     Returns:
         The kept rows (ids only, in order) and the sums.
+
+    Raises:
+        SetupError: A process died or gave no answer in time.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -97,7 +104,7 @@ def run(dataset: Dataset, worker: Worker, num_proc: int | None, desc: str) -> tu
 
     dataset = dataset.with_format(None)
     if num_proc is not None and num_proc > 1 and len(dataset) >= MIN_ROWS_FOR_PROCESSES:
-        table = _in_processes(dataset, worker, num_proc, desc)
+        table = pa.concat_tables(in_processes(dataset, worker, num_proc, desc, BATCH_SIZE, patience))
     else:
         table = pa.concat_tables(_in_batches(dataset, worker, desc))
     tally = _tally(table)
@@ -116,26 +123,6 @@ def _in_batches(dataset: Dataset, worker: Worker, desc: str) -> Iterable[pa.Tabl
     starts = range(0, len(dataset), BATCH_SIZE)
     for start in tqdm(starts, desc=desc, unit="k rows", disable=len(dataset) < 10 * BATCH_SIZE or None):
         yield to_table(dataset[start : start + BATCH_SIZE], range(start, len(dataset)), worker)
-
-
-def _in_processes(dataset: Dataset, worker: Worker, num_proc: int, desc: str) -> pa.Table:
-    from datasets.fingerprint import generate_random_fingerprint
-
-    mapped = dataset.map(
-        to_table,
-        fn_kwargs={"worker": worker},
-        batched=True,
-        batch_size=BATCH_SIZE,
-        with_indices=True,
-        num_proc=num_proc,
-        remove_columns=dataset.column_names,
-        # Nothing is written to the shared cache folder, and no hash of the tokenizer has to be computed.
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint=generate_random_fingerprint(),
-        desc=desc,
-    )
-    return mapped.data.table
 
 
 def to_table(batch: Mapping[str, list[Any]], indices: Sequence[int], worker: Worker) -> pa.Table:

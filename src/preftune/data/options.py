@@ -42,6 +42,8 @@ class DataOptions:
             end-of-sequence token, where the tokenizer has them, whatever template and tokenizer write themselves. The
             rule of TRL's ORPO and CPO trainers.
         num_proc: Processes to tokenise with; used from 2,000 rows on, because starting them costs more before that.
+        worker_timeout: Seconds to wait for a process that finishes no batch of 1,000 rows before preparing ends with an
+            error; 0 waits for ever.
         quarantine_path: JSON-lines file that skipped rows are appended to.
         max_dropped_share: Refuse to go on when more than this share of the rows is lost; ``None`` only warns.
         chat_template: Jinja template to use instead of the tokenizer's own.
@@ -56,6 +58,7 @@ class DataOptions:
     append_eos: bool = False
     enclose: bool = False
     num_proc: int | None = None
+    worker_timeout: float = 600.0
     quarantine_path: str | None = None
     max_dropped_share: float | None = None
     chat_template: str | None = None
@@ -71,6 +74,10 @@ class DataOptions:
                 raise ConfigError(
                     f"{name} must be a whole number of at least 1", where=name, value=value, allowed="1, 2, ... or null"
                 )
+        if isinstance(self.worker_timeout, bool) or not 0 <= self.worker_timeout < float("inf"):
+            raise ConfigError(
+                "not a number of seconds", where="worker_timeout", value=self.worker_timeout, allowed="0 or more"
+            )
         share = self.max_dropped_share
         if share is not None and (isinstance(share, bool) or not 0 <= share <= 1):
             raise ConfigError(

@@ -178,7 +178,12 @@ class SftWorker:
             names = names[:-excess] + ["dropped"] * excess
         return list(zip(example.ids, names, strict=True))
 
-    def _fill(self, outcome: Outcome, row: Row, example: Example) -> None:
+    def append_eos(self, row: Row, example: Example) -> tuple[bool, bool]:
+        """End a conversation's example with the end-of-sequence token, where the options ask for it.
+
+        Returns:
+            Whether the token was missing, and whether it was appended.
+        """
         missing = not self.encoder.ends_with_eos(example.ids)
         chat = not isinstance(row.get("text", row.get("prompt")), str)
         appended = missing and chat and self.options.append_eos and self.encoder.tokenizer.eos_token_id is not None
@@ -186,6 +191,10 @@ class SftWorker:
             example.ids = self.encoder.append_eos(example.ids)
             turns: list[Any] = row.get("messages") or row["completion"]
             example.mask = [*example.mask, int(not self.assistant_only_loss or turns[-1].get("role") == "assistant")]
+        return missing, appended
+
+    def _fill(self, outcome: Outcome, row: Row, example: Example) -> None:
+        missing, appended = self.append_eos(row, example)
         outcome.flags = (
             batches.MERGED * bool(example.merged)
             + batches.DOUBLED_BOS * example.doubled_bos
@@ -302,7 +311,7 @@ def prepare_sft(
             assistant_only_loss=assistant_only_loss,
         )
         notes += _setting_notes(spec, worker)
-    result, tally = batches.run(dataset, worker, options.num_proc, f"Preparing {name}")
+    result, tally = batches.run(dataset, worker, options.num_proc, f"Preparing {name}", options.worker_timeout)
     rows_read = len(dataset) + (loaded.num_lost if loaded else 0)
     batches.check_share(tally, rows_read, loaded.num_lost if loaded else 0, options.max_dropped_share, name)
     bad = sum_counts(tally.bad, loaded.bad_rows if loaded else {})

@@ -7,6 +7,7 @@ from which KTO estimates how far the policy has moved, as the rejected one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from preftune.data import batches
@@ -35,6 +36,23 @@ TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids", "label")
 _BLOCK = 1000
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One tokenised answer before truncation.
+
+    Attributes:
+        prompt: Tokens before the completion.
+        completion: Tokens of the completion.
+        merged: End of the tokenised prompt that the sequence does not contain.
+        flags: What happened to it, as in :mod:`preftune.data.batches`.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    merged: list[int]
+    flags: int
+
+
 class UnpairedWorker:
     """Labelled answers to token ids, not truncated yet.
 
@@ -56,10 +74,16 @@ class UnpairedWorker:
         self.name = name
         self.checked = checked
 
+    def canonical(
+        self, raw: Sequence[Any], indices: Sequence[int], handler: BadRowHandler
+    ) -> tuple[list[Outcome], list[int], list[Row]]:
+        """Outcomes with the bad rows marked, and positions and canonical rows of those to go on with."""
+        return canonical_batch(raw, indices, FORMATS["unpaired"], self.name, handler)
+
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
         handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
-        outcomes, positions, canonical = canonical_batch(rows, indices, FORMATS["unpaired"], self.name, handler)
+        outcomes, positions, canonical = self.canonical(rows, indices, handler)
         for outcome in outcomes:
             outcome.bad = "" if self.checked else outcome.bad
         merged: list[int] = []
@@ -75,33 +99,47 @@ class UnpairedWorker:
             outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
         return outcomes
 
-    def _fill(self, outcome: Outcome, row: Row, parts: list[list[int]]) -> list[int]:
-        """Enter a row's tokens; returns the end of its prompt that the sequence does not contain."""
-        options, encoder = self.options, self.encoder
+    def answer(self, row: Row, parts: list[list[int]]) -> Answer:
+        """A row's tokens before truncation.
+
+        Args:
+            row: Canonical row.
+            parts: Token ids of its prompt alone, and of the prompt with the completion.
+
+        Returns:
+            Its prompt and completion.
+        """
+        encoder = self.encoder
         plain = isinstance(row["prompt"], str)
         prompt, whole = (encoder.drop_doubled_bos(ids) for ids in parts) if plain else parts
         start = common_prefix(prompt, whole)
-        answer = whole[start:]
-        missing = not encoder.ends_with_eos(answer)
-        appended = missing and options.append_eos and not plain
-        outcome.flags = (
+        completion = whole[start:]
+        missing = not encoder.ends_with_eos(completion)
+        appended = missing and self.options.append_eos and not plain
+        flags = (
             batches.MERGED * (start < len(prompt))
             + batches.DOUBLED_BOS * (plain and len(whole) < len(parts[1]))
             + batches.EOS_MISSING * missing
             + batches.EOS_APPENDED * appended
         )
+        completion = encoder.append_eos(completion) if appended else completion
+        return Answer(whole[:start], completion, prompt[start:], flags)
+
+    def _fill(self, outcome: Outcome, row: Row, parts: list[list[int]]) -> list[int]:
+        """Enter a row's tokens; returns the end of its prompt that the sequence does not contain."""
+        options, found = self.options, self.answer(row, parts)
+        outcome.flags = found.flags
         outcome.floats = {"label": float(row["label"]), **({"weight": row["weight"]} if "weight" in row else {})}
-        answer = encoder.append_eos(answer) if appended else answer
         kept, reason = truncate(
-            TokenPair(whole[:start], answer, answer),
+            TokenPair(found.prompt, found.completion, found.completion),
             options.max_length,
             options.max_prompt_length,
             options.truncation_mode,
         )
         outcome.status = "" if kept else str(reason)
         # Whole for now: its counterpart may have room for more of it.
-        outcome.lists = (whole[:start], answer) if kept else ()
-        return prompt[start:]
+        outcome.lists = (found.prompt, found.completion) if kept else ()
+        return found.merged
 
 
 class _TruncatingWorker(TokenisedWorker):
@@ -153,10 +191,10 @@ def prepare_unpaired(
     if all(column in dataset.column_names for column in TOKENISED):
         format_name, whole, first = "tokenised", dataset, None
     else:
-        dataset, format_name, bad_before, more = _labelled(dataset, options, name)
+        dataset, format_name, bad_before, more = labelled_rows(dataset, options, name)
         notes += more
-        worker = UnpairedWorker(tokenizer, options, name, checked=format_name != "unpaired")
-        whole, first = batches.run(dataset, worker, options.num_proc, f"Preparing {name}")
+        labelled = UnpairedWorker(tokenizer, options, name, checked=format_name != "unpaired")
+        whole, first = batches.run(dataset, labelled, options.num_proc, f"Preparing {name}", options.worker_timeout)
         if len(whole):
             whole = whole.add_column("rejected_ids", _exchanged(whole["chosen_ids"], block))
     rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
@@ -165,7 +203,8 @@ def prepare_unpaired(
         batches.check_share(
             first, rows_read, lost + (loaded.num_lost if loaded else 0), options.max_dropped_share, name
         )
-    result, tally = batches.run(whole, _TruncatingWorker(options, name), options.num_proc, f"Truncating {name}")
+    cutting = _TruncatingWorker(options, name)
+    result, tally = batches.run(whole, cutting, options.num_proc, f"Truncating {name}", options.worker_timeout)
     batches.check_share(tally, rows_read, rows_read - len(whole), options.max_dropped_share, name)
     return result, build_report(
         name=name,
@@ -180,8 +219,17 @@ def prepare_unpaired(
     )
 
 
-def _labelled(dataset: Dataset, options: DataOptions, name: str) -> tuple[Dataset, str, dict[str, int], list[str]]:
-    """Rows of prompt, completion and label, the format they came in, bad rows by reason, and notes."""
+def labelled_rows(dataset: Dataset, options: DataOptions, name: str) -> tuple[Dataset, str, dict[str, int], list[str]]:
+    """Rows of prompt, completion and label, the format they came in, bad rows by reason, and notes.
+
+    Args:
+        dataset: Such rows, or rows of a preference format, which are taken apart.
+        options: Data options.
+        name: Name of the data set, for messages.
+
+    Raises:
+        DataError: Bad rows that the policy does not allow, or data for supervised fine-tuning.
+    """
     skip = ("hh",) if options.implicit_prompt == "common_prefix" else ()
     example = from_dataset(name, dataset).example()
     spec = resolve(options.dataset_format, dataset.column_names, example, where=f"{name} data set", skip=skip)

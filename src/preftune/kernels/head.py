@@ -69,6 +69,13 @@ class TokenScores:
     top1: Tensor | None = None
     log_sum_sq: Tensor | None = None
 
+    def first(self, num_tokens: int) -> TokenScores:
+        """The scores of the first tokens alone."""
+        if num_tokens == len(self.logps):
+            return self
+        columns = (self.logps, self.entropy, self.mean_logit, self.top1, self.log_sum_sq)
+        return TokenScores(*(None if column is None else column[:num_tokens] for column in columns))  # type: ignore[arg-type]
+
 
 def token_scores(
     hidden: Tensor,
@@ -237,5 +244,6 @@ def _tile_logp(
 
 
 def _tiles(num_tokens: int, vocab: int, whole: bool = False) -> list[slice]:
-    size = num_tokens if whole else max(1, TILE_ELEMENTS // vocab)
+    # A power of two: filled-up numbers of targets then give tiles of few shapes.
+    size = num_tokens if whole else 1 << (max(1, TILE_ELEMENTS // vocab).bit_length() - 1)
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, max(size, 1))]

@@ -23,8 +23,9 @@ from preftune.models.attention import KEYWORD, attention_configs, packed_attenti
 from preftune.models.head import HeadProbe, base_model, find_head, head_parameters, probe_head, replaced_head
 from preftune.packing import PackedRow
 
-#: Packed rows of half precision on the CPU are filled up to a multiple of this. For every shape of a matmul oneDNN
-#: compiles and keeps a kernel, a megabyte and a few milliseconds each; rows of any length would need new ones always.
+#: Packed rows, and the tokens that the head scores, are filled up to a multiple of this in half precision on the CPU.
+#: For every shape of a matmul oneDNN compiles and keeps a kernel, a megabyte and a few milliseconds each; rows of any
+#: length and any number of targets would need new ones always, and memory would grow with the data.
 ROW_MULTIPLE = 64
 
 
@@ -38,7 +39,7 @@ class RowForward:
         backend: Attention backend of the packed path.
         head: What was found out about the head.
         pad_token_id: Fills padded batches; masked out everywhere.
-        row_multiple: Length that half-precision rows on the CPU are filled up to a multiple of.
+        row_multiple: What half-precision rows and their targets are filled up to a multiple of on the CPU.
         backends_used: Attention backends that have served so far.
     """
 
@@ -87,8 +88,10 @@ class RowForward:
         """
         device = next(self.model.parameters()).device
         inputs, source = self._packed_inputs(row, device) if self.packed else self._padded_inputs(row, device)
-        source_index = _put(source, device)
-        targets = _put(row.target_ids, device)
+        num_targets = len(row.target_ids)
+        filler = self._filler(num_targets, device)
+        source_index = _put(np.pad(source, (0, filler)), device)
+        targets = _put(np.pad(row.target_ids, (0, filler)), device)
         options = {"with_stats": with_stats, "with_log_sum_sq": with_log_sum_sq}
         found: list[TokenScores] = []
         head = find_head(self.model)
@@ -112,14 +115,14 @@ class RowForward:
         with replace:
             output = (wrapped or self.model)(**inputs, use_cache=False, **(extra or {}))
         if found:
-            return found[0], output
+            return found[0].first(num_targets), output
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         if not self.head.called:
             logits = logits.index_select(0, source_index)
-        return scores_from_logits(logits, targets, **options), output
+        return scores_from_logits(logits, targets, **options).first(num_targets), output
 
     def _packed_inputs(self, row: PackedRow, device: torch.device) -> tuple[dict[str, Any], Any]:
-        filler = -row.num_tokens % self.row_multiple if device.type == "cpu" and self._computes_in_half() else 0
+        filler = self._filler(row.num_tokens, device)
         context = RowContext(row.layout.extended(filler), self.backend, used=self.backends_used)
         ids = np.pad(row.input_ids, (0, filler), constant_values=self.pad_token_id)
         positions = np.concatenate([row.position_ids, np.arange(filler)])
@@ -131,8 +134,9 @@ class RowForward:
         self.last_context = context
         return inputs, row.source
 
-    def _computes_in_half(self) -> bool:
-        return torch.is_autocast_enabled("cpu") or next(self.model.parameters()).dtype.itemsize == 2
+    def _filler(self, length: int, device: torch.device) -> int:
+        half = torch.is_autocast_enabled("cpu") or next(self.model.parameters()).dtype.itemsize == 2
+        return -length % self.row_multiple if device.type == "cpu" and half else 0
 
     def _padded_inputs(self, row: PackedRow, device: torch.device) -> tuple[dict[str, Any], Any]:
         sequences, sources = unfold(row)

@@ -118,7 +118,7 @@ def _forward(layer: Any, names: tuple[str, ...], parts: Parts, x: Tensor, *args:
     up = torch.stack([layer.lora_B[name].weight for name in names])
     scaling = down.new_tensor([layer.scaling[name] for name in names]).view(-1, 1, 1)
     each = layer._cast_input_dtype(flat[:used], down.dtype).view(len(names), used // len(names), -1)
-    added = (each @ down.transpose(1, 2) @ up.transpose(1, 2) * scaling).reshape(used, -1)
+    added = (each @ down.transpose(1, 2) * scaling @ up.transpose(1, 2)).reshape(used, -1)
     if used < len(flat):
         added = torch.cat([added, added.new_zeros(len(flat) - used, added.shape[-1])])
     total: Tensor = result + added.view_as(result)

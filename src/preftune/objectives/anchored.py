@@ -103,7 +103,8 @@ def constant(value: float | Tensor, name: str, like: Tensor) -> Tensor:
     Raises:
         ConfigError: There is more than one element.
     """
-    number = torch.as_tensor(value, device=like.device).detach().to(like.dtype)
+    # With the dtype at once: a Python number would come by way of fp32.
+    number = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
     if number.numel() != 1:
         raise ConfigError(
             "must be one number for the whole step", where=name, value=tuple(number.shape), allowed="a scalar"

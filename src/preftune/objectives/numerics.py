@@ -52,8 +52,11 @@ def power_score(x: Tensor, exponent: float) -> Tensor:
         return x
     scaled = exponent * x
     capped = scaled.clamp(max=MAX_EXPONENT)
-    # expm1 does not cancel for small exponents, where exp(.) - 1 would.
-    return (torch.expm1(capped) + torch.exp(capped) * (scaled - capped)) / exponent
+    power = torch.exp(capped)
+    # expm1 does not cancel for small exponents, where exp(.) - 1 would. Its gradient, taken as value + 1, does for very
+    # negative ones, where that of exp does not.
+    grown = torch.where(capped.abs() < 1.0, torch.expm1(capped), power - 1.0)
+    return (grown + power * (scaled - capped)) / exponent
 
 
 def log_odds(average_logps: Tensor) -> Tensor:

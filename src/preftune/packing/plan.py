@@ -24,7 +24,7 @@ def plan_rows(lengths: Sequence[int], max_tokens: int, min_rows: int = 1) -> lis
     [[2], [0, 1, 3]]
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    num_rows = max(min_rows, -(-sum(lengths) // max_tokens), 1)
+    num_rows = max(min_rows, -(-sum(lengths) // max_tokens), _rows_of_large(lengths, max_tokens), 1)
     while True:
         rows = _spread(order, lengths, max_tokens, num_rows)
         if rows is not None:
@@ -33,6 +33,15 @@ def plan_rows(lengths: Sequence[int], max_tokens: int, min_rows: int = 1) -> lis
     rows = [sorted(row) for row in rows]
     kept = [row for row in rows if row] or [[]]
     return kept + [[] for _ in range(min_rows - len(kept))]
+
+
+def _rows_of_large(lengths: Sequence[int], max_tokens: int) -> int:
+    """Rows that large examples need: of those above a third of the budget, for example, two fit in a row."""
+    least = 0
+    for fit in range(1, 9):
+        count = sum(length * (fit + 1) > max_tokens for length in lengths)
+        least = max(least, -(-count // fit))
+    return least
 
 
 def _spread(order: Sequence[int], lengths: Sequence[int], max_tokens: int, num_rows: int) -> list[list[int]] | None:

@@ -24,6 +24,24 @@ def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], 
         DataError: A folder does not exist or holds nothing to report on.
         SetupError: plotly is missing, or the file cannot be written.
     """
-    from preftune.report import render
+    from preftune.errors import SetupError
+    from preftune.report.page import gather
+    from preftune.report.read import read_all
+    from preftune.report.render import render
 
-    return render.build(paths, out, title=title)
+    text = render(gather(*read_all(paths), title))
+    target = Path(out)
+    beside = target.with_name(target.name + ".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Text of models may hold halves of characters, which no encoding knows.
+        beside.write_bytes(text.encode("utf-8", "replace"))
+        os.replace(beside, target)
+    except OSError as error:
+        raise SetupError(
+            f"the report cannot be written ({error.strerror})",
+            where="out",
+            value=str(out),
+            remedy="choose another file",
+        ) from error
+    return target

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class PlotSpec:
         help: One sentence on how to read it.
         level: Horizontal line worth comparing with.
         level_label: What that line means.
+        unit: What the upright axis counts.
     """
 
     key: str
@@ -39,6 +40,7 @@ class PlotSpec:
     help: str
     level: float | None = None
     level_label: str = ""
+    unit: str = ""
 
 
 PLOTS = (
@@ -47,6 +49,7 @@ PLOTS = (
         "Loss",
         (("loss", "loss"),),
         "Falls while the model learns; held-out loss that turns up again means overfitting.",
+        unit="loss",
     ),
     PlotSpec(
         "accuracies",
@@ -55,6 +58,7 @@ PLOTS = (
         "Share of pairs whose chosen answer has the higher implicit reward. A weak proxy for quality.",
         0.5,
         "chance",
+        "share of pairs",
     ),
     PlotSpec(
         "margins",
@@ -63,6 +67,7 @@ PLOTS = (
         "Implicit reward of the chosen minus that of the rejected answer, in units of beta times nats.",
         0.0,
         "the reference",
+        "beta times nats",
     ),
     PlotSpec(
         "rewards",
@@ -71,41 +76,56 @@ PLOTS = (
         "Below zero means less likely than under the reference; chosen rewards that fall too deserve a look.",
         0.0,
         "the reference",
+        "beta times nats",
     ),
     PlotSpec(
         "logps",
         "Log-probabilities",
         (("logps/chosen", "chosen"), ("logps/rejected", "rejected")),
         "Summed over the tokens of a completion, in nats.",
+        unit="nats",
     ),
     PlotSpec(
         "entropy",
         "Entropy",
-        (("entropy", "entropy"),),
+        (("entropy", "entropy"), ("generation/entropy", "of its own answers")),
         "Mean over completion tokens, in nats; a collapse means less varied text.",
+        unit="nats a token",
     ),
     PlotSpec(
         "token_accuracy",
         "Token accuracy",
         (("mean_token_accuracy", "token accuracy"),),
         "Share of completion tokens that are the model's first choice.",
+        unit="share of tokens",
     ),
-    PlotSpec("learning_rate", "Learning rate", (("learning_rate", "learning rate"),), "As scheduled."),
+    PlotSpec(
+        "finished",
+        "Answers that end",
+        (("generation/finished", "finished"),),
+        "Share of sampled answers that the model ended itself, before the limit of tokens.",
+        unit="share of answers",
+    ),
+    PlotSpec("learning_rate", "Learning rate", (("learning_rate", "learning rate"),), "As scheduled.", unit="rate"),
     PlotSpec(
         "grad_norm",
         "Gradient norm",
         (("grad_norm", "gradient norm"),),
         "Before clipping; spikes come before instabilities.",
+        unit="norm",
     ),
     PlotSpec(
         "logits",
         "Mean logits",
         (("logits/chosen", "chosen"), ("logits/rejected", "rejected")),
         "Mean over completion tokens and vocabulary.",
+        unit="logit",
     ),
 )
-_KL = PlotSpec("kl", "KL to the reference", (), "How far the policy has moved, in nats.", 0.0, "the reference")
-_LENGTHS = PlotSpec("lengths", "Lengths", (), "In tokens; lengths that only grow point to length exploitation.")
+_KL = PlotSpec("kl", "KL to the reference", (), "How far the policy has moved, in nats.", 0.0, "the reference", "nats")
+_LENGTHS = PlotSpec(
+    "lengths", "Lengths", (), "In tokens; lengths that only grow point to length exploitation.", unit="tokens"
+)
 _GUARDS = PlotSpec("guards", "Guard signals", (), "What the guards look at.")
 _OTHER = PlotSpec("other", "", (), "As logged.")
 
@@ -216,19 +236,19 @@ def plots_for(metrics: Sequence[str]) -> list[PlotSpec]:
     for spec in PLOTS:
         found = tuple((name, label) for name, label in spec.metrics if name in left)
         if found:
-            known[spec.key] = PlotSpec(spec.key, spec.title, found, spec.help, spec.level, spec.level_label)
+            known[spec.key] = replace(spec, metrics=found)
             for name, _ in found:
                 del left[name]
     for spec, pattern in ((_GUARDS, r"\Aguards?/"), (_KL, r"(\A|[/_ ])kl(\Z|[/_ ])"), (_LENGTHS, r"length")):
         found = tuple((name, _label(name)) for name in left if re.search(pattern, name, re.IGNORECASE))
         if found:
-            known[spec.key] = PlotSpec(spec.key, spec.title, found, spec.help, spec.level, spec.level_label)
+            known[spec.key] = replace(spec, metrics=found)
             for name, _ in found:
                 del left[name]
     order = ["loss", "accuracies", "margins", "rewards", "logps", "kl", "entropy", "lengths"]
     plots = [known.pop(key) for key in order if key in known] + list(known.values())
     for position, name in enumerate(left):
-        plots.append(PlotSpec(f"other-{position}", name, ((name, _label(name)),), _OTHER.help))
+        plots.append(PlotSpec(f"other-{position}", _title(name), ((name, _label(name)),), _OTHER.help))
     return plots
 
 
@@ -265,6 +285,11 @@ def payload(curves: Curves) -> dict[str, Any]:
         "train": {name: one(curve) for name, curve in curves.train.items()},
         "eval": {name: one(curve) for name, curve in curves.evaluation.items()},
     }
+
+
+def _title(name: str) -> str:
+    words = name.replace("_", " ").replace("/", ": ")
+    return words[:1].upper() + words[1:]
 
 
 def _label(name: str) -> str:

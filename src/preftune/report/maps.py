@@ -10,10 +10,10 @@ from typing import Any
 from scipy import stats
 
 from preftune.evaluation.stats import holm
-from preftune.report.files import mapping, number
+from preftune.report.files import mapping, number, objects
 from preftune.report.read import Sweep
 from preftune.report.settings import text_of
-from preftune.report.tables import Table, figure, interval, is_share, title_of
+from preftune.report.tables import Table, interval, is_share, title_of
 
 MAXIMIZE, MINIMIZE = "maximize", "minimize"
 _LEVEL = 0.05
@@ -146,7 +146,7 @@ def trials_table(sweep: Sweep, metrics: Sequence[Metric]) -> Table:
             text = interval(mapping(trial.get("metrics")).get(metric.name), as_share=is_share(metric.name))
             mark = _mark(trial.get("number"), metric)
             row.append(f"{text} · {mark}" if mark else text)
-        rows.append([*row, str(trial.get("state", "")).lower(), figure(number(trial.get("seconds")))])
+        rows.append([*row, str(trial.get("state", "")).lower(), _seconds(trial)])
     numeric = [True, *(True for _ in fields), *(True for _ in metrics), False, True]
     return Table(columns, rows, numeric)
 
@@ -180,7 +180,11 @@ def _metric(sweep: Sweep, name: str) -> Metric:
         # Among equals the sweep has its reasons; the page frames the trial that it names.
         named = mapping(sweep.content.get("best")).get("number")
         best = next((trial for trial, _ in scored if trial.get("number") == named), best)
-    flags = {trial.get("number"): _flag(trial, name, is_own) for trial, _ in scored}
+    drawn = mapping(mapping(sweep.content.get("maps")).get(name))
+    if not is_own and drawn.get("best") is not None:
+        best = next((trial for trial, _ in scored if trial.get("number") == drawn["best"]), best)
+    told = {cell.get("number"): cell.get("tied_with_best") for cell in objects(drawn.get("cells"))}
+    flags = {trial.get("number"): _flag(trial, name, is_own, told.get(trial.get("number"))) for trial, _ in scored}
     if any(flag is not None for flag in flags.values()):
         tied = [key for key, flag in flags.items() if flag and key != best.get("number")]
         return Metric(
@@ -211,9 +215,9 @@ def _unpaired_ties(
     return tied, "normal tests from the intervals, as if trials shared no pairs, Holm-corrected"
 
 
-def _flag(trial: dict[str, Any], name: str, is_own: bool) -> bool | None:
+def _flag(trial: dict[str, Any], name: str, is_own: bool, drawn: Any) -> bool | None:
     entry = mapping(mapping(trial.get("metrics")).get(name))
-    flag = entry.get("tied_with_best", trial.get("tied_with_best") if is_own else None)
+    flag = entry.get("tied_with_best", trial.get("tied_with_best") if is_own else drawn)
     return flag if isinstance(flag, bool) else None
 
 
@@ -224,6 +228,11 @@ def _estimate(trial: dict[str, Any], name: str) -> dict[str, float] | None:
         key: as_number for key in ("mean", "low", "high", "n") if (as_number := number(entry.get(key))) is not None
     }
     return found if "mean" in found else None
+
+
+def _seconds(trial: dict[str, Any]) -> str:
+    seconds = number(trial.get("seconds"))
+    return "-" if seconds is None else f"{seconds:.3g}"
 
 
 def _mark(trial: Any, metric: Metric) -> str:

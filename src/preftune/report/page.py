@@ -11,17 +11,20 @@ from preftune.report.files import mapping, number, objects
 from preftune.report.maps import Field, Metric, fields_of, is_kl, metrics_of, sweep_payload, trials_table
 from preftune.report.read import Run, Sweep
 from preftune.report.settings import Setting, differences, settings_of, text_of
-from preftune.report.tables import Table, facts, figure, interval, is_interval, is_share, rows_of, title_of
+from preftune.report.tables import (
+    Table,
+    duration,
+    figure,
+    interval,
+    is_share,
+    percent,
+    title_of,
+)
 from preftune.report.verdict import Verdict, judge
 
 #: Samples of one run that the page shows, spread over its steps.
 MAX_SAMPLES = 60
 MAX_ALARMS = 200
-
-#: Parts of ``eval.json`` that have a place of their own.
-_EVAL_PLACED = ("metrics", "samples", "calibration", "by_length", "by_source", "kl", "lengths", "compare", "judge")
-_AUDIT_PLACED = ("findings", "lengths", "noise")
-_ADVICE_PLACED = ("settings", "flags", "memory", "time")
 
 
 @dataclass
@@ -45,6 +48,14 @@ class RunView:
     index: int
 
     @property
+    def samples_by_step(self) -> list[tuple[float | None, list[dict[str, Any]]]]:
+        """The samples that are shown, the latest step first."""
+        groups: dict[float | None, list[dict[str, Any]]] = {}
+        for sample in self.samples:
+            groups.setdefault(number(sample.get("step")), []).append(sample)
+        return list(groups.items())
+
+    @property
     def changed(self) -> list[Setting]:
         """Settings that somebody set."""
         return [setting for setting in self.settings if not setting.is_default]
@@ -62,6 +73,8 @@ class SweepView:
         cost: What the sweep cost, as name and text.
         best: Settings of the best trial.
         index: Position among the sweeps.
+        reason: Why the sweep chose the best trial.
+        doubt: What speaks against it; empty where nothing does.
     """
 
     sweep: Sweep
@@ -71,6 +84,8 @@ class SweepView:
     cost: list[tuple[str, str]]
     best: list[tuple[str, str]]
     index: int
+    reason: str = ""
+    doubt: str = ""
 
     @property
     def has_kl(self) -> bool:
@@ -181,86 +196,13 @@ def page_payload(page: Page) -> dict[str, Any]:
                 "metrics": spec.metrics,
                 "level": spec.level,
                 "levelLabel": spec.level_label,
+                "unit": spec.unit,
             }
             for spec, _ in page.plots
         ],
         "sweeps": [sweep_payload(view.sweep) for view in page.sweeps],
         "evals": [_eval_payload(view) for view in page.runs if view.run.evaluation],
     }
-
-
-def eval_tables(evaluation: dict[str, Any]) -> list[tuple[str, Table]]:
-    """The parts of ``eval.json`` that are lists, with their headings."""
-    calibration = mapping(evaluation.get("calibration"))
-    bins = next((value for value in calibration.values() if objects(value)), None)
-    parts = (
-        ("By length", evaluation.get("by_length")),
-        ("By source", evaluation.get("by_source")),
-        ("Calibration", bins),
-    )
-    return [(title, table) for title, entries in parts if (table := rows_of(entries)) is not None]
-
-
-def eval_facts(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The parts of ``eval.json`` that are single figures, with their headings."""
-    metrics = mapping(evaluation.get("metrics"))
-    shown = [(name.replace("_", " "), interval(value, as_share=is_share(name))) for name, value in metrics.items()]
-    kl = evaluation.get("kl")
-    parts = [
-        ("Held-out pairs", shown),
-        ("KL on the policy's own samples", _interval_facts(kl)),
-        ("Lengths of answers, in tokens", facts(evaluation.get("lengths"))),
-        ("Calibration of the margins", facts(evaluation.get("calibration"))),
-        ("Compared with the other model", facts(evaluation.get("compare"))),
-        ("Judge", facts(evaluation.get("judge"))),
-        ("About this evaluation", facts(evaluation, leave_out=_EVAL_PLACED)),
-    ]
-    return [(title, pairs) for title, pairs in parts if pairs]
-
-
-def audit_facts(audit: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The parts of ``audit.json`` beside its findings."""
-    noise = audit.get("noise")
-    parts = [
-        ("Estimated label noise", _interval_facts(noise, as_share=True)),
-        ("Lengths", facts(audit.get("lengths"))),
-        ("About this audit", facts(audit, leave_out=_AUDIT_PLACED)),
-    ]
-    return [(title, pairs) for title, pairs in parts if pairs]
-
-
-def advice_facts(advice: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The parts of ``advice.json`` beside settings and flags."""
-    parts = [
-        ("Memory", facts(advice.get("memory"))),
-        ("Time", facts(advice.get("time"))),
-        ("About this advice", facts(advice, leave_out=_ADVICE_PLACED)),
-    ]
-    return [(title, pairs) for title, pairs in parts if pairs]
-
-
-def provenance_facts(run: Run) -> list[tuple[str, str]]:
-    """Where a run comes from: command, versions, machine and data."""
-    source = run.provenance
-    command = source.get("command")
-    pairs: list[tuple[str, Any]] = [("command", " ".join(map(str, command)) if isinstance(command, list) else command)]
-    pairs += [(name, source.get(name)) for name in ("created", "preftune", "seed")]
-    git = mapping(source.get("git"))
-    if git.get("commit"):
-        pairs.append(("commit", f"{git['commit']}{', with local changes' if git.get('changed') else ''}"))
-    for part in ("versions", "machine"):
-        pairs += [(name.replace("_", " "), value) for name, value in mapping(source.get(part)).items()]
-    for split, entry in mapping(source.get("data")).items():
-        if isinstance(entry, dict):
-            digest = str(entry.get("sha256", "?"))[:16]
-            names = text_of(entry.get("names") or [])
-            pairs.append((f"data, {split}", f"{names}, {figure(entry.get('num_rows'))} rows, sha256 {digest}"))
-    return [(name, text_of(value)) for name, value in pairs if value is not None]
-
-
-def entries(value: Any) -> list[Any]:
-    """The value where it is a list, else an empty one."""
-    return value if isinstance(value, list) else []
 
 
 def _view(run: Run, index: int) -> RunView:
@@ -279,13 +221,37 @@ def _sweep_view(sweep: Sweep, index: int) -> SweepView:
     seconds = number(content.get("seconds"))
     spent = sum(number(trial.get("seconds")) or 0.0 for trial in sweep.trials)
     cost = [("trials", ", ".join(f"{count} {state}" for state, count in states.items()))]
-    cost += [("wall time", f"{figure(seconds)} s")] if seconds is not None else []
-    cost += [("sum over trials", f"{figure(spent)} s")] if spent else []
+    cost += [("wall time", duration(seconds))] if seconds is not None else []
+    cost += [("sum over trials", duration(spent))] if spent else []
     passes = number(content.get("reference_passes"))
     cost += [("reference passes", figure(passes))] if passes is not None else []
     best = mapping(content.get("best"))
     params = [(name, text_of(value)) for name, value in mapping(best.get("params")).items()]
-    return SweepView(sweep, fields_of(sweep), metrics, trials_table(sweep, metrics), cost, params, index)
+    said = best.get("reason")
+    reason = _sentence(said) if isinstance(said, str) and said else ""
+    return SweepView(
+        sweep, fields_of(sweep), metrics, trials_table(sweep, metrics), cost, params, index, reason, _doubt(sweep)
+    )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def _doubt(sweep: Sweep) -> str:
+    """What speaks against any trial: the sweet spot cannot be told from the reference, whose preference gain is 0."""
+    if sweep.content.get("metric") != "eval_preference_gain":
+        return ""
+    named = mapping(sweep.content.get("best")).get("number")
+    chosen = next((trial for trial in sweep.trials if trial.get("number") == named), {})
+    gain = mapping(mapping(chosen.get("metrics")).get("eval_preference_gain"))
+    low, high = number(gain.get("low")), number(gain.get("high"))
+    if low is None or high is None or low > 0:
+        return ""
+    told = interval(gain)
+    if high < 0:
+        return f"Its preference gain is {told}: it prefers the rejected answers more than its reference does."
+    return f"Its preference gain is {told}, which includes 0: it cannot be told from its reference."
 
 
 def _curve_table(spec: PlotSpec, views: Sequence[RunView]) -> Table:
@@ -331,7 +297,7 @@ def _final_table(views: Sequence[RunView], metrics: Sequence[str]) -> Table | No
             rows.append(
                 [
                     title_of(name if split == "train" else f"eval_{name}"),
-                    *(_against(line, base, at) for at, line in enumerate(lines)),
+                    *(_against(line, base, at, is_share(name)) for at, line in enumerate(lines)),
                 ]
             )
     for name in dict.fromkeys(key for view in views for key in mapping(view.run.evaluation.get("metrics"))):
@@ -348,10 +314,13 @@ def _final_table(views: Sequence[RunView], metrics: Sequence[str]) -> Table | No
     return Table(["last value of", *(view.run.name for view in views)], rows, [False] + [True] * len(views))
 
 
-def _against(line: Curve | None, base: float | None, position: int) -> str:
+def _against(line: Curve | None, base: float | None, position: int, as_share: bool) -> str:
     if line is None:
         return "-"
     value = float(line.values[-1])
+    if as_share:
+        gap = "" if position == 0 or base is None else f" ({100 * (value - base):+.1f})"
+        return percent(value) + gap
     if position == 0 or base is None:
         return figure(value)
     return f"{figure(value)} ({value - base:+.3g})"
@@ -365,15 +334,6 @@ def _spread(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ends = (steps[-1], steps[0])
     ranked = sorted(samples, key=lambda sample: (number(sample.get("step")) or 0.0) not in ends)[:MAX_SAMPLES]
     return sorted(ranked, key=lambda sample: -(number(sample.get("step")) or 0.0))
-
-
-def _interval_facts(value: Any, *, as_share: bool = False) -> list[tuple[str, str]]:
-    if not is_interval(value):
-        return facts(value)
-    return [
-        ("estimate", interval(value, as_share=as_share)),
-        *facts(value, leave_out=("mean", "estimate", "low", "high")),
-    ]
 
 
 def _eval_payload(view: RunView) -> dict[str, Any]:

@@ -183,6 +183,12 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _RUN_FILES) or bool(_checkpoints(folder))
 
 
+def state_file(folder: Path) -> Path | None:
+    """The ``trainer_state.json`` of a run: at its root, or else in its last checkpoint."""
+    places = [folder] if (folder / STATE).is_file() else _checkpoints(folder)
+    return places[0] / STATE if places else None
+
+
 def is_sweep(folder: Path) -> bool:
     """Whether a folder looks like a sweep, without reading it."""
     return (folder / "sweep.json").is_file()

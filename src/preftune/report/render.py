@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -20,9 +19,9 @@ from markupsafe import Markup
 from preftune import __version__
 from preftune.errors import SetupError
 from preftune.report import page as pages
+from preftune.report import parts
 from preftune.report.files import objects
-from preftune.report.page import Page, gather, page_payload
-from preftune.report.read import read_all
+from preftune.report.page import Page, page_payload
 from preftune.report.settings import text_of
 from preftune.report.tables import figure, interval, is_interval, title_of
 
@@ -33,40 +32,6 @@ SCRIPTS = ("core.js", "curves.js", "maps.js", "page.js")
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 # Empty style elements are what plotly adds before it fills them through the style sheet's own interface.
 _EMPTY = ""
-
-
-def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], *, title: str | None = None) -> Path:
-    """Write a report on runs and sweeps as one HTML file.
-
-    Args:
-        paths: Run folders (of preftune, TRL or any transformers ``Trainer``) and sweep folders, in any number.
-        out: The file; its folder is made where it is missing.
-        title: Heading; made from the names of the folders by default.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        DataError: A folder does not exist or holds nothing to report on.
-        SetupError: plotly is missing, or the file cannot be written.
-    """
-    runs, sweeps = read_all(paths)
-    text = render(gather(runs, sweeps, title))
-    target = Path(out)
-    beside = target.with_name(target.name + ".tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Text of models may hold halves of characters, which no encoding knows.
-        beside.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(beside, target)
-    except OSError as error:
-        raise SetupError(
-            f"the report cannot be written ({error.strerror})",
-            where="out",
-            value=str(out),
-            remedy="choose another file",
-        ) from error
-    return target
 
 
 def render(page: Page) -> str:
@@ -179,18 +144,18 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.globals.update(
-        eval_tables=pages.eval_tables,
-        eval_facts=pages.eval_facts,
-        audit_facts=pages.audit_facts,
-        advice_facts=pages.advice_facts,
+        eval_tables=parts.eval_tables,
+        eval_facts=parts.eval_facts,
+        audit_facts=parts.audit_facts,
+        advice_facts=parts.advice_facts,
         text_of=text_of,
         title_of=title_of,
         figure=figure,
         interval=interval,
         is_interval=is_interval,
         objects=objects,
-        entries=pages.entries,
-        provenance_facts=pages.provenance_facts,
+        entries=parts.entries,
+        provenance_facts=parts.provenance_facts,
         max_alarms=pages.MAX_ALARMS,
     )
     return made

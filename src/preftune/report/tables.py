@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,43 @@ def interval(value: Any, *, as_share: bool = False) -> str:
     if as_share:
         text = percent(mean)
         return text if low is None or high is None else f"{text} ({100 * low:.1f} to {100 * high:.1f})"
-    text = figure(mean)
-    return text if low is None or high is None else f"{text} ({figure(low)} to {figure(high)})"
+    if low is None or high is None:
+        return figure(mean)
+    text, least, most = rounded(mean, low, high)
+    return f"{text} ({least} to {most})"
+
+
+def rounded(mean: float, low: float, high: float) -> tuple[str, str, str]:
+    """An estimate and the ends of its interval, to the two digits of the interval's width that mean something."""
+    width = high - low
+    if not width > 0 or not math.isfinite(width):
+        return figure(mean), figure(low), figure(high)
+    # A width of 0.0999... is one of 0.1.
+    decimals = 1 - math.floor(math.log10(width * 1.0001))
+    if decimals > 6:
+        return tuple(f"{value:.2g}" for value in (mean, low, high))  # type: ignore[return-value]
+    # What a width of thousands leaves uncertain is not worth a zero in place of a digit.
+    shown = (f"{round(value, max(decimals, 0)) + 0.0:,.{max(decimals, 0)}f}" for value in (mean, low, high))
+    return tuple(shown)  # type: ignore[return-value]
+
+
+def size(num_bytes: Any) -> str:
+    """Bytes in the unit that leaves one to three digits before the point."""
+    left = number(num_bytes)
+    if left is None:
+        return "-"
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(left) < 1000:
+            return f"{left:.3g} {unit}"
+        left /= 1024
+    return f"{left:,.3g} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that people use."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"
 
 
 def is_share(name: str) -> bool:
@@ -88,8 +124,16 @@ _TITLES = {
     "logps/chosen": "log-prob of the chosen answer",
     "logps/rejected": "log-prob of the rejected answer",
     "kl": "KL to the reference",
+    "logits/chosen": "mean logit of the chosen answer",
+    "logits/rejected": "mean logit of the rejected answer",
     "grad_norm": "gradient norm",
     "mean_token_accuracy": "token accuracy",
+    "preference_gain": "preference gain",
+    "rewards/margins_over_beta": "reward margin over beta",
+    "rewards/ties": "ties",
+    "logps/accuracies": "accuracy by log-probs",
+    "logps/mean_accuracies": "accuracy by mean log-probs",
+    "train_loss": "training loss, mean over the run",
 }
 
 
@@ -121,7 +165,7 @@ def rows_of(entries: Any, *, limit: int = 200) -> Table | None:
 
 
 def facts(values: Any, *, leave_out: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """A mapping as pairs of name and text; nested mappings are joined to one line.
+    """A mapping as pairs of name and text; the entries of nested mappings carry their name.
 
     Args:
         values: The mapping; anything else gives no pairs.
@@ -132,16 +176,29 @@ def facts(values: Any, *, leave_out: Sequence[str] = ()) -> list[tuple[str, str]
     """
     if not isinstance(values, Mapping):
         return []
-    return [
-        (_words(key), _cell(key, value))
-        for key, value in values.items()
-        if key not in leave_out and value not in (None, [], {}) and not objects(value)
-    ]
+    shown = []
+    for key, value in values.items():
+        if key in leave_out or value in (None, [], {}) or objects(value):
+            continue
+        if isinstance(value, Mapping) and not _is_estimate(value):
+            shown += [
+                (f"{_words(key)}: {_words(name)}", _cell(name, entry))
+                for name, entry in value.items()
+                if entry not in (None, [], {})
+            ]
+        else:
+            shown.append((_words(key), _cell(key, value)))
+    return shown
+
+
+def _is_estimate(value: Any) -> bool:
+    """Whether a value has the form of an estimate, also where there was nothing to estimate it from."""
+    return isinstance(value, Mapping) and ("mean" in value or "estimate" in value)
 
 
 def _cell(key: str, value: Any) -> str:
-    if is_interval(value):
-        return interval(value, as_share=is_share(key))
+    if _is_estimate(value):
+        return interval(value, as_share=is_share(key)) if is_interval(value) else "-"
     if isinstance(value, Mapping):
         return ", ".join(f"{_words(name)} {_cell(name, entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
@@ -154,7 +211,7 @@ def _cell(key: str, value: Any) -> str:
 
 
 def _is_figure(value: Any) -> bool:
-    return value is None or is_interval(value) or number(value) is not None
+    return value is None or _is_estimate(value) or number(value) is not None
 
 
 def _words(key: Any) -> str:

@@ -81,7 +81,7 @@ def judge(run: Run, curves: Curves) -> Verdict:
     _add_lengths(verdict, mapping(run.evaluation.get("lengths")))
     _add_alarms(verdict, run.alarms)
     if not run.evaluation and accuracy is None and curves.metrics:
-        verdict.steps.append("Score the model on held-out pairs: preftune eval --model … --dataset_name …")
+        verdict.steps.append("Score the model on held-out pairs: preftune eval --model_name_or_path … --dataset_name …")
     if not run.samples and not objects(run.evaluation.get("samples")) and curves.metrics:
         verdict.steps.append("Read samples: figures alone do not show what the answers look like.")
     verdict.tiles = _tiles(run, curves, accuracy)
@@ -183,8 +183,10 @@ def _add_best_step(verdict: Verdict, curves: Curves) -> None:
     if loss is None or len(loss.values) < 3:
         return
     best = int(loss.values.argmin())
-    if best < len(loss.values) - 1:
-        step = curves.axes["step"][int(loss.rows[best])]
+    steps = curves.axes["step"][loss.rows.astype(int)]
+    # The evaluation after training repeats that of the last step.
+    if steps[best] < steps[-1] and loss.values[best] < loss.values[-1]:
+        step = steps[best]
         verdict.evidence.append(
             f"Held-out loss was lowest at step {figure(step)} ({figure(float(loss.values[best]))}) "
             f"and ended at {figure(float(loss.values[-1]))}."
@@ -234,10 +236,8 @@ def _tiles(run: Run, curves: Curves, accuracy: dict[str, Any] | None) -> list[Ti
     tiles += [_last_tile("Reward margin", margin)] if margin is not None else []
     kl = mapping(run.evaluation.get("kl"))
     if is_interval(kl):
-        low_high = interval(kl).partition("(")[2].rstrip(")")
-        tiles.append(
-            Tile("KL to reference", figure(number(kl.get("mean"))), f"nats, 95 %: {low_high}" if low_high else "nats")
-        )
+        value, _, ends = interval(kl).rstrip(")").partition(" (")
+        tiles.append(Tile("KL to reference", value, f"nats, 95 %: {ends}" if ends else "nats"))
     if run.history or run.alarms:
         tiles.append(Tile("Alarms", str(len(run.alarms)), "see the list" if run.alarms else "none recorded"))
     return tiles
@@ -246,7 +246,13 @@ def _tiles(run: Run, curves: Curves, accuracy: dict[str, Any] | None) -> list[Ti
 def _last_tile(label: str, curve: Curve | None) -> Tile:
     if curve is None or not len(curve.values):
         return Tile(label, "-")
-    return Tile(label, figure(float(curve.values[-1])), f"from {figure(float(curve.values[0]))}")
+    last, first = (_large(float(value)) for value in (curve.values[-1], curve.values[0]))
+    return Tile(label, last, f"from {first}")
+
+
+def _large(value: float) -> str:
+    """A figure that is read at a glance: what lies below a thousandth is told in two digits."""
+    return figure(value) if abs(value) >= 1e-3 else f"{value:.2g}"
 
 
 def _steps(run: Run, curves: Curves) -> tuple[float, float]:

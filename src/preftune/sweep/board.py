@@ -220,9 +220,18 @@ class Board:
         if deaths >= MAX_DEATHS:
             self._close(last.number, Outcome(runner.FAILED, f"the process that ran it died {deaths} times"))
             return [f"trial {slot} is given up: the process that ran it died {deaths} times"]
+        pid = (owner or {}).get("pid")
+        hangs = pid in self.hung
         if self._abandon(last.number, _LOST):
-            self._enqueue(slot, len(attempts), dict(last.params), fresh_folder=not _same_machine(owner, self._me))
-        return [f"trial {slot} is run again: its process has died"]
+            fresh = hangs or not _same_machine(owner, self._me)
+            self._enqueue(slot, len(attempts), dict(last.params), fresh_folder=fresh)
+        why = f"its process ({pid}) is there and does nothing" if hangs else "its process has died"
+        return [f"trial {slot} is run again: {why}"]
+
+    @property
+    def hung(self) -> set[int]:
+        """Processes of this machine that were given up although they are still there."""
+        return self._watcher.hung
 
     def _abandon(self, number: int, end: str) -> bool:
         """Close a trial that nobody finished; false where somebody else did it first."""

@@ -36,6 +36,7 @@ from preftune.training.plan import TrainingPlan
 from preftune.training.planning import describe
 from preftune.training.recovery import RecoveringTrainer
 from preftune.training.router import REASON, RouterLoss
+from preftune.training.workers import limited
 
 
 @dataclass
@@ -177,9 +178,15 @@ class PackedTrainer(RecoveringTrainer):
             if not hasattr(dataset, "shard"):
                 raise TrainingError("this dataset cannot be split over processes", value=type(dataset).__name__)
             dataset = dataset.shard(world, rank, contiguous=False)
-        return DataLoader(
-            dataset, batch_size=batch_size, collate_fn=collate, num_workers=self.args.dataloader_num_workers
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
+        return limited(loader, self.args.worker_timeout)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any

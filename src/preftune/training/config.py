@@ -44,6 +44,8 @@ class PackedConfig(TrainingArguments):
         trust_remote_code: Run code shipped with a model.
         router_aux_loss_coef: Weight of the load-balancing loss of mixture-of-experts models.
         dataset_num_proc: Processes for preparing data.
+        worker_timeout: Seconds to wait for a process of ``dataset_num_proc`` or ``dataloader_num_workers`` that makes
+            no progress before the run ends with an error; 0 waits for ever.
         max_length: Longest sequence in tokens; ``None`` for no limit.
         truncation_mode: Which end of an overlong sequence survives: ``keep_start`` or ``keep_end``.
         pad_to_multiple_of: Accepted from TRL; packed rows carry no padding, so that numbers other than ``None`` and
@@ -109,11 +111,15 @@ class PackedConfig(TrainingArguments):
     num_generations: int = 32
     generation_max_new_tokens: int = 128
     max_skipped_steps: int = 3
+    worker_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         parse_guards(self.guards)
         _at_least("generation_steps", self.generation_steps, 0)
         _at_least("max_skipped_steps", self.max_skipped_steps, 0)
+        if not 0 <= self.worker_timeout < float("inf"):
+            value = self.worker_timeout
+            raise ConfigError("not a number of seconds", where="worker_timeout", value=value, allowed="0 or more")
         _at_least("num_generations", self.num_generations, 2)
         _at_least("generation_max_new_tokens", self.generation_max_new_tokens, 1)
         if self.bf16 is None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import time
 import warnings
 from pathlib import Path
@@ -13,14 +11,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from preftune.config.machine import machine_id
 from preftune.training.provenance import plain
 
 FILE_NAME = "log.jsonl"
-
-
-def machine_id() -> str:
-    """A name for this machine that tells machines apart and does not tell which it is."""
-    return hashlib.sha256(platform.node().encode("utf-8", "replace")).hexdigest()[:16]
 
 
 class LiveLog(TrainerCallback):

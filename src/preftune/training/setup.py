@@ -99,6 +99,42 @@ def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: An
     return model, tokenizer
 
 
+def use_template_and_eos(tokenizer: Any, chat_template_path: str | None, eos_token: str | None) -> None:
+    """Give a tokenizer another chat template and another end-of-sequence token, where SFT settings name them.
+
+    Args:
+        tokenizer: The tokenizer.
+        chat_template_path: File with a chat template, or a tokenizer folder to take it from.
+        eos_token: A token of the vocabulary.
+
+    Raises:
+        ConfigError: There is no such file, tokenizer or token.
+    """
+    if eos_token is not None and eos_token not in tokenizer.get_vocab():
+        raise ConfigError("no such token in the vocabulary", where="eos_token", value=eos_token)
+    if chat_template_path is not None:
+        path = Path(chat_template_path)
+        if path.suffix in (".jinja", ".j2"):
+            if not path.is_file():
+                raise ConfigError("no such file", where="chat_template_path", value=str(path))
+            tokenizer.chat_template = path.read_text()
+        else:
+            tokenizer.chat_template = _template_of(path)
+    if eos_token is not None:
+        tokenizer.eos_token = eos_token
+
+
+def _template_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder)).chat_template
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "no tokenizer to take a chat template from", where="chat_template_path", value=str(folder)
+        ) from error
+
+
 def init_kwargs(args: PackedConfig) -> dict[str, Any]:
     """``model_init_kwargs`` as a mapping of its own."""
     given = args.model_init_kwargs
@@ -212,6 +248,7 @@ def data_options(args: PackedConfig, **extra: Any) -> DataOptions:
         dataset_format=args.dataset_format,
         append_eos=args.append_eos,
         num_proc=args.dataset_num_proc,
+        worker_timeout=args.worker_timeout,
         quarantine_path=args.quarantine_path,
         max_dropped_share=args.max_dropped_share,
         **extra,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -85,8 +84,7 @@ class SFTTrainer(PackedTrainer):
                 raise ConfigError("not available: logits are never built", where=name, remedy=f"leave {name} out")
         set_seed(args.seed)
         model, processing_class = setup.load(model, processing_class, args, quantization_config)
-        self._use_template_file(processing_class, args)
-        self._use_eos(processing_class, args)
+        setup.use_template_and_eos(processing_class, args.chat_template_path, args.eos_token)
         model = setup.wrap_peft(model, peft_config, args)
         self.reports: dict[str, PrepareReport] = {}
         self._data_options = setup.data_options(args)
@@ -119,33 +117,6 @@ class SFTTrainer(PackedTrainer):
         setup.add_tags(self.model, self._tag_names)
 
     # ---- data -------------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _use_template_file(tokenizer: Any, args: SFTConfig) -> None:
-        if args.chat_template_path is None:
-            return
-        path = Path(args.chat_template_path)
-        if path.suffix in (".jinja", ".j2"):
-            if not path.is_file():
-                raise ConfigError("no such file", where="chat_template_path", value=str(path))
-            tokenizer.chat_template = path.read_text()
-            return
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer.chat_template = AutoTokenizer.from_pretrained(str(path)).chat_template
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                "no tokenizer to take a chat template from", where="chat_template_path", value=str(path)
-            ) from error
-
-    @staticmethod
-    def _use_eos(tokenizer: Any, args: SFTConfig) -> None:
-        if args.eos_token is None:
-            return
-        if args.eos_token not in tokenizer.get_vocab():
-            raise ConfigError("no such token in the vocabulary", where="eos_token", value=args.eos_token)
-        tokenizer.eos_token = args.eos_token
 
     def _prepared(self, dataset: Any, tokenizer: Any, args: SFTConfig, name: str) -> Any:
         if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):

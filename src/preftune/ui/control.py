@@ -6,8 +6,6 @@ import signal
 from pathlib import Path
 
 from preftune.errors import TrainingError
-from preftune.report.files import Notes, read_lines
-from preftune.report.read import LIVE_LOG
 from preftune.ui.folders import process_of
 
 #: A run that finds this file in its output folder saves a checkpoint and takes the file away.
@@ -26,7 +24,7 @@ def stop(folder: Path) -> str:
     Raises:
         TrainingError: It does not run here.
     """
-    process = process_of(read_lines(folder / LIVE_LOG, Notes()))
+    process = process_of(folder)
     if process is None:
         raise TrainingError("no process of this run is alive on this machine", where="stop", value=folder.name)
     # psutil looks once more whether the number still belongs to the same process.
@@ -46,7 +44,7 @@ def save(folder: Path) -> str:
     Raises:
         TrainingError: It does not run here, or its folder cannot be written.
     """
-    if process_of(read_lines(folder / LIVE_LOG, Notes())) is None:
+    if process_of(folder) is None:
         raise TrainingError("no process of this run is alive on this machine", where="save", value=folder.name)
     try:
         (folder / TRIGGER).touch()

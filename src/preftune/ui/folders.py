@@ -14,14 +14,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from preftune.report.files import Notes, number, read_lines, read_object
+from preftune.report.files import Notes, mapping, number, read_lines, read_object
 from preftune.report.read import LIVE_LOG, STATE, is_run, is_sweep
+from preftune.ui.logs import Logs, States
 
 Status = Literal["running", "finished", "stopped", "unknown"]
 MAX_DEPTH = 6
 MAX_FOLDERS = 5_000
 #: Files whose change means that there is something new to show.
 WATCHED = (LIVE_LOG, STATE, "alarms.jsonl", "samples.jsonl", "eval.json", "audit.json", "advice.json", "sweep.json")
+#: How far each log was read; shared, because a log is the same whoever asks.
+_LOGS = Logs()
+_STATES = States()
 _SKIPPED = ("checkpoint-", ".", "__")
 
 
@@ -96,28 +100,28 @@ def status_of(folder: Path) -> Status:
         ``running`` while its process is alive; ``stopped`` where it died without saying so; ``unknown`` for runs that
         left no ``log.jsonl``.
     """
-    events = read_lines(folder / LIVE_LOG, Notes())
-    if not events:
+    facts = _LOGS.facts(folder / LIVE_LOG)
+    if facts.empty:
         return "unknown"
-    if events[-1].get("event") == "end":
+    if facts.ended:
         return "finished"
-    return "running" if process_of(events) is not None else "stopped"
+    return "running" if process_of(folder) is not None else "stopped"
 
 
-def process_of(events: list[dict[str, Any]]) -> Any | None:
+def process_of(folder: Path) -> Any | None:
     """The process of a run, only if it is the very one that wrote the log.
 
     Args:
-        events: Lines of ``log.jsonl``.
+        folder: Output folder of the run.
 
     Returns:
         A ``psutil.Process``, or ``None`` where it has ended, is another one with the same number, or runs elsewhere.
     """
     import psutil
 
-    from preftune.training.live import machine_id
+    from preftune.config.machine import machine_id
 
-    begun: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "begin"), {})
+    begun = _LOGS.facts(folder / LIVE_LOG).begun
     pid, started = begun.get("pid"), number(begun.get("started"))
     if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 1 or started is None:
         return None
@@ -139,25 +143,19 @@ def overview(entry: Entry) -> dict[str, Any]:
         content = read_object(entry.folder / "sweep.json", Notes()) or {}
         trials = content.get("trials")
         return {**facts, "status": "unknown", "trials": len(trials) if isinstance(trials, list) else 0}
-    events = read_lines(entry.folder / LIVE_LOG, Notes())
-    begun: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "begin"), {})
-    last: dict[str, Any] = next((event for event in reversed(events) if isinstance(event.get("logs"), dict)), {})
-    logs = last.get("logs", {})
-    loss = next((number(event["logs"].get("loss")) for event in reversed(events) if _has_loss(event)), None)
+    log = _LOGS.facts(entry.folder / LIVE_LOG)
+    if log.empty:
+        # Of TRL, or of a Python script without the callback: what it left at its last save is all there is.
+        log = _STATES.facts(entry.folder)
     return {
         **facts,
         "status": status_of(entry.folder),
-        "step": number(last.get("step")),
-        "max_steps": number(begun.get("max_steps")),
-        "loss": loss,
-        "accuracy": number(logs.get("rewards/accuracies")),
+        "step": number(log.last.get("step")),
+        "max_steps": number(log.begun.get("max_steps")),
+        "loss": log.loss,
+        "accuracy": number(mapping(log.last.get("logs")).get("rewards/accuracies")),
         "alarms": len(read_lines(entry.folder / "alarms.jsonl", Notes())),
     }
-
-
-def _has_loss(event: dict[str, Any]) -> bool:
-    logs = event.get("logs")
-    return isinstance(logs, dict) and "loss" in logs
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -7,17 +7,26 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from preftune.data.formats.base import BadRow
 from preftune.data.options import DataOptions
-from preftune.data.prepare import PairWorker, pair_format, pair_rows
-from preftune.data.rows import BadRowHandler, to_error
-from preftune.data.show import label_pair
-from preftune.data.tokenise import tokenise_pairs
+from preftune.data.view import ENCLOSING, LABELS, REMARKS, VERBS, Viewer
 from preftune.errors import DataError
 from preftune.report.files import mapping
-from preftune.report.read import read_run
+from preftune.report.read import Run, read_run
 
 MAX_ROWS = 20
+_OPTIONS = ("max_length", "max_prompt_length", "truncation_mode", "implicit_prompt", "append_eos")
+_TOKENIZER = ("model_revision", "tokenizer_name_or_path", "chat_template")
+_MASKS = ("completion_only_loss", "assistant_only_loss")
+_SOURCES = ("dataset_mixture", "dataset_mixer", "dataset_splits")
+_WORDS = {
+    "prompt": "prompt",
+    "chosen": "chosen, trained on",
+    "rejected": "rejected, trained on",
+    "desirable": "desirable, trained on",
+    "undesirable": "undesirable, trained on",
+    "trained on": "trained on",
+    "dropped": "dropped by truncation",
+}
 
 
 class Rows:
@@ -26,18 +35,19 @@ class Rows:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._folder: Path | None = None
-        self._loaded: tuple[Any, Any] | None = None
+        self._loaded: tuple[str, Viewer] | None = None
 
     def page(self, folder: Path, start: int) -> dict[str, Any]:
         """A few rows as the trainer sees them.
 
         Args:
-            folder: Output folder of the run; its provenance names data, tokenizer and settings.
+            folder: Output folder of the run; its provenance, or else its ``config.yaml``, names data, tokenizer and
+                settings.
             start: First row.
 
         Returns:
-            ``total``, ``start`` and ``rows``: for each the index, the two sequences as runs of text with a label, or
-            what is wrong with it.
+            ``total``, ``start`` and ``rows``: for each the index, the sequences as runs of text with a label, or what
+            is wrong with it; ``legend``, the labels and what they mean; and a ``remark`` where there is one.
 
         Raises:
             DataError: The folder does not tell which data, or there is no such row.
@@ -45,56 +55,82 @@ class Rows:
         with self._lock:
             if folder != self._folder or self._loaded is None:
                 self._loaded, self._folder = _load(folder), folder
-            dataset, worker = self._loaded
-            if not 0 <= start < len(dataset):
-                raise DataError("no such row", where="start", value=start, allowed=f"0 to {len(dataset) - 1}")
-            rows = [_row(dataset[index], index, worker) for index in range(start, min(start + MAX_ROWS, len(dataset)))]
-            return {"total": len(dataset), "start": start, "rows": rows}
+            verb, viewer = self._loaded
+            if not 0 <= start < len(viewer):
+                raise DataError("no such row", where="start", value=start, allowed=f"0 to {len(viewer) - 1}")
+            rows = [_row(viewer, index) for index in range(start, min(start + MAX_ROWS, len(viewer)))]
+            legend = [{"label": label, "text": _WORDS[label]} for label in LABELS[viewer.kind]]
+            remark = REMARKS.get(verb)
+            return {"total": len(viewer), "start": start, "rows": rows, "legend": legend, "remark": remark}
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def _load(folder: Path) -> tuple[str, Viewer]:
     from preftune.config import ModelConfig
-    from preftune.data import load
     from preftune.models.loading import load_tokenizer
+    from preftune.training.setup import use_template_and_eos
 
-    settings = mapping(read_run(folder).provenance.get("settings"))
-    values = {name: mapping(entry).get("value") for role in settings.values() for name, entry in mapping(role).items()}
-    name, model = values.get("dataset_name"), values.get("model_name_or_path")
-    if not isinstance(name, str) or not isinstance(model, str):
+    run = read_run(folder)
+    values, verb = _values(run), _verb(run)
+    model = values.get("model_name_or_path")
+    if not isinstance(model, str):
         raise DataError("the folder does not tell which data were used", where=folder.name, remedy="wait for the end")
-    split = str(values.get("dataset_train_split") or "train")
-    options: dict[str, Any] = {
-        key: values[key] for key in ("dataset_config", "dataset_format", "seed") if values.get(key) is not None
-    }
-    if values.get("dataset_columns"):
-        options["columns"] = values["dataset_columns"]
-    dataset = load(name, split=split, on_bad_rows="warn", **options)["train"]
-    known: dict[str, Any] = {field: values[field] for field in _OPTIONS if field in values}
-    prepared = DataOptions(on_bad_rows="skip", **known)
-    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=model))
-    dataset, spec, _, _ = pair_rows(dataset, pair_format(dataset, prepared, "train"), prepared, "train")
-    return dataset, PairWorker(tokenizer, prepared, spec, "train")
+    # Code of a model's repository is never run here, whatever the run allowed.
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=model, **_given(values, _TOKENIZER)))
+    known = _given(values, _OPTIONS)
+    masks: dict[str, Any] = {}
+    if verb == "sft":
+        masks = _given(values, _MASKS)
+        use_template_and_eos(tokenizer, values.get("chat_template_path"), values.get("eos_token"))
+        known.pop("max_prompt_length", None)
+    known["max_length"] = values.get("max_length", DataOptions.max_length)
+    options = DataOptions(on_bad_rows="skip", enclose=verb in ENCLOSING, **known)
+    return verb, Viewer(_rows(values, folder), tokenizer, options, VERBS[verb], **masks)
 
 
-_OPTIONS = ("max_length", "max_prompt_length", "truncation_mode", "implicit_prompt", "append_eos")
+def _rows(values: dict[str, Any], folder: Path) -> Any:
+    """The training split, from the places that the settings name."""
+    from preftune.data import load
+
+    name = values.get("dataset_name")
+    common = _given(values, ("dataset_config", "dataset_format", "pairing", "seed"))
+    text = values.get("dataset_text_field") or "text"
+    if values.get("dataset_columns") or text != "text":
+        common["columns"] = values.get("dataset_columns") or {text: "text"}
+    several = _given(values, _SOURCES)
+    if isinstance(name, str):
+        split = str(values.get("dataset_train_split") or "train")
+        return load(name, split=split, on_bad_rows="warn", **common)["train"]
+    if several:
+        return load(**several, on_bad_rows="warn", **common)["train"]
+    raise DataError("the folder does not tell which data were used", where=folder.name, remedy="wait for the end")
 
 
-def _row(raw: dict[str, Any], index: int, worker: Any) -> dict[str, Any]:
-    outcomes, _, rows = worker.canonical([raw], [index], BadRowHandler("skip"))
-    if not rows:
-        return {"index": index, "problem": str(outcomes[0].bad), "sides": []}
-    result = tokenise_pairs(worker.encoder, rows, worker.options.append_eos)[0]
-    if isinstance(result, BadRow):
-        return {"index": index, "problem": str(to_error(result, "row")), "sides": []}
-    labelled, reason = label_pair(result, worker.options)
-    tokenizer = worker.encoder.tokenizer
+def _values(run: Run) -> dict[str, Any]:
+    """Settings by name, from the provenance or, before that is written, from ``config.yaml``."""
+    settings = mapping(run.provenance.get("settings"))
+    found = {name: mapping(entry).get("value") for role in settings.values() for name, entry in mapping(role).items()}
+    return found or run.config
+
+
+def _verb(run: Run) -> str:
+    command = run.provenance.get("command")
+    named = command[1] if isinstance(command, list) and len(command) > 1 else None
+    return str(named) if named in VERBS else "dpo"
+
+
+def _given(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: values[name] for name in names if values.get(name) is not None}
+
+
+def _row(viewer: Viewer, index: int) -> dict[str, Any]:
+    shown = viewer.row(index)
     sides = []
-    for name, tokens in labelled.items():
+    for name, tokens in shown.sequences.items():
         runs = []
         for label, run in groupby(tokens, key=lambda item: item[1]):
             ids = [token for token, _ in run]
-            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            text = str(viewer.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
             runs.append({"label": label, "num_tokens": len(ids), "text": text})
         sides.append({"name": name, "num_tokens": len(tokens), "runs": runs})
-    problem = f"the whole row is dropped: {reason}" if reason else None
+    problem = f"the whole row is dropped: {shown.dropped}" if shown.dropped else shown.problem
     return {"index": index, "problem": problem, "sides": sides}

@@ -36,6 +36,15 @@ const preftune = (() => {
     return String(Number(value.toPrecision(3)));
   }
 
+  /** An estimate and the ends of its interval, to the two digits of the interval's width that mean something. */
+  function rounded(value, unit = 1) {
+    const all = [value.mean, value.low, value.high].filter((one) => one !== undefined && one !== null).map((one) => unit * one);
+    const width = all.length === 3 ? all[2] - all[1] : 0;
+    const decimals = width > 0 ? Math.max(0, 1 - Math.floor(Math.log10(width * 1.0001))) : unit === 100 ? 1 : null;
+    const one = (each) => decimals === null || decimals > 6 ? (Math.abs(each) < 1e-3 ? shown(each) : String(Number(each.toPrecision(4)))) : (Math.round(each * 10 ** decimals) / 10 ** decimals + 0).toFixed(decimals);
+    return all.map((each) => one(each).replace(/^-/, "−"));
+  }
+
   function layout(extra) {
     const ink = color("muted"), grid = color("grid");
     const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, tickfont: { color: ink }, fixedrange: false };
@@ -89,5 +98,5 @@ const preftune = (() => {
     for (const place of document.querySelectorAll("[data-plot]:not(.drawn)")) soon.observe(place);
   }
 
-  return { data, state, numbers, color, runColor, text, short, shown, layout, config, register, host, draw, drawn, redraw, drawAll, watch };
+  return { data, state, numbers, color, runColor, text, short, shown, rounded, layout, config, register, host, draw, drawn, redraw, drawAll, watch };
 })();

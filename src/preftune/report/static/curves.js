@@ -74,7 +74,8 @@
 
   function lineStyle(index, role, split, several, roles) {
     const colorOf = several ? runColor(index) : roles > 1 ? runColor(role) : runColor(split === "eval" ? 1 : 0);
-    const dash = split === "eval" ? "dot" : several && role === 1 ? "dash" : "solid";
+    // Colours come round after eight runs; the strokes then tell them apart.
+    const dash = split === "eval" ? "dot" : several && index >= 8 ? "longdashdot" : several && role === 1 ? "dash" : "solid";
     return { color: colorOf, width: split === "eval" ? 2 : 1.8, dash };
   }
 
@@ -148,6 +149,17 @@
     return shapes;
   }
 
+  /** What the level line stands for, at its right end. */
+  function levelName(plot) {
+    if (plot.level === null || !plot.levelLabel) return [];
+    return [{ xref: "paper", x: 1, xanchor: "right", y: plot.level, yanchor: "bottom", text: text(plot.levelLabel), showarrow: false, font: { size: 11, color: color("muted") }, bgcolor: color("surface"), opacity: 0.85, borderpad: 1 }];
+  }
+  /** Steps are whole: a short run must not get ticks between them. */
+  function wholeSteps() {
+    const last = Math.max(0, ...data.runs.map((run) => { const axis = axisOf(run); return axis && axis.length ? axis[axis.length - 1] : 0; }));
+    return state.axis === "step" && last <= 8 ? { dtick: 1, tick0: 0 } : {};
+  }
+
   function titleOf() {
     if (state.axis !== "time") return state.axis === "step" ? "step" : "tokens";
     return unit()[1] + (data.runs.some((run) => run.curves.estimatedTime) ? " (spread evenly over steps)" : "");
@@ -155,15 +167,15 @@
 
   function made(plot) {
     const all = traces(plot), range = zoom.get(state.axis);
-    const y = { hoverformat: ".4g", exponentformat: "power", nticks: 6 };
-    if (plot.key === "accuracies") y.tickformat = ".0%";
+    const y = { hoverformat: ".4g", exponentformat: "power", nticks: 6, title: { text: text(plot.unit || ""), standoff: 4, font: { size: 11 } } };
+    if (/^share/.test(plot.unit || "")) Object.assign(y, { tickformat: ".0%", rangemode: "tozero" });
     return {
       traces: all,
       layout: {
         hovermode: all.length > 14 ? "closest" : "x unified", showlegend: all.filter((trace) => trace.showlegend !== false).length > 1 && data.runs.length === 1,
-        xaxis: { title: { text: titleOf(), standoff: 6 }, ...(range ? { range, autorange: false } : {}), tickformat: state.axis === "time" ? "" : "~s" }, yaxis: y,
+        xaxis: { title: { text: titleOf(), standoff: 6 }, ...(range ? { range, autorange: false } : {}), tickformat: state.axis === "time" ? "" : "~s", ...(range ? {} : wholeSteps()) }, yaxis: y, annotations: levelName(plot),
         yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true }, shapes: shapesOf(plot),
-        margin: { l: 52, r: 12, t: 8, b: 44 },
+        margin: { l: 60, r: 12, t: 8, b: 44 },
       },
       zoomed,
     };

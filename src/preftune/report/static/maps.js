@@ -1,11 +1,16 @@
 // A sweep's maps, interaction lines, distance, parallel coordinates and cost; and the plots of an evaluation.
 (() => {
-  const { data, color, runColor, text, short, shown } = preftune;
+  const { data, color, runColor, text, short, shown, rounded } = preftune;
 
   const words = (name) => text(name.replace(/_/g, " "));
   const keyOf = (value) => JSON.stringify(value);
   const scale = (field) => (value) => field.log ? Math.log10(value) : field.numeric ? value : field.values.findIndex((other) => keyOf(other) === keyOf(value));
   const figure = (value, share) => share ? (100 * value).toFixed(1) : shown(value);
+  /** A value and its interval in words. */
+  function told(value, share) {
+    const [mean, low, high] = rounded(value, share ? 100 : 1);
+    return [mean + (share ? " %" : ""), low === undefined ? "" : low + " to " + high];
+  }
   const estimate = (trial, metric) => trial.metrics[metric.name];
 
   function axisFor(field) {
@@ -50,7 +55,7 @@
 
   const hover = (trial, value, share) =>
     "trial " + text(trial.number) + "<br>" + Object.entries(trial.params).map(([name, v]) => words(name) + " " + short(shown(v))).join("<br>") +
-    "<br><b>" + figure(value.mean, share) + (share ? " %" : "") + "</b>" + (value.low !== undefined ? " (" + figure(value.low, share) + " to " + figure(value.high, share) + ")" : "");
+    "<br><b>" + told(value, share)[0] + "</b>" + (value.low !== undefined ? " (" + told(value, share)[1] + ")" : "");
 
   function map(sweep, metric) {
     const [fx, fy] = sweep.fields;
@@ -71,8 +76,8 @@
       const i = xs.indexOf(scale(fx)(trial.params[fx.name])), j = ys.indexOf(scale(fy)(trial.params[fy.name]));
       z[j][i] = better(value.mean);
       notes[j][i] = hover(trial, value, metric.share);
-      const ink = inkOn(z[j][i]), range = value.low !== undefined ? "<br><span>" + figure(value.low, metric.share) + " – " + figure(value.high, metric.share) + "</span>" : "";
-      annotations.push({ x: (ex[i] + ex[i + 1]) / 2, y: (ey[j] + ey[j + 1]) / 2, text: "<b>" + figure(value.mean, metric.share) + "</b>" + range, showarrow: false,
+      const ink = inkOn(z[j][i]), [mean, ends] = told(value, metric.share), range = ends ? "<br><span>" + ends + "</span>" : "";
+      annotations.push({ x: (ex[i] + ex[i + 1]) / 2, y: (ey[j] + ey[j + 1]) / 2, text: "<b>" + mean + "</b>" + range, showarrow: false,
         font: { color: ink, size: 12 }, bgcolor: "rgb(" + mix(color("map-low"), color("map-high"), z[j][i]).join(",") + ")", borderpad: 2 });
       if (metric.tied.includes(trial.number)) hatchCell(hatch[ink === "#ffffff" ? "light" : "dark"], ex[i], ex[i + 1], ey[j], ey[j + 1]);
       if (trial.number === metric.best) {
@@ -146,12 +151,12 @@
 
   function distance(sweep) {
     const metric = sweep.metrics[0], kl = sweep.kl, unit = metric.share ? 100 : 1;
-    const found = sweep.trials.filter((trial) => estimate(trial, metric) && trial.metrics[kl] && trial.metrics[kl].mean >= 0).map((trial) => ({ trial, value: estimate(trial, metric) }));
+    const found = sweep.trials.filter((trial) => estimate(trial, metric) && trial.metrics[kl]).map((trial) => ({ trial, value: estimate(trial, metric) }));
     return {
       traces: [{
-        type: "scatter", mode: "markers", x: found.map(({ trial }) => Math.sqrt(trial.metrics[kl].mean)), y: found.map(({ value }) => value.mean * unit), error_y: errorBars(found, color("muted"), unit),
+        type: "scatter", mode: "markers", x: found.map(({ trial }) => Math.sqrt(Math.max(0, trial.metrics[kl].mean))), y: found.map(({ value }) => value.mean * unit), error_y: errorBars(found, color("muted"), unit),
         marker: { size: found.map(({ trial }) => trial.number === metric.best ? 15 : 9), symbol: found.map(({ trial }) => trial.number === metric.best ? "star" : metric.tied.includes(trial.number) ? "diamond" : "circle"), color: runColor(0), line: { width: 1, color: color("surface") } },
-        text: found.map(({ trial, value }) => hover(trial, value, metric.share)), hovertemplate: "%{text}<extra></extra>",
+        text: found.map(({ trial, value }) => hover(trial, value, metric.share)), hovertemplate: "%{text}<extra></extra>", cliponaxis: false,
       }],
       layout: { xaxis: { title: { text: "√KL (√nats)", standoff: 6 }, rangemode: "tozero" }, yaxis: { title: { text: text(metric.title) + (metric.share ? " (%)" : ""), standoff: 6 } }, hovermode: "closest", margin: { l: 64, r: 12, t: 10, b: 52 } },
     };
@@ -219,14 +224,14 @@
 
   function calibration(bins) {
     const points = bins.map((bin) => ({ x: value(bin, "predicted", "confidence", "mean_predicted", "probability"), y: value(bin, "observed", "accuracy", "frequency", "share") })).filter((point) => point.x && point.y);
-    const bars = points.every((point) => point.y.low !== undefined);
+    const bars = points.some((point) => typeof point.y.low === "number"), arm = (y, end) => typeof y[end] === "number" ? Math.abs(y[end] - y.mean) : 0;
     // Confidence in the likelier answer begins at one half.
     const start = points.every((point) => point.x.mean >= 0.5) ? 0.5 : 0;
     return {
       traces: [
         { type: "scatter", mode: "lines", x: [start, 1], y: [start, 1], line: { color: color("muted"), dash: "dash", width: 1 }, hoverinfo: "skip", name: "perfect" },
         { type: "scatter", mode: "lines+markers", x: points.map((p) => p.x.mean), y: points.map((p) => p.y.mean), line: { color: runColor(0), width: 2 }, marker: { size: 8 }, name: "observed",
-          error_y: bars ? { type: "data", symmetric: false, array: points.map((p) => p.y.high - p.y.mean), arrayminus: points.map((p) => p.y.mean - p.y.low), color: runColor(0), thickness: 1.2 } : undefined, hovertemplate: "predicted %{x:.3f}, observed %{y:.3f}<extra></extra>" },
+          error_y: bars ? { type: "data", symmetric: false, array: points.map((p) => arm(p.y, "high")), arrayminus: points.map((p) => arm(p.y, "low")), color: runColor(0), thickness: 1.2 } : undefined, hovertemplate: "predicted %{x:.3f}, observed %{y:.3f}<extra></extra>" },
       ],
       layout: { xaxis: { title: { text: "predicted", standoff: 6 }, range: [start - 0.02, 1.02] }, yaxis: { title: { text: "observed", standoff: 6 }, range: [Math.min(start, ...points.map((p) => p.y.low ?? p.y.mean)) - 0.02, 1.02] }, hovermode: "closest" },
     };
@@ -235,11 +240,11 @@
   function byLength(rows) {
     const label = (row) => row.bucket ?? row.label ?? row.name ?? row.group ?? (row.from !== undefined ? row.from + "–" + (row.to ?? "") : row.low !== undefined && row.high !== undefined ? row.low + "–" + row.high : "");
     const found = rows.map((row) => ({ name: String(label(row)), value: value(row, "accuracy", "metric", "share") ?? value(row, "mean") })).filter((row) => row.value);
-    const bars = found.every((row) => row.value.low !== undefined);
+    const bars = found.some((row) => typeof row.value.low === "number"), arm = (row, end) => typeof row.value[end] === "number" ? Math.abs(row.value[end] - row.value.mean) : 0;
     return {
       traces: [{ type: "scatter", mode: "markers", x: found.map((row) => short(row.name, 18)), y: found.map((row) => row.value.mean), marker: { size: 10, color: runColor(0) },
-        error_y: bars ? { type: "data", symmetric: false, array: found.map((row) => row.value.high - row.value.mean), arrayminus: found.map((row) => row.value.mean - row.value.low), color: runColor(0), thickness: 1.5 } : undefined, hovertemplate: "%{x}: %{y:.1%}<extra></extra>" }],
-      layout: { xaxis: { type: "category" }, yaxis: { tickformat: ".0%" }, shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: color("muted"), width: 1, dash: "dash" } }], hovermode: "closest" },
+        error_y: bars ? { type: "data", symmetric: false, array: found.map((row) => arm(row, "high")), arrayminus: found.map((row) => arm(row, "low")), color: runColor(0), thickness: 1.5 } : undefined, hovertemplate: "%{x}: %{y:.1%}<extra></extra>" }],
+      layout: { xaxis: { type: "category" }, yaxis: { tickformat: ".0%", title: { text: "accuracy", standoff: 6 } }, shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: color("muted"), width: 1, dash: "dash" } }], hovermode: "closest" },
     };
   }
 

@@ -42,7 +42,7 @@ class LoopWatch(TrainerCallback):
             import torch.distributed
 
             # Beside the accelerators' own group, so that asking costs no synchronisation with them.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
         self._trainer.begin()
 
     def on_epoch_begin(

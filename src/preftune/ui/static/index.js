@@ -7,7 +7,8 @@
     const root = document.documentElement;
     root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
   });
-  const shown = (value) => value === null || value === undefined ? "–" : typeof value === "number" ? String(Number(value.toPrecision(4))) : value;
+  const shown = (value) => value === null || value === undefined ? "–" : typeof value === "number" ? Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(4))) : value;
+  const MOST = 12, limit = document.getElementById("limit");
   const view = (keys) => "view?" + keys.map((key) => "id=" + encodeURIComponent(key)).join("&");
 
   function cell(row, content, numeric) {
@@ -22,7 +23,10 @@
       box.type = "checkbox";
       box.checked = marked.has(entry.key);
       box.setAttribute("aria-label", "compare " + entry.label);
-      box.addEventListener("change", () => { if (box.checked) marked.add(entry.key); else marked.delete(entry.key); });
+      box.addEventListener("change", () => { if (box.checked && marked.size >= MOST) { box.checked = false; limit.textContent = "At most " + MOST + " fit side by side."; return; }
+        limit.textContent = "";
+        if (box.checked) marked.add(entry.key); else marked.delete(entry.key);
+      });
       link.href = view([entry.key]);
       link.textContent = entry.label;
       tag.className = "tag status";

@@ -18,6 +18,7 @@
   async function refresh() {
     if (busy) { again = true; return; }
     busy = true;
+    const began = performance.now();
     try {
       const answer = await fetch("news?" + query);
       if (answer.status === 404) { setStatus([]); at("connection").textContent = "the folder has vanished; what was read stays on the page"; return; }
@@ -31,11 +32,12 @@
         if (parsed) at("summary").replaceWith(document.adoptNode(parsed));
       }
       setStatus(news.status);
+      at("connection").textContent = "connected";
       at("newer").hidden = JSON.stringify(news.sections) === known;
       document.documentElement.dataset.refreshed = String(Number(document.documentElement.dataset.refreshed || 0) + 1);
     } catch { at("connection").textContent = "connection lost, trying again"; } finally {
-      busy = false;
-      if (again) { again = false; refresh(); }
+      // A long log takes a while to read: the page follows it at most a quarter of the time.
+      setTimeout(() => { busy = false; if (again) { again = false; refresh(); } }, Math.min(60000, 3 * (performance.now() - began)));
     }
   }
   const events = new EventSource("events?" + query);
@@ -82,12 +84,16 @@
     } catch (error) { status.textContent = error.message; }
   });
 
+  // What is to become likelier, what less likely.
+  const tones = { desirable: "chosen", "trained on": "chosen", undesirable: "rejected" };
+  const tone = (label) => tones[label] || label;
   async function showRows(start) {
     const status = at("rows-status");
     status.textContent = "loading …";
     const answer = await fetch("data?" + query + "&start=" + start), said = await answer.json();
     if (!answer.ok) { status.textContent = said.error; return; }
     status.textContent = said.total + " rows; showing " + said.start + " to " + (said.start + said.rows.length - 1);
+    at("rows-legend").replaceChildren(...said.legend.flatMap((one) => [part("span", one.text, "tok " + tone(one.label)), " "]), said.remark ? "(" + said.remark + ")" : "");
     at("rows-form").elements.start.value = said.start;
     at("rows-next").dataset.next = said.start + said.rows.length < said.total ? said.start + said.rows.length : 0;
     at("rows-list").replaceChildren(...said.rows.map((row) => {
@@ -97,7 +103,7 @@
       for (const side of row.sides) {
         const text = part("p", undefined, "text");
         for (const run of side.runs) {
-          const token = part("span", run.text, "tok " + run.label);
+          const token = part("span", run.text, "tok " + tone(run.label));
           token.title = run.label + ", " + run.num_tokens + " tokens";
           text.append(token);
         }
