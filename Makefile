@@ -68,7 +68,7 @@ audit: setup  ## the noise estimate against the truth, and two real files; write
 guards: setup  ## each guard on a run made to misbehave, all of them on healthy ones; writes docs/guards.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.guards
 
-fuzz: setup  ## twelve thousand hostile rows, files, configurations and command lines
+fuzz: setup  ## hostile rows, files, configurations, command lines; losses and packing under extremes; guided by coverage
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz
 
 coverage: setup  ## how often 95 % intervals hold the truth, in simulation; writes docs/evaluation.md

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from benchmarks.fuzz_tally import Tally, WrongError
 from benchmarks.loss_formulas import Pair
-from mpmath import mp, mpf  # type: ignore[import-untyped]
+from mpmath import mp, mpf
 from torch import Tensor
 
 from benchmarks import loss_formulas as formulas
