@@ -81,11 +81,12 @@ def measure(case: Case, work: Path, threads: int) -> dict[str, Any]:
 def _largest_difference(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float:
     """Of any held-out figure of any trial, between the two sweeps."""
     by_params = {json.dumps(trial["params"], sort_keys=True): trial["metrics"] for trial in other}
-    return max(
+    differences: list[float] = [
         abs(figure["mean"] - by_params[json.dumps(trial["params"], sort_keys=True)][name]["mean"])
         for trial in one
         for name, figure in trial["metrics"].items()
-    )
+    ]
+    return max(differences)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

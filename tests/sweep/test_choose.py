@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from preftune.sweep.choose import Candidate, choose, paired_p
-from preftune.sweep.scores import ACCURACY, HeldOut
+from preftune.sweep.scores import ACCURACY, GAIN, HeldOut
 from tests.sweep.helpers import held
 
 
@@ -77,6 +77,22 @@ def test_the_most_conservative_of_those_as_good_as_the_best_is_taken() -> None:
     assert told[2].difference == pytest.approx(146 / 200 - max(each.mean for each in trials))
     assert found.sweet_spot == 1
     assert "Holm" in found.reason
+
+
+def test_the_preference_gain_is_cautious_enough_by_itself() -> None:
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(200, 2))
+    held_out = [HeldOut(rewards + shift, np.arange(200), 1.0, "same") for shift in (np.array([0.3, 0.0]), 0.0)]
+    bold, timid = (
+        Candidate(number, {"beta": beta}, float(each.values(GAIN).mean()), each)
+        for number, (beta, each) in enumerate(zip((0.05, 0.8), held_out, strict=True))
+    )
+    # Equal but for the last digits, so that the cautious one is well within a standard error.
+    twin = Candidate(2, {"beta": 0.8}, bold.mean - 1e-9, held_out[0])
+    found = choose([bold, timid, twin], GAIN, "maximize", 0)
+    assert found is not None
+    assert (found.best, found.sweet_spot) == (0, 0)
+    assert found.comparisons[2].tied is True
 
 
 def test_holm_is_taken_over_all_comparisons() -> None:

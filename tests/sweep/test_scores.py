@@ -39,11 +39,11 @@ def test_per_pair_numbers_follow_from_the_rewards() -> None:
     assert found.values(ACCURACY).tolist() == [1, 0, 0]
     assert found.values(MARGIN).tolist() == [0.5, 0.0, -1.0]
     assert found.values(PLAIN_MARGIN).tolist() == [1.0, 0.0, -2.0]
-    # Rewards over beta are (2, 1), (0.4, 0.4) and (-2, 0).
-    first = 1 / (1 + math.exp(-2)) - 1 / (1 + math.exp(-1))
-    assert found.values(GAIN).tolist() == pytest.approx([first, 0.0, 1 / (1 + math.exp(2)) - 0.5])
+    # Half the rewards over beta are (1, 0.5), (0.2, 0.2) and (-1, 0).
+    first = 1 / (1 + math.exp(-1)) - 1 / (1 + math.exp(-0.5))
+    assert found.values(GAIN).tolist() == pytest.approx([first, 0.0, 1 / (1 + math.exp(1)) - 0.5])
     # A policy that has left what the reference writes gains nothing, however large its margin.
-    away = held_out_of(np.array([[-20.0, -40.0]]), tokens([[1]]), 1.0)
+    away = held_out_of(np.array([[-40.0, -80.0]]), tokens([[1]]), 1.0)
     assert away.values(ACCURACY).tolist() == [1]
     assert away.values(GAIN)[0] == pytest.approx(0, abs=1e-8)
 

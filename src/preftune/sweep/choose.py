@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from preftune.evaluation.stats import holm, mcnemar, paired_difference
-from preftune.sweep.scores import PAIRED, Array, HeldOut
+from preftune.sweep.scores import GAIN, PAIRED, Array, HeldOut
 
 LEVEL = 0.05
 _FLIPS = 9_999
@@ -126,7 +126,7 @@ def choose(candidates: Sequence[Candidate], metric: str, direction: str, seed: i
     best = min(usable, key=lambda each: (-sign * each.mean, *_caution(each)))
     comparisons = _compare(usable, best, metric, seed)
     close = [each for each in usable if _within_one_error(comparisons[each.number], sign)]
-    sweet = min(close, key=_caution)
+    sweet = best if metric == GAIN else min(close, key=_caution)
     return Choice(best.number, sweet.number, comparisons, _reason(best, sweet, comparisons, metric))
 
 
