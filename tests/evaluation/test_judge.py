@@ -122,7 +122,9 @@ def test_a_torn_line_is_asked_again(start_judge: Start, tmp_path: Path) -> None:
 def test_interrupted_run_goes_on(start_judge: Start, tmp_path: Path) -> None:
     server = start_judge(taste="longer", delay=1.0)
     script = (
-        "import sys; from preftune.evaluation.judge import *\n"
+        # A shell's background jobs inherit an ignored Ctrl-C.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from preftune.evaluation.judge import *\n"
         "qs = [Question(f'question {n}', 'long ' * (n + 2), 'short') for n in range(6)]\n"
         f"print(Judge({server.url!r}, 'm', folder={str(tmp_path)!r}, concurrency=1).ask(qs))"
     )
