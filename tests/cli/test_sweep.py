@@ -153,6 +153,9 @@ def test_result_files_hold_what_others_read(cli: Cli) -> None:
     assert all(isinstance(cell["tied_with_best"], bool) for cell in cells)
     assert found["best"]["config"] == "best.yaml"
     assert "sweet spot" in out
+    page = Path("out/report.html").read_text(encoding="utf-8")
+    assert found["best"]["reason"].split(";")[0][1:] in page  # the first letter is a capital there
+    assert "wrote out/report.html" in out
     assert "1 pass over the data" in out
     # The ready file trains with these very settings.
     assert cli("dpo", "--config", "out/best.yaml")[0] == 0

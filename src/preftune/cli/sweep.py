@@ -18,7 +18,7 @@ from rich.console import Console
 from preftune.cli.failures import plain_warnings
 from preftune.cli.main import INTERRUPTED
 from preftune.config import CommandLine, redact, split_command_line
-from preftune.errors import ConfigError, SetupError
+from preftune.errors import ConfigError, PreftuneError, SetupError
 from preftune.sweep.plan import Plan
 
 VERBS = ("dpo", "orpo", "cpo")
@@ -346,7 +346,7 @@ def _end(options: Options, plan: Plan, folder: Path, board: Any, console: Consol
             where=str(folder),
             remedy="correct the cause, then preftune sweep --out DIR --retry_failed",
         )
-    for line in _closing(result, plan, folder):
+    for line in (*_closing(result, plan, folder), _report(folder)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if options.retrain_best:
         return retrain(plan, folder)
@@ -362,6 +362,16 @@ def _closing(result: Mapping[str, Any], plan: Plan, folder: Path) -> list[str]:
         f"saved {folder / 'sweep.json'}",
         f"to train the sweet spot: preftune {plan.verb} --config {shlex.quote(str(folder / best['config']))}",
     ]
+
+
+def _report(folder: Path) -> str:
+    """Write the page with the maps. A sweep that is done must not fail because of a page."""
+    from preftune.report import build
+
+    try:
+        return f"wrote {build([folder], folder / 'report.html')}"
+    except PreftuneError as error:
+        return f"the report could not be written: {error}"
 
 
 def retrain(plan: Plan, folder: Path) -> int:
