@@ -247,7 +247,7 @@ def _last_tile(label: str, curve: Curve | None) -> Tile:
     if curve is None or not len(curve.values):
         return Tile(label, "-")
     last, first = (_large(float(value)) for value in (curve.values[-1], curve.values[0]))
-    return Tile(label, last, f"from {first}")
+    return Tile(label, last, f"from {first}") if len(curve.values) > 1 else Tile(label, last)
 
 
 def _large(value: float) -> str:
