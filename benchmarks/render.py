@@ -59,6 +59,8 @@ def section(report: dict[str, Any]) -> str:
     """Render one result file."""
     device = "GPU" if report["machine"]["accelerator"] else "CPU"
     parts = [f"## {device}, `{report['preset']}`, {report['date'][:10]}", machine_text(report["machine"])]
+    if note := report.get("note"):
+        parts.append(note)
     if caution := summary.busy(report["machine"]):
         parts.append(f"**{caution}**")
     for setting, rows in summary.rows_of(report).items():

@@ -114,6 +114,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--work", type=Path, help="folder for tokenizer and model (default: under the temporary folder)"
     )
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<device>-<preset>.json)")
+    parser.add_argument("--note", default="", help="what a reader has to know about the circumstances")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and stop")
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
@@ -268,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]),
         "machine": machine,
+        "note": args.note,
         "cells": results,
     }
     device = "cuda" if machine["accelerator"] else "cpu"
