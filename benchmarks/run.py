@@ -239,6 +239,13 @@ def run_all(args: argparse.Namespace, settings: list[Setting]) -> list[dict[str,
     return results
 
 
+def _without_places(argv: list[str]) -> list[str]:
+    """Arguments without those that say where files lie, which mean nothing elsewhere."""
+    places = ("--work", "--out")
+    pairs = zip(["", *argv], argv, strict=False)
+    return [arg for before, arg in pairs if before not in places and arg not in places]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write the JSON.
 
@@ -267,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "preset": args.preset,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": " ".join(["benchmarks/run.py", *_without_places(sys.argv[1:] if argv is None else argv)]),
         "machine": machine,
         "note": args.note,
         "cells": results,
