@@ -58,7 +58,8 @@ def machine_text(machine: dict[str, Any]) -> str:
 def section(report: dict[str, Any]) -> str:
     """Render one result file."""
     device = "GPU" if report["machine"]["accelerator"] else "CPU"
-    parts = [f"## {device}, `{report['preset']}`, {report['date'][:10]}", machine_text(report["machine"])]
+    what = ", ".join(dict.fromkeys(f"{cell['workload']} {cell['dtype']}" for cell in report["cells"]))
+    parts = [f"## {device}, `{report['preset']}`, {what}, {report['date'][:10]}", machine_text(report["machine"])]
     if note := report.get("note"):
         parts.append(note)
     if caution := summary.busy(report["machine"]):
