@@ -31,6 +31,18 @@ WORDS = (
 )
 
 
+#: Settings of a run of three steps over :func:`world`.
+SMALL_RUN = {
+    "model_name_or_path": "model",
+    "dataset_name": "pairs.jsonl",
+    "max_length": 64,
+    "per_device_train_batch_size": 4,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "bf16": False,
+}
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with ``model`` (two-layer Llama, byte-level BPE) and ``pairs.jsonl`` (16 pairs)."""

@@ -16,18 +16,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.cli.conftest import Cli
+from preftune.sweep.board import Board
+from tests.cli.conftest import SMALL_RUN, Cli
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = {
-    "model_name_or_path": "model",
-    "dataset_name": "pairs.jsonl",
-    "max_length": 64,
-    "per_device_train_batch_size": 4,
-    "max_steps": 3,
-    "logging_steps": 1,
-    "bf16": False,
-}
 GRID = ("--param", "beta=0.05,0.5", "--param", "learning_rate=1e-3,1e-2")
 
 
@@ -39,7 +31,7 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def base(**changes: Any) -> str:
     """Write the base settings to the current folder."""
-    Path("base.yaml").write_text(yaml.safe_dump({**BASE, **changes}), encoding="utf-8")
+    Path("base.yaml").write_text(yaml.safe_dump({**SMALL_RUN, **changes}), encoding="utf-8")
     return "base.yaml"
 
 
@@ -160,6 +152,25 @@ def test_result_files_hold_what_others_read(cli: Cli) -> None:
     # The ready file trains with these very settings.
     assert cli("dpo", "--config", "out/best.yaml")[0] == 0
     compared(final_metrics(Path("out") / found["best"]["run"]), final_metrics("out/best"))
+
+
+def test_a_pruner_sees_the_deciding_metric(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, float]] = []
+
+    def report(self: Board, claim: Any, value: float, step: int) -> bool:
+        told.append((claim.slot, value))
+        return bool(claim.slot == 1)
+
+    monkeypatch.setattr(Board, "report", report)
+    config = base(eval_strategy="steps", eval_steps=1)
+    arguments = ("--param", "beta=0.05,0.5", "--pruner", "median", "--keep", "none")
+    assert cli("sweep", "--config", config, *arguments, "--out", "out")[0] == 0
+    first, second = result()["trials"]
+    # Three steps: two evaluations on the way of the first, and the second is stopped at its first.
+    assert [slot for slot, _ in told] == [0, 0, 1]
+    assert all(-1 < value < 1 for _, value in told)
+    assert (first["state"], second["state"]) == ("complete", "pruned")
+    assert "eval_preference_gain" in second["reason"]
 
 
 def test_finished_sweeps_and_their_weights_are_left_alone(cli: Cli) -> None:
@@ -425,6 +436,7 @@ def test_reference_free_verbs(cli: Cli, verb: str) -> None:
         (("--param", "beta=0.1", "--metric", "eval_acc"), "eval_rewards/accuracies"),
         (("--param", "beta=0.1", "--metric", "eval_kl"), "--kl_prompts"),
         (("--param", "beta=0.1", "--pruner", "median"), "eval_strategy"),
+        (("--param", "beta=0.1", "--pruner", "median", "--metric", "train_loss"), "at the end"),
         (("--param", "beta=0.1", "--verb", "kto"), "dpo, orpo, cpo"),
         (("--param", "beta=0.1", "--workers", "0"), "1 or more"),
         (("--param", "beta=0.1", "--eval_share", "1.5"), "less than 1"),

@@ -19,17 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.cli.conftest import SMALL_RUN
+
 pytestmark = pytest.mark.slow
 
-SETTINGS = {
-    "model_name_or_path": "model",
-    "dataset_name": "pairs.jsonl",
-    "max_length": 64,
-    "per_device_train_batch_size": 4,
-    "max_steps": 3,
-    "logging_steps": 1,
-    "bf16": False,
-}
 SWEEP = ("sweep", "--config", "base.yaml", "--out", "out", "--keep", "none", "--param", "beta=0.05,0.5,0.9")
 # In a process of its own, as trackers keep their state. Trial 1 fails when everything has been logged.
 FAILING = """
@@ -60,7 +53,7 @@ def needs(package: str, least: tuple[int, ...]) -> None:
 def place(world: Path, tmp_path: Path) -> Path:
     for name in ("model", "pairs.jsonl"):
         (tmp_path / name).symlink_to(world / name)
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(SMALL_RUN), encoding="utf-8")
     return tmp_path
 
 

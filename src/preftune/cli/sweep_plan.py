@@ -271,6 +271,14 @@ def _check_metric(plan: Plan, options: Options, settings: Resolved[Any], notes: 
     searched = {dimension.name for dimension in plan.dimensions}
     if plan.metric in (MARGIN, "eval_loss", "train_loss") and searched & {"beta", "loss_type"}:
         notes.append(f"{plan.metric} is on another scale for every beta and loss; {ACCURACY} compares them fairly")
+    if options.pruner != "none" and plan.metric in ("train_loss", KL):
+        raise ConfigError(
+            "pruning compares held-out figures on the way, and this one is taken at the end",
+            where="--metric",
+            value=plan.metric,
+            allowed=", ".join((*PAIRED, "eval_loss")),
+            remedy="take another metric, or leave --pruner out",
+        )
     if options.pruner != "none" and plan.base.get("eval_strategy") in (None, "no"):
         raise ConfigError(
             "pruning compares held-out figures on the way, and none are taken",

@@ -35,7 +35,7 @@ from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.result import remove_weights, trial_settings
 from preftune.sweep.runner import Observer, Outcome, TrialSpec
-from preftune.sweep.scores import KL, HeldOut, held_out_of, metrics_of, with_interval
+from preftune.sweep.scores import KL, HeldOut, held_out_of, metrics_of, paired_means, with_interval
 from preftune.sweep.shared import Base, Shelf, sharing
 from preftune.sweep.space import as_flag
 from preftune.sweep.watch import Watch
@@ -165,9 +165,10 @@ class PairTrials:
             key = (base_key(this.settings.model), this.args.chat_template, this.args.pad_token)
             trainer_class = sharing(settings_classes(self.plan.verb)[1], self.shelf, key, collect)
             trainer, splits = build_trainer(this, trainer_class)
-            watch = Watch(trial, observer, self.plan.diverge_factor)
+            beta = this.args.beta
+            watch = Watch(trial, observer, self.plan.diverge_factor, lambda: paired_means(rewards[0], beta))
             results = self._fit(trial, trainer, watch)
-            held = held_out_of(rewards[0], trainer.eval_dataset, this.args.beta) if "eval_loss" in results else None
+            held = held_out_of(rewards[0], trainer.eval_dataset, beta) if "eval_loss" in results else None
             metrics = metrics_of(results, held, self.plan.seed)
             if watch.state == runner.COMPLETE and metrics.get(self.plan.metric, {}).get("mean") is None:
                 watch.state, watch.reason = runner.DIVERGED, f"{self.plan.metric} is not a number"

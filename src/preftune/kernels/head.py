@@ -73,8 +73,10 @@ class TokenScores:
         """The scores of the first tokens alone."""
         if num_tokens == len(self.logps):
             return self
-        columns = (self.logps, self.entropy, self.mean_logit, self.top1, self.log_sum_sq)
-        return TokenScores(*(None if column is None else column[:num_tokens] for column in columns))  # type: ignore[arg-type]
+        cut: dict[str, Any] = {
+            name: None if column is None else column[:num_tokens] for name, column in vars(self).items()
+        }
+        return TokenScores(**cut)
 
 
 def token_scores(

@@ -6,7 +6,8 @@ that survive are *tied with the best*. Among the tied ones the choice is that of
 Friedman, Olshen and Stone 1984, section 3.4.3): the most conservative cell whose mean lies within one standard error of
 the best, the standard error being that of the paired difference. Conservative is, in this order, a higher beta, a lower
 learning rate, fewer epochs. A cell that is merely not distinguishable is not enough: with few held-out pairs every cell
-is, and the most conservative of all has learned nothing.
+is, and the most conservative of all has learned nothing. The preference gain charges a policy for its distance from
+the reference already; there the best mean is taken as it is.
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ def choose(candidates: Sequence[Candidate], metric: str, direction: str, seed: i
     # Of equal means the conservative one counts as the best.
     best = min(usable, key=lambda each: (-sign * each.mean, *_caution(each)))
     comparisons = _compare(usable, best, metric, seed)
-    close = [each for each in usable if _within_one_error(comparisons[each.number], sign)]
-    sweet = best if metric == GAIN else min(close, key=_caution)
+    sweet = best
+    if metric != GAIN:
+        sweet = min((each for each in usable if _within_one_error(comparisons[each.number], sign)), key=_caution)
     return Choice(best.number, sweet.number, comparisons, _reason(best, sweet, comparisons, metric))
 
 

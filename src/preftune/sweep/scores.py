@@ -108,6 +108,17 @@ def held_out_of(rewards: Any, dataset: Any, beta: float) -> HeldOut:
     return HeldOut(np.asarray(rewards, dtype=np.float64), np.asarray(prompts), float(beta or 1.0), digest.hexdigest())
 
 
+def paired_means(rewards: Any, beta: float) -> dict[str, float]:
+    """Means of the metrics of :data:`PAIRED` over held-out pairs, for an evaluation on the way.
+
+    Args:
+        rewards: ``(pairs, 2)``.
+        beta: Of the trial.
+    """
+    held = HeldOut(np.asarray(rewards, dtype=np.float64), np.arange(len(rewards)), float(beta or 1.0), "")
+    return {name: float(held.values(name).mean()) for name in PAIRED}
+
+
 def figure(mean: Any, low: float | None = None, high: float | None = None, n: int = 0) -> dict[str, Any]:
     """One entry of ``metrics``; what is not finite is ``None``."""
     finite = [float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None for x in (mean, low, high)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,22 @@ class Watch(TrainerCallback):
         trial: The trial.
         observer: Told about steps, asked about pruning.
         diverge_factor: See above.
+        more: Held-out figures of the evaluation that has just ended, beside those that the trainer reports.
 
     Attributes:
         state: State that the trial ends in.
         reason: Why, in words.
     """
 
-    def __init__(self, trial: TrialSpec, observer: Observer, diverge_factor: float) -> None:
+    def __init__(
+        self,
+        trial: TrialSpec,
+        observer: Observer,
+        diverge_factor: float,
+        more: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         self.state, self.reason = runner.COMPLETE, ""
-        self._trial, self._observer, self._factor = trial, observer, diverge_factor
+        self._trial, self._observer, self._factor, self._more = trial, observer, diverge_factor, more
         self._first: float | None = None
         self._num_bad = 0
 
@@ -87,7 +95,7 @@ class Watch(TrainerCallback):
         """Ask whether to go on."""
         if state.global_step >= state.max_steps:
             return
-        reason = self._observer.should_prune(self._trial, state.global_step, dict(metrics or {}))
+        reason = self._observer.should_prune(self._trial, state.global_step, {**(metrics or {}), **self._more()})
         if reason:
             self._stop(control, runner.PRUNED, reason)
 
