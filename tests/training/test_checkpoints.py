@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from preftune.errors import ConfigError, SetupError, TrainingError
+from preftune.files import replace_text
 from preftune.training.checkpoints import (
     InvalidCheckpoint,
     find_checkpoint,
@@ -23,7 +24,7 @@ from preftune.training.checkpoints import (
     rotate,
     verify,
 )
-from preftune.training.checkpoints.files import is_write_failure, move_into, plain_failures, replace_text
+from preftune.training.checkpoints.files import is_write_failure, move_into, plain_failures
 from preftune.training.checkpoints.folders import is_whole, publish, staging_folder
 from preftune.training.checkpoints.identity import compare, data_digest
 from preftune.training.checkpoints.manifest import FILE_NAME, seal
@@ -223,7 +224,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SetupError, match=r"No space left.*\.a\.json\.tmp"), plain_failures("out"):
+    with pytest.raises(SetupError, match=r"No space left.*\.a\.json\.\w+\.tmp"), plain_failures("out"):
         replace_text(target / "a.json", "new")
     monkeypatch.undo()
     assert (target / "a.json").read_text() == "old"

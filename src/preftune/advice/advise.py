@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from preftune.advice.machines import Machine
 from preftune.advice.memory import Plan, estimate_memory, estimate_time, lengths_or_guess, optimizer_states
 from preftune.advice.rules import settings_for
 from preftune.advice.shapes import Shape
+from preftune.files import replace_text
 from preftune.objectives import METHODS
 
 #: Lines at the head of a training.
@@ -140,18 +139,7 @@ def with_advice(case: Case, advice: Advice) -> Case:
 
 def write_json(document: Mapping[str, Any], path: str | Path) -> None:
     """Write a JSON document whole or not at all; numbers that are none become null."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    replace_text(Path(path), json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

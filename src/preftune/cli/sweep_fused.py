@@ -13,6 +13,7 @@ from preftune.cli.failures import foreseen
 from preftune.cli.sweep_trial import PairTrials, base_key
 from preftune.cli.trackers import grouped, replay, take_trackers
 from preftune.cli.training import Run, build_trainer, complete_settings, end_trainer, leave_records, snapshot_of
+from preftune.files import replace_text
 from preftune.sweep import runner
 from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import Plan, write_yaml
@@ -21,7 +22,6 @@ from preftune.sweep.runner import Observer, Outcome, TrialSpec
 from preftune.sweep.scores import KL, held_out_of, metrics_of
 from preftune.sweep.shared import sharing
 from preftune.sweep.watch import Watch
-from preftune.training.checkpoints.files import replace_text
 from preftune.training.provenance import plain
 
 

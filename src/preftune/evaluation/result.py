@@ -12,6 +12,7 @@ from typing import Any
 
 from preftune.errors import SetupError
 from preftune.evaluation.metrics import Metric, flat
+from preftune.files import replace_text
 
 FILE_NAME = "eval.json"
 
@@ -99,13 +100,9 @@ class EvalResult:
             SetupError: It cannot be written.
         """
         path = Path(folder) / FILE_NAME
-        unfinished = path.with_name(f".{FILE_NAME}.{os.getpid()}")
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Samples may hold halves of surrogate pairs that no UTF-8 can express.
-            unfinished.write_text(text, encoding="utf-8", errors="replace")
-            os.replace(unfinished, path)
+            replace_text(path, text)
         except OSError as error:
             raise SetupError(f"cannot write ({error.strerror})", where=str(path), remedy="set another out") from error
         return path

@@ -25,18 +25,15 @@ def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], 
         SetupError: plotly is missing, or the file cannot be written.
     """
     from preftune.errors import SetupError
+    from preftune.files import replace_text
     from preftune.report.page import gather
     from preftune.report.read import read_all
     from preftune.report.render import render
 
     text = render(gather(*read_all(paths), title))
     target = Path(out)
-    beside = target.with_name(target.name + ".tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Text of models may hold halves of characters, which no encoding knows.
-        beside.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(beside, target)
+        replace_text(target, text)
     except OSError as error:
         raise SetupError(
             f"the report cannot be written ({error.strerror})",

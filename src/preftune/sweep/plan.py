@@ -14,6 +14,7 @@ from typing import Any
 
 import preftune
 from preftune.errors import ConfigError, SetupError
+from preftune.files import replace_text
 from preftune.sweep.space import Cell, Dimension
 
 FILE_NAME = "plan.json"
@@ -174,19 +175,9 @@ def _create(path: Path, text: str) -> bool:
     return True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step, so that a reader sees the old one or the new one."""
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def write_yaml(path: Path, settings: Mapping[str, Any], comment: str = "") -> None:
     """Write settings as a file that ``--config`` takes."""
     import yaml
 
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
-    write_text(path, "".join(f"# {line}\n" for line in comment.splitlines()) + text)
+    replace_text(path, "".join(f"# {line}\n" for line in comment.splitlines()) + text)

@@ -12,10 +12,11 @@ from typing import Any
 import preftune
 from preftune.config import redact
 from preftune.config.paths import inside
+from preftune.files import replace_text
 from preftune.sweep import runner
 from preftune.sweep.board import SlotState
 from preftune.sweep.choose import Candidate, Choice, choose
-from preftune.sweep.plan import BASE_NAME, Plan, write_text, write_yaml
+from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.runner import Outcome
 from preftune.sweep.scores import LOWER_IS_BETTER, PAIRED, HeldOut
 
@@ -144,7 +145,7 @@ def write_result(plan: Plan, states: Sequence[SlotState], folder: Path) -> dict[
     """
     found = summarise(plan, states, folder)
     text = json.dumps(_clean(found), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(folder / FILE_NAME, text + "\n")
+    replace_text(folder / FILE_NAME, text + "\n")
     if found["best"] is not None:
         best = found["best"]
         comment = f"Sweet spot of the sweep in {folder}\n{best['reason']}\npreftune {plan.verb} --config {BEST_NAME}"

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from preftune.files import replace_text
+
 FILE_NAME = "README.md"
 
 #: What a verb tunes on, where that is not preference pairs.
@@ -85,8 +87,7 @@ def write(folder: str | Path, card: Card) -> Path:
         Path of the file.
     """
     target = Path(folder) / FILE_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(card), encoding="utf-8")
+    replace_text(target, render(card))
     return target
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from preftune.errors import TrainingError
+from preftune.files import replace_text, replacing
 from preftune.objectives import BCOState
 from preftune.packing import PackedRow
 
@@ -68,12 +69,13 @@ def save(trainer: DPOTrainer, folder: str) -> None:
         state = trainer.running_delta.state
         # JSON's shortest decimals give back the same double.
         text = json.dumps({"bco": {"total": state.total, "count": state.count}})
-        _replace(Path(folder, STATE_FILE), lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        replace_text(Path(folder, STATE_FILE), text + "\n")
     if trainer.args.sync_ref_model and trainer.reference is not None:
         from safetensors.torch import save_file
 
         tensors = {str(n): value.contiguous() for n, value in enumerate(trainer.reference.following())}
-        _replace(Path(folder, REFERENCE_FILE), lambda path: save_file(tensors, path))
+        with replacing(Path(folder, REFERENCE_FILE)) as beside:
+            save_file(tensors, beside)
 
 
 def load(trainer: DPOTrainer, folder: str) -> None:
@@ -99,12 +101,6 @@ def load(trainer: DPOTrainer, folder: str) -> None:
                 value.copy_(tensors[str(number)])
         except (OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise _unusable(folder, REFERENCE_FILE, "the reference as it had followed the policy") from error
-
-
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    beside = target.with_name(target.name + ".tmp")
-    write(beside)
-    os.replace(beside, target)
 
 
 def _unusable(folder: str, name: str, what: str) -> TrainingError:

@@ -21,6 +21,7 @@ from typing import Any
 
 import preftune
 from preftune.config import Origin, redact, redact_argv
+from preftune.files import replace_text
 from preftune.models.trust import trusted_code
 
 FILE_NAME = "provenance.json"
@@ -92,10 +93,7 @@ def write(folder: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:
         Path of the file.
     """
     target = Path(folder) / FILE_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_suffix(".json.tmp")
-    beside.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(target)
+    replace_text(target, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return target
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from preftune.errors import SetupError
+from preftune.files import replace_text
 
 Severity = Literal["ok", "note", "warn", "problem"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warn", "problem")
@@ -108,15 +107,10 @@ class AuditReport:
             SetupError: It cannot be written.
         """
         path = Path(folder) / "audit.json"
-        temporary = path.with_name(f".audit.json.{os.getpid()}")
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, path)
+            replace_text(path, text + "\n")
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise SetupError(
                 f"cannot write ({error.strerror})", where=str(path), remedy="choose another --out"
             ) from error

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new one, never a part of it."""
+"""Many files at once, the old ones or the new ones whole, and what the system says when it cannot be done."""
 
 from __future__ import annotations
 
@@ -6,68 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from preftune.errors import SetupError
+from preftune.files import sync_file, sync_folder, write_text
 
 #: Folder inside an output folder in which files are completed before they take their names.
 MODEL_STAGING = ".saving-model"
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        os.close(handle)
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until a folder's entries are on the disk; file systems that cannot do it for folders say so, and are let."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        with suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk; the caller gives it its final name.
-
-    Raises:
-        OSError: With the file's name, also where the system leaves it out.
-    """
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Put ``text`` in the place of a file in one step."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        write_text(beside, text)
-        os.replace(beside, path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preftune.training.checkpoints.files import MODEL_STAGING, sync_folder
+from preftune.files import sync_folder
+from preftune.training.checkpoints.files import MODEL_STAGING
 from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, verify
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")

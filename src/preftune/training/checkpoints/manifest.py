@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preftune.training.checkpoints.files import files_below, sync_file, sync_folder, write_text
+from preftune.files import sync_file, sync_folder, write_text
+from preftune.training.checkpoints.files import files_below
 
 FILE_NAME = "manifest.json"
 FORMAT = 1

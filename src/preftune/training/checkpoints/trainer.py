@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer
 import preftune
 from preftune.config import redact
 from preftune.errors import ConfigError
+from preftune.files import replace_text, write_text
 from preftune.models.gate import Verdict
 from preftune.training.checkpoints import folders, rng, state
 from preftune.training.checkpoints.files import (
@@ -31,8 +32,6 @@ from preftune.training.checkpoints.files import (
     move_into,
     plain_failures,
     reason_of,
-    replace_text,
-    write_text,
 )
 from preftune.training.checkpoints.hub import push_checkpoint
 from preftune.training.checkpoints.identity import compare, describe_run

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from preftune.files import replace_text
 
 #: Beside the checkpoints.
 ALARMS = "alarms.jsonl"
@@ -82,11 +83,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a JSON-lines file in one go: readers see the old or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    replace_text(path, text)
 
 
 def up_to_step(path: Path, step: int) -> list[dict[str, Any]]:

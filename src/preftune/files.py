@@ -1,0 +1,87 @@
+"""Writing files so that a crash, a full disk or a reader at the wrong moment finds the old content or the new one."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk.
+
+    Raises:
+        OSError: With the file's name, also where the system leaves it out.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until a folder's entries are on the disk; file systems that cannot do it for folders say so, and are let."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write beside ``path``, which takes its place in one step when the block ends well.
+
+    The name beside is nobody else's, so that several processes may replace the same file. A missing folder is
+    made.
+
+    Raises:
+        OSError: It cannot be written; ``path`` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield beside
+        sync_file(beside)
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put ``text`` in the place of a file in one step.
+
+    Texts of models and files may hold halves of surrogate pairs, which UTF-8 cannot express: they become "?".
+
+    Raises:
+        OSError: It cannot be written; the file is as it was.
+    """
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that gets its final name later, and wait until it is on the disk.
+
+    Raises:
+        OSError: With the file's name, also where the system leaves it out.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    sync_file(path)
