@@ -87,7 +87,8 @@ def demo_seed(seed: int, settings: Any, folder: Path) -> dict[str, Any]:
 def _true_cell(bench: Any, trial: dict[str, Any], out: Path, toy: Any) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
-    found = {key: trial[key] for key in ("number", "params", "state", "metrics", "tied_with_best", "seconds")}
+    shown = ("number", "params", "state", "metrics", "left_reference", "tied_with_best", "seconds")
+    found = {key: trial[key] for key in shown}
     if trial["state"] != "complete":
         return {**found, "true": None}
     policy = AutoModelForCausalLM.from_pretrained(out / trial["run"])
@@ -258,7 +259,8 @@ def our_sweep(
     config.write_text(json.dumps(settings), encoding="utf-8")
     out = scratch / "sweep"
     command = [sys.executable, "-m", "preftune", "sweep", "--config", str(config), *params_of(grid)]
-    found = _measured([*command, "--out", str(out), "--keep", "none", *extra], environment)
+    # TRL draws no samples either.
+    found = _measured([*command, "--out", str(out), "--keep", "none", "--num_samples", "0", *extra], environment)
     result = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
     return {
         **found,

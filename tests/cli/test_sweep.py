@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from preftune.sweep.board import Board
+from preftune.sweep.scores import PER_TOKEN
 from tests.cli.conftest import SMALL_RUN, Cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,16 +123,18 @@ def test_what_cannot_share_a_forward_is_refused(more: tuple[str, ...], says: str
 
 
 def test_result_files_hold_what_others_read(cli: Cli) -> None:
-    code, out, _ = cli("sweep", "--config", base(), *GRID, "--out", "out", "--keep", "none", "--kl_prompts", "4")
+    code, out, _ = cli("sweep", "--config", base(), *GRID, "--out", "out", "--keep", "none", "--num_samples", "4")
     assert code == 0
     found = result()
     assert found["params"] == {"beta": [0.05, 0.5], "learning_rate": [0.001, 0.01]}
-    assert (found["method"], found["metric"], found["direction"]) == ("sigmoid", "eval_preference_gain", "maximize")
+    assert (found["method"], found["metric"], found["direction"]) == ("sigmoid", PER_TOKEN, "maximize")
     for trial in found["trials"]:
         accuracy, margin = (trial["metrics"][f"eval_rewards/{name}"] for name in ("accuracies", "margins"))
         assert accuracy["low"] <= accuracy["mean"] <= accuracy["high"]
         assert accuracy["n"] == margin["n"] == 2
         assert trial["metrics"]["eval_kl"]["mean"] is not None
+        assert 0 <= trial["metrics"]["eval_tail_share"]["mean"] <= 1
+        assert isinstance(trial["left_reference"], bool)
         assert trial["metrics"]["train_loss"]["mean"] > 0
         run = Path("out") / trial["run"]
         for name in ("trainer_state.json", "provenance.json", "config.yaml", "held_out.npz"):
@@ -434,7 +437,7 @@ def test_reference_free_verbs(cli: Cli, verb: str) -> None:
         (("--param", "beta=0.1", "--search", "bayes"), "grid, random, tpe"),
         (("--param", "beta=0.1", "--search", "grid", "--num_trials", "3"), "as many trials"),
         (("--param", "beta=0.1", "--metric", "eval_acc"), "eval_rewards/accuracies"),
-        (("--param", "beta=0.1", "--metric", "eval_kl"), "--kl_prompts"),
+        (("--param", "beta=0.1", "--metric", "eval_kl", "--num_samples", "0"), "--num_samples"),
         (("--param", "beta=0.1", "--pruner", "median"), "eval_strategy"),
         (("--param", "beta=0.1", "--pruner", "median", "--metric", "train_loss"), "at the end"),
         (("--param", "beta=0.1", "--verb", "kto"), "dpo, orpo, cpo"),

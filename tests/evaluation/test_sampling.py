@@ -18,8 +18,10 @@ from preftune.evaluation.sampling import (
     continue_prompts,
     log_ratios,
     sample_completions,
+    tail_probabilities,
 )
 from preftune.evaluation.stats import bootstrap_mean
+from preftune.models import sampling
 
 EOS = 3
 
@@ -130,6 +132,37 @@ def test_completion_logps_of_uneven_sequences() -> None:
         found = completion_logps(model, sequences, batch_size=batch_size)
         for (prompt, completion), logps in zip(sequences, found, strict=True):
             assert logps.tolist() == pytest.approx(reference_logps(model, prompt, completion), abs=1e-5)
+
+
+def test_tail_probabilities_are_those_of_an_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(4)
+    sequences = [([1], [2, 3]), ([4, 4, 4, 4], [5]), ([0, 1, 2], [3, 2, 1, 0, 7, 7]), ([6, 1], [])]
+    found = tail_probabilities(model, sequences)
+    for (prompt, completion), (logps, tails) in zip(sequences, found, strict=True):
+        assert logps.tolist() == pytest.approx(reference_logps(model, prompt, completion), abs=1e-5)
+        for place, token in enumerate(completion):
+            before = [*prompt, *completion[:place]]
+            probs = [math.exp(reference_logps(model, before, [other])[0]) for other in range(8)]
+            assert tails[place] == pytest.approx(sum(p for p in probs if p <= probs[token]), abs=1e-5)
+    # However little memory the logits may take, a sequence at a time always goes.
+    monkeypatch.setattr(sampling, "_MOST_LOGITS", 1)
+    for (_, tails), (_, again) in zip(found, tail_probabilities(model, sequences), strict=True):
+        assert again.tolist() == pytest.approx(tails.tolist(), abs=1e-6)
+
+
+def test_a_models_own_samples_lie_in_its_tail_as_often_as_they_may() -> None:
+    model, other = tiny_model(4, vocab_size=64), tiny_model(9, vocab_size=64)
+    samples = continue_prompts(model, Digits(), [[1, 2]] * 400, max_new_tokens=10, streams=range(400))
+    sequences = [(sample.prompt_ids, sample.token_ids) for sample in samples]
+    for level in (0.01, 0.1, 0.5):
+        shares = [
+            [float((tails <= level).mean()) for _, tails in tail_probabilities(judge, sequences)]
+            for judge in (model, other)
+        ]
+        own, foreign = (bootstrap_mean(np.array(each), level=0.999, num_resamples=1000) for each in shares)
+        assert own.low <= level
+        assert own.mean > level / 2  # the bound is nearly reached where no token has much probability
+        assert foreign.mean > own.mean
 
 
 def test_kl_estimate_agrees_with_enumeration() -> None:

@@ -48,7 +48,9 @@ def complete(accuracy: float, **more: Any) -> Outcome:
 def held(right: Sequence[bool], beta: float = 0.1, digest: str = "same") -> HeldOut:
     """Held-out pairs of one prompt each, ranked right or wrong."""
     gaps = np.where(right, 1.0, -1.0)
-    return HeldOut(np.stack([gaps, np.zeros_like(gaps)], 1), np.arange(len(gaps)), beta, digest)
+    return HeldOut(
+        np.stack([gaps, np.zeros_like(gaps)], 1), np.ones((len(gaps), 2), int), np.arange(len(gaps)), beta, digest
+    )
 
 
 class Noting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -82,7 +84,9 @@ def test_the_most_conservative_of_those_as_good_as_the_best_is_taken() -> None:
 def test_the_preference_gain_is_cautious_enough_by_itself() -> None:
     rng = np.random.default_rng(0)
     rewards = rng.normal(size=(200, 2))
-    held_out = [HeldOut(rewards + shift, np.arange(200), 1.0, "same") for shift in (np.array([0.3, 0.0]), 0.0)]
+    lengths = np.ones((200, 2), int)
+    shifts = (np.array([0.3, 0.0]), np.zeros(2))
+    held_out = [HeldOut(rewards + shift, lengths, np.arange(200), 1.0, "same") for shift in shifts]
     bold, timid = (
         Candidate(number, {"beta": beta}, float(each.values(GAIN).mean()), each)
         for number, (beta, each) in enumerate(zip((0.05, 0.8), held_out, strict=True))
@@ -127,8 +131,25 @@ def test_what_is_to_be_small_is_minimised_and_nothing_is_chosen_of_nothing() -> 
 
 
 def test_one_prompt_is_no_basis_for_a_comparison() -> None:
-    alone = HeldOut(np.ones((3, 2)), np.zeros(3, dtype=np.int64), 1.0, "same")
+    alone = HeldOut(np.ones((3, 2)), np.ones((3, 2), int), np.zeros(3, dtype=np.int64), 1.0, "same")
     trials = [Candidate(0, {}, 0.5, alone), Candidate(1, {}, 0.4, alone)]
     found = choose(trials, ACCURACY, "maximize", 0)
     assert found is not None
     assert found.comparisons[1].tied is None
+
+
+def test_trials_that_have_left_the_reference_stand_back() -> None:
+    bold = replace(candidate(0, flags(190), beta=0.05), left=True)
+    good, poor = candidate(1, flags(130), beta=0.1), candidate(2, flags(60), beta=0.8)
+    found = choose([bold, good, poor], ACCURACY, "maximize", 0)
+    assert found is not None
+    assert (found.best, found.sweet_spot, found.left) == (1, 1, (0,))
+    assert "trial 0 has left" in found.reason
+    # What stands back is compared with nothing.
+    assert 0 not in found.comparisons
+    assert found.comparisons[2].tied is False
+    # Where all have left, the figures decide as they are, and the reason says what they are worth.
+    both = choose([bold, replace(poor, left=True)], ACCURACY, "maximize", 0)
+    assert both is not None
+    assert both.sweet_spot == 0
+    assert "all trials are far" in both.reason

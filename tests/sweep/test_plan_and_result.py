@@ -23,7 +23,7 @@ from tests.sweep.helpers import complete, held, make_plan
 
 
 def test_the_plan_survives_the_disk_and_whoever_comes_first_decides(tmp_path: Path) -> None:
-    plan = make_plan(kl_prompts=3, pruner="median")
+    plan = make_plan(num_samples=3, pruner="median")
     assert settle_plan(tmp_path / "a", plan) == plan
     assert read_plan(tmp_path / "a") == plan
     assert yaml.safe_load((tmp_path / "a" / "base.yaml").read_text()) == plan.base

@@ -17,10 +17,13 @@ from preftune.sweep.scores import (
     ACCURACY,
     GAIN,
     MARGIN,
+    PER_TOKEN,
     PLAIN_MARGIN,
+    TAIL,
     HeldOut,
     figure,
     held_out_of,
+    left_reference,
     metrics_of,
     with_interval,
 )
@@ -42,6 +45,9 @@ def test_per_pair_numbers_follow_from_the_rewards() -> None:
     # Half the rewards over beta are (1, 0.5), (0.2, 0.2) and (-1, 0).
     first = 1 / (1 + math.exp(-1)) - 1 / (1 + math.exp(-0.5))
     assert found.values(GAIN).tolist() == pytest.approx([first, 0.0, 1 / (1 + math.exp(1)) - 0.5])
+    # Nats per token; the chosen answers have two tokens, the rejected ones one.
+    assert found.values(PER_TOKEN).tolist() == pytest.approx([2 / 2 - 1, 0.4 / 2 - 0.4, -2 / 2 - 0])
+    assert found.means()[PER_TOKEN] == pytest.approx((0 - 0.2 - 1) / 3)
     # A policy that has left what the reference writes gains nothing, however large its margin.
     away = held_out_of(np.array([[-40.0, -80.0]]), tokens([[1]]), 1.0)
     assert away.values(ACCURACY).tolist() == [1]
@@ -65,6 +71,7 @@ def test_files_survive_and_torn_ones_are_no_error(tmp_path: Path) -> None:
     again = HeldOut.load(tmp_path)
     assert again is not None
     assert again.rewards.tolist() == found.rewards.tolist()
+    assert again.lengths.tolist() == found.lengths.tolist() == [[2, 1], [2, 1]]
     assert (again.prompts.tolist(), again.beta, again.digest) == (found.prompts.tolist(), found.beta, found.digest)
     file = tmp_path / "held_out.npz"
     file.write_bytes(file.read_bytes()[:100])
@@ -75,7 +82,7 @@ def test_figures_carry_intervals_over_prompts() -> None:
     rng = np.random.default_rng(0)
     # Five pairs a prompt, all alike: the interval must be that of 40 prompts.
     gaps = np.repeat(rng.normal(0.3, 1, 40), 5)
-    held = HeldOut(np.stack([gaps, np.zeros(200)], 1), np.repeat(np.arange(40), 5), 0.1, "x")
+    held = HeldOut(np.stack([gaps, np.zeros(200)], 1), np.ones((200, 2), int), np.repeat(np.arange(40), 5), 0.1, "x")
     found = metrics_of({"train_loss": 0.6, "eval_loss": 0.5, MARGIN: float(gaps.mean())}, held, 0)
     margin = found[MARGIN]
     assert margin["n"] == 200
@@ -85,6 +92,14 @@ def test_figures_carry_intervals_over_prompts() -> None:
     assert found["train_loss"] == {"mean": 0.6, "low": None, "high": None, "n": 0}
     assert found["eval_loss"]["n"] == 200
     assert json.dumps(found, allow_nan=False)
+
+
+def test_leaving_the_reference_takes_an_interval_above_the_level() -> None:
+    assert left_reference({TAIL: {"mean": 0.02, "low": 0.0101, "high": 0.03, "n": 100}})
+    assert not left_reference({TAIL: {"mean": 0.02, "low": 0.0099, "high": 0.03, "n": 100}})
+    # Too few prompts for an interval, or no samples at all.
+    assert not left_reference({TAIL: {"mean": 0.5, "low": None, "high": None, "n": 1}})
+    assert not left_reference({})
 
 
 def test_what_is_not_a_number_becomes_null() -> None:

@@ -43,11 +43,13 @@ class Options:
         ray: Run the trials on a Ray cluster: its address, or local to start one here. --workers is then the number of
             trials at a time.
         eval_share: Share of the prompts to hold out; by default a test split, or a tenth where there is none.
-        metric: Which figure decides; by default eval_preference_gain where rewards are log-ratios to a reference, else
-            eval_rewards/accuracies.
+        metric: Which figure decides. Where rewards are log-ratios to a reference, by default
+            eval_rewards/margins_per_token if trials are sampled, eval_preference_gain if not, or if the search or a
+            pruner goes by it on the way; else eval_rewards/accuracies.
         pruner: Stop trials whose held-out metric falls behind: none, median or halving. Needs eval_strategy.
         diverge_factor: A loss this many times the first one, twice in a row, ends a trial as diverged (heuristic).
-        kl_prompts: Estimate the KL from the reference on samples to this many held-out prompts; off by default.
+        num_samples: Sample each trial on this many held-out prompts, to see how far it has moved and whether it has
+            left what the reference writes; 100 by default where there is a reference, 0 for none.
         keep: Whose weights are kept: best, all or none.
         fuse: Train up to this many LoRA trials in one forward over the shared base; each ends where it ends alone. What
             is searched must then be settings of the loss or of the optimizer, such as beta and learning_rate.
@@ -69,7 +71,7 @@ class Options:
     metric: str | None = None
     pruner: str = "none"
     diverge_factor: float = 10.0
-    kl_prompts: int = 0
+    num_samples: int | None = None
     keep: str = "best"
     fuse: int = 1
     retrain_best: bool = False
@@ -86,12 +88,12 @@ class Options:
                 raise ConfigError(
                     "unknown value", where=f"--{name}", value=value, allowed=", ".join(allowed), remedy=remedy
                 )
-        for name, least in (("workers", 1), ("num_trials", 1), ("kl_prompts", 0), ("fuse", 1)):
+        for name, least in (("workers", 1), ("num_trials", 1), ("num_samples", 0), ("fuse", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError("out of range", where=f"--{name}", value=value, allowed=f"{least} or more")
-        if self.kl_prompts == 1:
-            raise ConfigError("one prompt has no interval", where="--kl_prompts", value=1, allowed="0, or 2 or more")
+        if self.num_samples == 1:
+            raise ConfigError("one prompt has no interval", where="--num_samples", value=1, allowed="0, or 2 or more")
         if self.diverge_factor <= 1:
             raise ConfigError("out of range", where="--diverge_factor", value=self.diverge_factor, allowed="above 1")
         if self.eval_share is not None and not 0 < self.eval_share < 1:

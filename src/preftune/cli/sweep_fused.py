@@ -19,7 +19,7 @@ from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import Plan, write_yaml
 from preftune.sweep.result import trial_settings
 from preftune.sweep.runner import Observer, Outcome, TrialSpec
-from preftune.sweep.scores import KL, held_out_of, metrics_of
+from preftune.sweep.scores import held_out_of, metrics_of
 from preftune.sweep.shared import sharing
 from preftune.sweep.watch import Watch
 from preftune.training.provenance import plain
@@ -90,8 +90,7 @@ class FusedTrials(PairTrials):
                 results = own_lines(history[-1:], number)[0] | {"train_loss": trainer.mean_losses()[number]}
                 metrics = metrics_of(results, held, self.plan.seed)
                 trainer.use(number)
-                if self.plan.kl_prompts:
-                    metrics[KL] = self._kl(run, trainer)
+                metrics |= self._sampled(run, trainer)
                 held.save(trial.folder)
                 lines = own_lines(history, number)
                 self._leave_one(run, trial, trainer, splits, results, lines, number)

@@ -16,7 +16,7 @@ from preftune.sweep import space
 from preftune.sweep.holdout import FOLDER, split_off
 from preftune.sweep.plan import BASE_NAME, FILE_NAME, Plan, read_plan, settle_plan, study_name
 from preftune.sweep.propose import propose
-from preftune.sweep.scores import ACCURACY, GAIN, KL, LOWER_IS_BETTER, MARGIN, PAIRED
+from preftune.sweep.scores import ACCURACY, GAIN, KL, LOWER_IS_BETTER, MARGIN, PAIRED, PER_TOKEN, TAIL
 from preftune.sweep.space import Dimension, as_flag
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _SOURCE = ("dataset_name", "dataset_config", "dataset_mixture", "dataset_mixer",
 _DATA = (*_SOURCE, "dataset_format", "dataset_train_split", "dataset_test_split", "pairing", "quarantine_path")
 _EVAL_SHARE = 0.1
 _NUM_TRIALS = 20
+_NUM_SAMPLES = 100
 
 
 def begin(options: Options, line: CommandLine, folder: Path) -> tuple[Plan, tuple[str, ...]]:
@@ -133,8 +134,14 @@ def make_plan(options: Options, line: CommandLine) -> tuple[Plan, list[str]]:
         if dimension.name in (*_NOT_SEARCHED, *_DATA):
             raise ConfigError("cannot be searched", where="--param", value=dimension.name)
         base.pop(dimension.name, None)
-    metric = options.metric or _default_metric(settings.trainer, options.verb)
     search, cells, number = _cells(options, dimensions, settings.trainer.seed)
+    with_reference = options.verb == "dpo" and any(
+        spec.needs_reference for spec in settings.trainer.build_objective().specs
+    )
+    num_samples = (_NUM_SAMPLES if with_reference else 0) if options.num_samples is None else options.num_samples
+    # A search or a pruner goes by what held-out pairs say on the way, before any samples are drawn.
+    sampled = num_samples > 0 and search != "tpe" and options.pruner == "none"
+    metric = options.metric or (ACCURACY if not with_reference else PER_TOKEN if sampled else GAIN)
     plan = Plan(
         verb=options.verb,
         method=" + ".join(_methods(settings.trainer)),
@@ -148,7 +155,7 @@ def make_plan(options: Options, line: CommandLine) -> tuple[Plan, list[str]]:
         direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
         pruner=options.pruner,
         diverge_factor=options.diverge_factor,
-        kl_prompts=options.kl_prompts,
+        num_samples=num_samples,
         eval_share=options.eval_share,
         keep=options.keep,
         fuse=options.fuse,
@@ -196,12 +203,6 @@ def explicit(settings: Resolved[Any]) -> dict[str, Any]:
 
 def _methods(args: Any) -> list[str]:
     return list(args.build_objective().names)
-
-
-def _default_metric(args: Any, verb: str) -> str:
-    """Preference gain where a reward is beta times a sequence's log-ratio to the reference; else accuracy."""
-    with_reference = any(spec.needs_reference for spec in args.build_objective().specs)
-    return GAIN if verb == "dpo" and with_reference else ACCURACY
 
 
 def _proposed(settings: Resolved[Any], base: Mapping[str, Any], verb: str) -> tuple[tuple[Dimension, ...], list[str]]:
@@ -262,16 +263,16 @@ def _cells(options: Options, dimensions: Sequence[Dimension], seed: int) -> tupl
 
 
 def _check_metric(plan: Plan, options: Options, settings: Resolved[Any], notes: list[str]) -> None:
-    known = (*PAIRED, "eval_loss", "train_loss", *([KL] if plan.kl_prompts else []))
+    known = (*PAIRED, "eval_loss", "train_loss", *((KL, TAIL) if plan.num_samples else ()))
     if plan.metric not in known:
-        remedy = "set --kl_prompts 100" if plan.metric == KL else None
+        remedy = "set --num_samples 100" if plan.metric in (KL, TAIL) else None
         raise ConfigError(
             "unknown metric", where="--metric", value=plan.metric, allowed=", ".join(known), remedy=remedy
         )
     searched = {dimension.name for dimension in plan.dimensions}
     if plan.metric in (MARGIN, "eval_loss", "train_loss") and searched & {"beta", "loss_type"}:
         notes.append(f"{plan.metric} is on another scale for every beta and loss; {ACCURACY} compares them fairly")
-    if options.pruner != "none" and plan.metric in ("train_loss", KL):
+    if options.pruner != "none" and plan.metric in ("train_loss", KL, TAIL):
         raise ConfigError(
             "pruning compares held-out figures on the way, and this one is taken at the end",
             where="--metric",

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from preftune.cli.failures import flat, foreseen
@@ -35,7 +36,7 @@ from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.result import remove_weights, trial_settings
 from preftune.sweep.runner import Observer, Outcome, TrialSpec
-from preftune.sweep.scores import KL, HeldOut, held_out_of, metrics_of, paired_means, with_interval
+from preftune.sweep.scores import KL, TAIL, TAIL_LEVEL, HeldOut, held_out_of, metrics_of, with_interval
 from preftune.sweep.shared import Base, Shelf, sharing
 from preftune.sweep.space import as_flag
 from preftune.sweep.watch import Watch
@@ -44,6 +45,8 @@ from preftune.sweep.watch import Watch
 _ADAPTER = ("lora_", "use_rslora", "use_dora")
 #: Settings that decide which rows are loaded.
 _ROWS = ("dataset_format", "on_bad_rows", "seed")
+#: Samples drawn at once, and for models of more parameters than that: their key-value caches take memory.
+_BATCH, _SMALL_BATCH, _LARGE_MODEL = 64, 16, 1_000_000_000
 
 
 class SharedSources(Sources):
@@ -165,15 +168,18 @@ class PairTrials:
             key = (base_key(this.settings.model), this.args.chat_template, this.args.pad_token)
             trainer_class = sharing(settings_classes(self.plan.verb)[1], self.shelf, key, collect)
             trainer, splits = build_trainer(this, trainer_class)
-            beta = this.args.beta
-            watch = Watch(trial, observer, self.plan.diverge_factor, lambda: paired_means(rewards[0], beta))
+
+            def pairs() -> HeldOut:
+                return held_out_of(rewards[0], trainer.eval_dataset, this.args.beta)
+
+            watch = Watch(trial, observer, self.plan.diverge_factor, lambda: pairs().means())
             results = self._fit(trial, trainer, watch)
-            held = held_out_of(rewards[0], trainer.eval_dataset, beta) if "eval_loss" in results else None
+            held = pairs() if "eval_loss" in results else None
             metrics = metrics_of(results, held, self.plan.seed)
             if watch.state == runner.COMPLETE and metrics.get(self.plan.metric, {}).get("mean") is None:
                 watch.state, watch.reason = runner.DIVERGED, f"{self.plan.metric} is not a number"
-            if self.plan.kl_prompts and watch.state == runner.COMPLETE:
-                metrics[KL] = self._kl(this, trainer)
+            if watch.state == runner.COMPLETE:
+                metrics |= self._sampled(this, trainer)
             self._leave(this, trial, trainer, splits, results, held, keep=watch.state == runner.COMPLETE)
         reference = getattr(trainer, "reference", None)
         return Outcome(
@@ -228,22 +234,43 @@ class PairTrials:
         leave_records(this, trainer, trainer.plan(), splits, results)
         end_trainer(trainer)
 
-    def _kl(self, this: Run, trainer: Any) -> dict[str, Any]:
-        """KL from the reference, on the policy's own samples."""
-        import numpy as np
-
-        from preftune.evaluation.sampling import log_ratios, sample_completions
+    def _sampled(self, this: Run, trainer: Any) -> dict[str, dict[str, Any]]:
+        """How far the policy's own samples are from the reference; nothing where there are fewer than two prompts."""
+        from preftune.evaluation.sampling import sample_completions, tail_probabilities
 
         test = this.sources.splits(this.settings, with_test=True)["test"]
         tokenizer = trainer.processing_class
         texts = [_prompt_text(prompt, tokenizer) for prompt in test["prompt"]]
-        prompts = list(dict.fromkeys(texts))[: self.plan.kl_prompts]
+        prompts = list(dict.fromkeys(texts))[: self.plan.num_samples]
+        if len(prompts) < 2:
+            return {}
         longest = int(np.percentile([len(ids) for ids in trainer.eval_dataset["chosen_ids"]], 95))
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        samples = sample_completions(model, tokenizer, prompts, max_new_tokens=max(longest, 1), seed=self.plan.seed)
+        batch_size = _SMALL_BATCH if model.num_parameters() > _LARGE_MODEL else _BATCH
+        samples = sample_completions(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max(longest, 1),
+            seed=self.plan.seed,
+            batch_size=batch_size,
+        )
         assert self.sources.base is not None
-        ratios = log_ratios(samples, self.sources.base.reference.to(model.device))
-        return with_interval(ratios, [sample.prompt_index for sample in samples], self.plan.seed)
+        seen = tail_probabilities(
+            self.sources.base.reference.to(model.device),
+            [(sample.prompt_ids, sample.token_ids) for sample in samples],
+            batch_size=batch_size,
+        )
+        values = {
+            # Sums in fp64: the difference of two sums of many terms would lose digits in fp32.
+            KL: [
+                each.logps.sum(dtype=float) - logps.sum(dtype=float)
+                for each, (logps, _) in zip(samples, seen, strict=True)
+            ],
+            TAIL: [(tails <= TAIL_LEVEL).mean() for _, tails in seen],
+        }
+        groups = [sample.prompt_index for sample in samples]
+        return {name: with_interval(np.array(each), groups, self.plan.seed) for name, each in values.items()}
 
 
 def _prompt_text(prompt: Any, tokenizer: Any) -> str:

@@ -16,7 +16,7 @@ from preftune.sweep import runner
 from preftune.sweep.board import Board
 from preftune.sweep.plan import Plan
 from preftune.sweep.runner import Outcome, TrialSpec
-from preftune.sweep.scores import ACCURACY, GAIN
+from preftune.sweep.scores import ACCURACY, PER_TOKEN, left_reference
 from preftune.sweep.space import shown
 from preftune.sweep.work import Reporter
 
@@ -100,11 +100,9 @@ class View(Reporter):
             text += f"as trial {outcome.same_as}  "
         if outcome.state == runner.COMPLETE:
             metrics = outcome.metrics
-            shown_metrics = {"preference gain": GAIN, "accuracy": ACCURACY, "train loss": "train_loss"}
-            if self._plan.metric not in shown_metrics.values():
-                shown_metrics = {self._plan.metric: self._plan.metric, **shown_metrics}
-            for label, name in shown_metrics.items():
+            for label, name in _columns(self._plan.metric).items():
                 text += f"{label} {cell_text(metrics.get(name))}  "
+            text += "left what the reference writes  " if left_reference(metrics) else ""
         else:
             text += f"{outcome.state}: {outcome.reason}  "
         left = self._left()
@@ -134,13 +132,19 @@ class View(Reporter):
         self._told |= {state.slot for state in board.states() if state.outcome is not None}
 
 
+def _columns(metric: str) -> dict[str, str]:
+    """Figures to show, by their headings: the deciding one first."""
+    shown = {PER_TOKEN: "margin per token", ACCURACY: "accuracy"}
+    heading = shown.get(metric, metric.removeprefix("eval_").replace("_", " "))
+    return {heading: metric, "accuracy": ACCURACY, "train loss": "train_loss"}
+
+
 def table(result: Mapping[str, Any]) -> Table:
     """All trials with their figures; those that cannot be told from the best are marked as tied with it."""
     best = result["best"] or {}
     grid = Table(title=f"{result['method']}: {result['metric']}", title_justify="left")
     metric = result["metric"]
-    deciding = {} if metric == ACCURACY else {metric.removeprefix("eval_").replace("_", " "): metric}
-    columns = {**deciding, "accuracy": ACCURACY, "train loss": "train_loss"}
+    columns = _columns(metric)
     for name in ("trial", *result["params"], *columns, ""):
         grid.add_column(name, justify="right" if name else "left", overflow="fold")
     for trial in result["trials"]:
@@ -150,6 +154,8 @@ def table(result: Mapping[str, Any]) -> Table:
             state = "sweet spot"
         elif trial["number"] == best.get("highest_mean"):
             state = "highest mean"
+        elif trial["left_reference"]:
+            state = "left the reference"
         elif trial["tied_with_best"]:
             state = "tied with the best"
         # Text, not markup: values come from the user.

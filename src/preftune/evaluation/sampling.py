@@ -7,6 +7,15 @@ from preftune.models.sampling import (
     continue_prompts,
     log_ratios,
     sample_completions,
+    tail_probabilities,
 )
 
-__all__ = ["Sample", "Tokens", "completion_logps", "continue_prompts", "log_ratios", "sample_completions"]
+__all__ = [
+    "Sample",
+    "Tokens",
+    "completion_logps",
+    "continue_prompts",
+    "log_ratios",
+    "sample_completions",
+    "tail_probabilities",
+]

@@ -110,7 +110,7 @@ def token_scores(
     dtype = compute_dtype or hidden.dtype
     keep = KEEP_BYTES if keep_bytes is None else keep_bytes
     out: tuple[Any, ...] = _TokenScores.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, transform, dtype, with_stats, with_log_sum_sq, keep
+        hidden, weight, bias, targets, transform, dtype, with_stats, with_log_sum_sq, keep, torch.is_grad_enabled()
     )
     return TokenScores(*out)
 
@@ -149,9 +149,11 @@ class _TokenScores(torch.autograd.Function):
         with_stats: bool,
         with_log_sum_sq: bool,
         keep_bytes: int,
+        with_grad: bool,
     ) -> tuple[Tensor | None, ...]:
-        train_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        frozen_grad = ctx.needs_input_grad[0] and not train_head
+        # Inputs count as needing gradients under no_grad too, where nothing is to be kept for a backward.
+        train_head = with_grad and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        frozen_grad = with_grad and ctx.needs_input_grad[0] and not train_head
         h, w = hidden.to(dtype), weight.to(dtype)
         num_tokens, vocab = h.shape[0], w.shape[0]
         keep = train_head and num_tokens * vocab * dtype.itemsize <= keep_bytes and transform.softcap is None
@@ -186,7 +188,7 @@ class _TokenScores(torch.autograd.Function):
         h, w, bias, targets, logps, lse, direction, probs = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         if direction is not None:
-            return ((direction * grad_logps.unsqueeze(1)).to(hidden_dtype), *[None] * 8)
+            return ((direction * grad_logps.unsqueeze(1)).to(hidden_dtype), *[None] * 9)
         grad_hidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         # Accumulated over tiles in at least fp32: a half-precision sum over many tiles would lose its small terms.
         grad_weight: Tensor | None = None
@@ -218,7 +220,7 @@ class _TokenScores(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.to(hidden_dtype),
             None if grad_weight is None else grad_weight.to(weight_dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * 6,
+            *[None] * 7,
         )
 
 

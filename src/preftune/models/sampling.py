@@ -19,6 +19,8 @@ from preftune.errors import ConfigError, DataError
 
 # (prompt ids, completion ids)
 Tokens = tuple[Sequence[int], Sequence[int]]
+#: Most logits of one teacher-forced batch, in elements: 1 GiB in fp32. A single sequence may exceed it.
+_MOST_LOGITS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -173,21 +175,40 @@ def completion_logps(
     Raises:
         DataError: A prompt has no tokens, so that its first completion token is never predicted.
     """
-    _check_at_least("batch_size", batch_size, 1)
-    for index, (prompt, _) in enumerate(sequences):
-        if not prompt:
-            raise DataError(
-                "the first token of a text has no log-prob", where=f"prompt of sequence {index}", value=prompt
-            )
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]) + len(sequences[index][1]))
     results: list[np.ndarray[Any, np.dtype[np.float32]]] = [np.empty(0, np.float32)] * len(sequences)
     with _evaluating(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            logps = _teacher_forced(model, [[*sequences[index][0], *sequences[index][1]] for index in batch])
-            for row, index in enumerate(batch):
-                prompt, completion = sequences[index]
-                results[index] = logps[row, len(prompt) - 1 : len(prompt) + len(completion) - 1].copy()
+        for index, logits, targets in _completion_logits(model, sequences, batch_size):
+            results[index] = _numpy(_target_logps(logits, targets))
+    return results
+
+
+def tail_probabilities(
+    model: Any, sequences: Sequence[Tokens], *, batch_size: int = 64
+) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]]:
+    """How far out each token of given completions lies in the model's predictions.
+
+    The tail probability of a token is the total probability of all tokens that are no more likely than it,
+    ``sum of p(v) over v with p(v) <= p(token)``. Of tokens drawn from the model itself at most a share ``a`` has a tail
+    probability of ``a`` or less, at every position and for every ``a`` (it is a p-value): texts with more of them were
+    written by something else.
+
+    Args:
+        model: A causal language model of transformers (its mode is restored afterwards).
+        sequences: (prompt ids, completion ids); the prompt has at least one token.
+        batch_size: Most sequences in one forward pass.
+
+    Returns:
+        Per sequence the log-probs and the tail probabilities of its completion tokens, each `(len(completion ids),)`.
+    """
+    empty = np.empty(0, np.float32)
+    results = [(empty, empty)] * len(sequences)
+    with _evaluating(model):
+        for index, logits, targets in _completion_logits(model, sequences, batch_size):
+            logps = _target_logps(logits, targets)
+            probs = logits.softmax(-1)
+            # Compared as logits: the same token's probability may differ from itself in the last bit.
+            far = logits <= logits.gather(1, targets[:, None])
+            results[index] = _numpy(logps), _numpy((probs * far).sum(-1))
     return results
 
 
@@ -297,13 +318,46 @@ def _choose(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) ->
     return chosen, logps.gather(1, chosen[:, None]).squeeze(1)
 
 
-def _teacher_forced(model: Any, sequences: Sequence[list[int]]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Log-prob of every token given those before it, `(rows, width - 1)`; columns past a row's end are meaningless."""
-    width = max(len(ids) for ids in sequences)
-    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences], device=model.device)
-    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=model.device)
-    # No mask where nothing is padded; behind a row's end it changes no log-prob that is read, but keeps models honest.
-    extra = {} if bool((mask == 1).all()) else {"attention_mask": mask}
-    logits = model(input_ids=tokens, use_cache=False, **extra).logits[:, :-1].float()
-    logps = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(dim=-1)
-    return np.asarray(logps.cpu().numpy(), dtype=np.float32)
+def _completion_logits(
+    model: Any, sequences: Sequence[Tokens], batch_size: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Position, logits `(len(completion ids), vocabulary)` in fp32 and completion ids of every sequence."""
+    _check_at_least("batch_size", batch_size, 1)
+    for index, (prompt, _) in enumerate(sequences):
+        if not prompt:
+            raise DataError(
+                "the first token of a text has no log-prob", where=f"prompt of sequence {index}", value=prompt
+            )
+    vocab = int(model.config.get_text_config().vocab_size)
+    for batch in _batches([len(prompt) + len(completion) for prompt, completion in sequences], batch_size, vocab):
+        rows = [[*sequences[index][0], *sequences[index][1]] for index in batch]
+        width = max(len(ids) for ids in rows)
+        tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=model.device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=model.device)
+        # No mask where nothing is padded; behind a row's end it changes nothing that is read, but keeps models honest.
+        extra = {} if bool((mask == 1).all()) else {"attention_mask": mask}
+        logits = model(input_ids=tokens, use_cache=False, **extra).logits
+        for row, index in enumerate(batch):
+            prompt, completion = sequences[index]
+            ends = len(prompt), len(prompt) + len(completion)
+            yield index, logits[row, ends[0] - 1 : ends[1] - 1].float(), tokens[row, ends[0] : ends[1]]
+
+
+def _batches(lengths: Sequence[int], batch_size: int, vocab: int) -> Iterator[list[int]]:
+    """Positions of sequences of like length, as many at once as the logits may take memory."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[index] * vocab > _MOST_LOGITS):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+
+
+def _numpy(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.asarray(values.float().cpu().numpy(), dtype=np.float32)

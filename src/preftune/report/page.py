@@ -238,20 +238,29 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
+#: Metrics that compare a policy with its reference.
+_ZERO_FOR_THE_REFERENCE = {
+    "eval_preference_gain": "preference gain",
+    "eval_rewards/margins_per_token": "reward margin per token",
+}
+
+
 def _doubt(sweep: Sweep) -> str:
-    """What speaks against any trial: the sweet spot cannot be told from the reference, whose preference gain is 0."""
-    if sweep.content.get("metric") != "eval_preference_gain":
+    """What speaks against any trial: the sweet spot cannot be told from the reference, whose figure is 0."""
+    metric = text_of(sweep.content.get("metric"))
+    said = _ZERO_FOR_THE_REFERENCE.get(metric)
+    if said is None:
         return ""
     named = mapping(sweep.content.get("best")).get("number")
     chosen = next((trial for trial in sweep.trials if trial.get("number") == named), {})
-    gain = mapping(mapping(chosen.get("metrics")).get("eval_preference_gain"))
+    gain = mapping(mapping(chosen.get("metrics")).get(metric))
     low, high = number(gain.get("low")), number(gain.get("high"))
     if low is None or high is None or low > 0:
         return ""
     told = interval(gain)
     if high < 0:
-        return f"Its preference gain is {told}: it prefers the rejected answers more than its reference does."
-    return f"Its preference gain is {told}, which includes 0: it cannot be told from its reference."
+        return f"Its {said} is {told}: it prefers the rejected answers more than its reference does."
+    return f"Its {said} is {told}, which includes 0: it cannot be told from its reference."
 
 
 def _curve_table(spec: PlotSpec, views: Sequence[RunView]) -> Table:

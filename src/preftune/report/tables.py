@@ -130,6 +130,8 @@ _TITLES = {
     "mean_token_accuracy": "token accuracy",
     "preference_gain": "preference gain",
     "rewards/margins_over_beta": "reward margin over beta",
+    "rewards/margins_per_token": "reward margin over beta, per token",
+    "tail_share": "tokens from the reference's far tail",
     "rewards/ties": "ties",
     "logps/accuracies": "accuracy by log-probs",
     "logps/mean_accuracies": "accuracy by mean log-probs",

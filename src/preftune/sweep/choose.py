@@ -8,6 +8,9 @@ the best, the standard error being that of the paired difference. Conservative i
 learning rate, fewer epochs. A cell that is merely not distinguishable is not enough: with few held-out pairs every cell
 is, and the most conservative of all has learned nothing. The preference gain charges a policy for its distance from
 the reference already; there the best mean is taken as it is.
+
+Held-out pairs show whether a policy prefers what was preferred, not what it writes itself. Where trials were sampled,
+those that have left the reference (`scores.left_reference`) stand back behind those that have not.
 """
 
 from __future__ import annotations
@@ -37,12 +40,14 @@ class Candidate:
         params: Its settings among those searched.
         mean: Its mean of the metric.
         held: Its held-out pairs, where they are known.
+        left: Whether its samples are far from anything that the reference writes.
     """
 
     number: int
     params: Mapping[str, Any]
     mean: float
     held: HeldOut | None
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,14 @@ class Choice:
     Attributes:
         best: Number of the trial with the best mean.
         sweet_spot: Number of the trial to take.
+        left: Numbers of trials that stand back because they have left the reference.
         comparisons: Per trial its comparison with the best.
         reason: Why this one, in words.
     """
 
     best: int
     sweet_spot: int
+    left: tuple[int, ...]
     comparisons: dict[int, Comparison]
     reason: str
 
@@ -123,13 +130,16 @@ def choose(candidates: Sequence[Candidate], metric: str, direction: str, seed: i
     if not usable:
         return None
     sign = 1.0 if direction == "maximize" else -1.0
+    eligible = [each for each in usable if not each.left] or usable
+    left = tuple(each.number for each in usable if each.left)
     # Of equal means the conservative one counts as the best.
-    best = min(usable, key=lambda each: (-sign * each.mean, *_caution(each)))
-    comparisons = _compare(usable, best, metric, seed)
+    best = min(eligible, key=lambda each: (-sign * each.mean, *_caution(each)))
+    comparisons = _compare(eligible, best, metric, seed)
     sweet = best
     if metric != GAIN:
-        sweet = min((each for each in usable if _within_one_error(comparisons[each.number], sign)), key=_caution)
-    return Choice(best.number, sweet.number, comparisons, _reason(best, sweet, comparisons, metric))
+        sweet = min((each for each in eligible if _within_one_error(comparisons[each.number], sign)), key=_caution)
+    reason = _reason(best, sweet, comparisons, metric) + _left_behind(left, len(eligible) == len(usable))
+    return Choice(best.number, sweet.number, left, comparisons, reason)
 
 
 def _compare(candidates: Sequence[Candidate], best: Candidate, metric: str, seed: int) -> dict[int, Comparison]:
@@ -187,3 +197,12 @@ def _reason(best: Candidate, sweet: Candidate, comparisons: Mapping[int, Compari
     if sweet.number != best.number:
         text += f"; trial {sweet.number} is the most conservative one within one standard error of it"
     return text
+
+
+def _left_behind(left: Sequence[int], all_of_them: bool) -> str:
+    if not left:
+        return ""
+    if all_of_them:
+        return "; the samples of all trials are far from what the reference writes, so that no figure speaks for any"
+    who = f"trials {', '.join(map(str, left))} have" if len(left) > 1 else f"trial {left[0]} has"
+    return f"; {who} left what the reference writes, and cannot be the sweet spot"

@@ -40,7 +40,7 @@ class Plan:
         direction: ``maximize`` or ``minimize``.
         pruner: ``none``, or a pruner of Optuna on the held-out metric.
         diverge_factor: A loss this many times the first one counts as blown up.
-        kl_prompts: Held-out prompts on which the divergence from the reference is estimated; 0 for none.
+        num_samples: Samples drawn from each trial, one for each of as many held-out prompts; 0 for none.
         eval_share: Share of the prompts held out, where the data have no test split.
         keep: Whose weights are kept: ``best``, ``all`` or ``none``.
         fuse: How many LoRA trials share one forward.
@@ -62,7 +62,7 @@ class Plan:
     direction: str
     pruner: str = "none"
     diverge_factor: float = 10.0
-    kl_prompts: int = 0
+    num_samples: int = 0
     eval_share: float | None = None
     keep: str = "best"
     fuse: int = 1

@@ -18,7 +18,7 @@ from preftune.sweep.board import SlotState
 from preftune.sweep.choose import Candidate, Choice, choose
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.runner import Outcome
-from preftune.sweep.scores import LOWER_IS_BETTER, PAIRED, HeldOut
+from preftune.sweep.scores import LOWER_IS_BETTER, PAIRED, HeldOut, left_reference
 
 FILE_NAME, BEST_NAME = "sweep.json", "best.yaml"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "training_args.bin")
@@ -34,7 +34,8 @@ def candidates_of(states: Sequence[SlotState], folder: Path, metric: str) -> lis
         if mean is not None:
             run = inside(folder, state.outcome.run or "")
             held = HeldOut.load(run) if metric in PAIRED and run is not None else None
-            found.append(Candidate(state.slot, state.params, float(mean), held))
+            left = left_reference(state.outcome.metrics)
+            found.append(Candidate(state.slot, state.params, float(mean), held, left))
     return found
 
 
@@ -88,6 +89,7 @@ def _trial(state: SlotState, choice: Choice | None) -> dict[str, Any]:
         "reference_scored": outcome.num_scored,
         "reference_found": outcome.num_found,
         "same_as": outcome.same_as,
+        "left_reference": choice is not None and state.slot in choice.left,
         "tied_with_best": comparison.tied if comparison is not None else False,
         "difference_to_best": comparison.difference if comparison is not None else None,
         "standard_error": comparison.standard_error if comparison is not None else None,

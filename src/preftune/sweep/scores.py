@@ -22,15 +22,20 @@ FILE_NAME = "held_out.npz"
 ACCURACY, MARGIN = "eval_rewards/accuracies", "eval_rewards/margins"
 #: Margins grow with beta by definition; divided by it they can be compared between cells.
 PLAIN_MARGIN = "eval_rewards/margins_over_beta"
-#: How much more the policy than the reference writes what is preferred; see `HeldOut.values`.
+#: How much more than the reference the policy prefers the chosen answer, in nats per token; see `HeldOut.values`.
+PER_TOKEN = "eval_rewards/margins_per_token"
+#: The same with a charge for leaving the reference, for where no samples tell; see `HeldOut.values`.
 GAIN = "eval_preference_gain"
 #: Exponent of the importance weights in the preference gain.
 SMOOTHING = 0.5
-KL = "eval_kl"
+#: Of a trial's own samples: divergence from the reference, and the share of tokens from the reference's far tail.
+KL, TAIL = "eval_kl", "eval_tail_share"
+#: The far tail: tokens that the reference itself writes at most this often, all together.
+TAIL_LEVEL = 0.01
 #: Metrics that have a number per held-out pair.
-PAIRED = (ACCURACY, MARGIN, PLAIN_MARGIN, GAIN)
+PAIRED = (ACCURACY, MARGIN, PLAIN_MARGIN, PER_TOKEN, GAIN)
 #: Whether less is better.
-LOWER_IS_BETTER = ("eval_loss", "train_loss", KL)
+LOWER_IS_BETTER = ("eval_loss", "train_loss", KL, TAIL)
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,23 @@ class HeldOut:
 
     Attributes:
         rewards: ``(pairs, 2)``, chosen and rejected.
+        lengths: Tokens of the answers, ``(pairs, 2)``.
         prompts: Which pairs answer the same prompt, ``(pairs,)``.
         beta: What the rewards are multiplied by.
         digest: Of the held-out tokens: only trials that agree on it saw the same pairs.
     """
 
     rewards: Array
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
     prompts: np.ndarray[Any, np.dtype[np.int64]]
     beta: float
     digest: str
 
     def values(self, metric: str) -> Array:
         """One number per pair, ``(pairs,)``, for a metric of :data:`PAIRED`.
+
+        With r the sequence's log-ratio of policy to reference (reward over beta), the margin per token is
+        ``r_w / |y_w| - r_l / |y_l|``. It can be compared across betas, and long answers count as much as short ones.
 
         The preference gain is ``s(r_w / 2) - s(r_l / 2)``, s the logistic function and r the sequence's log-ratio of
         policy to reference. It is 0 for the reference itself and grows as the policy writes the preferred completions
@@ -65,15 +75,27 @@ class HeldOut:
         if metric == ACCURACY:
             # As the trainer counts: a tie is lost.
             return np.asarray(gap > 0, dtype=np.float64)
+        if metric == PER_TOKEN:
+            rates = self.rewards / self.beta / np.maximum(self.lengths, 1)
+            return np.asarray(rates[:, 0] - rates[:, 1], dtype=np.float64)
         if metric == GAIN:
             shares = special.expit(SMOOTHING * self.rewards / self.beta)
             return np.asarray(shares[:, 0] - shares[:, 1], dtype=np.float64)
         return np.asarray(gap / (self.beta if metric == PLAIN_MARGIN else 1.0), dtype=np.float64)
 
+    def means(self) -> dict[str, float]:
+        """The mean of every metric of :data:`PAIRED`."""
+        return {name: float(self.values(name).mean()) for name in PAIRED}
+
     def save(self, folder: Path) -> None:
         """Write to a run folder."""
         np.savez_compressed(
-            folder / FILE_NAME, rewards=self.rewards, prompts=self.prompts, beta=self.beta, digest=np.array(self.digest)
+            folder / FILE_NAME,
+            rewards=self.rewards,
+            lengths=self.lengths,
+            prompts=self.prompts,
+            beta=self.beta,
+            digest=np.array(self.digest),
         )
 
     @classmethod
@@ -83,7 +105,7 @@ class HeldOut:
             contextlib.suppress(OSError, ValueError, KeyError),
             np.load(folder / FILE_NAME, allow_pickle=False) as kept,
         ):
-            return cls(kept["rewards"], kept["prompts"], float(kept["beta"]), str(kept["digest"]))
+            return cls(kept["rewards"], kept["lengths"], kept["prompts"], float(kept["beta"]), str(kept["digest"]))
         return None
 
 
@@ -97,26 +119,32 @@ def held_out_of(rewards: Any, dataset: Any, beta: float) -> HeldOut:
     """
     codes: dict[bytes, int] = {}
     digest = hashlib.sha256()
-    prompts = []
+    prompts, lengths = [], []
     columns = dataset.with_format(None)
     for row in columns.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
         prompt = np.asarray(row["prompt_ids"], dtype=np.int32).tobytes()
         prompts.append(codes.setdefault(prompt, len(codes)))
+        lengths.append([len(row["chosen_ids"]), len(row["rejected_ids"])])
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             ids = np.asarray(row[name], dtype=np.int32)
             digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-    return HeldOut(np.asarray(rewards, dtype=np.float64), np.asarray(prompts), float(beta or 1.0), digest.hexdigest())
+    return HeldOut(
+        np.asarray(rewards, dtype=np.float64),
+        np.asarray(lengths),
+        np.asarray(prompts),
+        float(beta or 1.0),
+        digest.hexdigest(),
+    )
 
 
-def paired_means(rewards: Any, beta: float) -> dict[str, float]:
-    """Means of the metrics of :data:`PAIRED` over held-out pairs, for an evaluation on the way.
+def left_reference(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a trial's own samples hold more of the reference's far tail than the reference's samples would.
 
-    Args:
-        rewards: ``(pairs, 2)``.
-        beta: Of the trial.
+    The interval of the share has to lie above :data:`TAIL_LEVEL`, which no text of the reference exceeds on average.
+    What such a policy writes is nothing that the preferences were about; its held-out figures do not speak for it.
     """
-    held = HeldOut(np.asarray(rewards, dtype=np.float64), np.arange(len(rewards)), float(beta or 1.0), "")
-    return {name: float(held.values(name).mean()) for name in PAIRED}
+    low = metrics.get(TAIL, {}).get("low")
+    return low is not None and float(low) > TAIL_LEVEL
 
 
 def figure(mean: Any, low: float | None = None, high: float | None = None, n: int = 0) -> dict[str, Any]:
