@@ -147,3 +147,14 @@ def test_a_sweet_spot_that_gained_nothing_is_not_recommended(
     assert ("includes 0" in text, "prefers the rejected" in text) == (said == "includes 0", "prefers" in said)
     assert ('<article class="verdict good">' in text) == (not said)
     assert "Trial 4 is the one." in text
+
+
+def test_trials_that_have_left_the_reference_are_named(tmp_path: Path) -> None:
+    sweep = load(tmp_path)
+    page = render(gather([], [sweep]))
+    assert "Cells without colour" not in page
+    sweep.trials[0]["left_reference"] = True
+    assert [trial["left"] for trial in sweep_payload(sweep)["trials"]] == [True] + [False] * (len(sweep.trials) - 1)
+    rows = trials_table(sweep, metrics_of(sweep)).rows
+    assert [row[0] for row in rows if "left the reference" in row[-2]] == ["0"]
+    assert "Cells without colour" in render(gather([], [sweep]))

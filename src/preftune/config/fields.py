@@ -13,8 +13,12 @@ from typing import Any, Union, get_args, get_origin
 
 MISSING = dataclasses.MISSING
 
-# Wider than their annotation: the library's own scripts hand a boolean to a field that is typed as text.
-_WIDER: dict[str, Any] = {"resume_from_checkpoint": Union[bool, str, None]}  # noqa: UP007 - evaluated at run time
+# Wider than their annotation: the library's own scripts hand a boolean to a field that is typed as text, and parsers
+# made from the fields understand no union.
+_WIDER: dict[str, Any] = {
+    "resume_from_checkpoint": Union[bool, str, None],  # noqa: UP007 - evaluated at run time
+    "guards": bool | str | dict[str, Any],
+}
 
 
 @dataclasses.dataclass(frozen=True)

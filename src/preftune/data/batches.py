@@ -200,11 +200,20 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
             dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
             notes.append(f"the streamed data set was read completely ({len(rows)} rows), because packing needs lengths")
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        splits = isinstance(dataset, dict) and ", ".join(map(str, dataset))
         raise DataError(
             "not a data set",
             where=name,
             value=type(dataset).__name__,
             allowed="datasets.Dataset, datasets.IterableDataset",
+            remedy=f"pass one of its splits: {splits}" if splits else None,
+        )
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        # Rows are read past the transform, so that other data than the user's own view would be trained on.
+        raise DataError(
+            "the data set carries a transform (with_transform), which preparation would not apply",
+            where=name,
+            remedy="apply it with dataset.map before",
         )
     if isinstance(dataset, datasets.IterableDataset) or len(dataset) == 0:
         raise DataError("the data set holds no rows", where=name, remedy="check the split and the file")

@@ -120,6 +120,7 @@ def sweep_payload(sweep: Sweep) -> dict[str, Any]:
                 "number": trial.get("number"),
                 "params": mapping(trial.get("params")),
                 "state": str(trial.get("state", "")),
+                "left": trial.get("left_reference") is True,
                 "seconds": number(trial.get("seconds")),
                 "metrics": {name: found for metric in metrics if (found := _estimate(trial, name := metric.name))},
             }
@@ -146,7 +147,9 @@ def trials_table(sweep: Sweep, metrics: Sequence[Metric]) -> Table:
             text = interval(mapping(trial.get("metrics")).get(metric.name), as_share=is_share(metric.name))
             mark = _mark(trial.get("number"), metric)
             row.append(f"{text} · {mark}" if mark else text)
-        rows.append([*row, str(trial.get("state", "")).lower(), _seconds(trial)])
+        state = str(trial.get("state", "")).lower()
+        state += " · left the reference" if trial.get("left_reference") is True else ""
+        rows.append([*row, state, _seconds(trial)])
     numeric = [True, *(True for _ in fields), *(True for _ in metrics), False, True]
     return Table(columns, rows, numeric)
 

@@ -8,7 +8,7 @@ over examples divided by their global number, so that no split of the batch chan
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict, check_declared, probe
 from preftune.models.head import base_model, probe_head
 from preftune.packing import PackedRow, Tree, build_row, plan_rows
-from preftune.training import memory
+from preftune.training import card, memory, setup
 from preftune.training.batch import Batch, Example, collate
 from preftune.training.config import PackedConfig
 from preftune.training.guards import COMMON, install_guards, watch_line
@@ -71,6 +71,8 @@ class PackedTrainer(RecoveringTrainer):
     model: nn.Module
     optimizer: Any
     eval_dataset: Any
+    #: Tags of the model card; the last one is the verb.
+    _tag_names: tuple[str, ...] = ("preftune",)
     #: Columns that the data loader hands on.
     example_columns: tuple[str, ...] = ()
     #: Which of :meth:`example_totals` the loss is divided by.
@@ -100,6 +102,7 @@ class PackedTrainer(RecoveringTrainer):
     # ---- construction ---------------------------------------------------------------------------------------------
 
     def __init__(self, **kwargs: Any) -> None:
+        setup.refuse_overrides(type(self))
         kwargs.setdefault("data_collator", collate)
         super().__init__(**kwargs)
         if self.args.n_gpu > 1:
@@ -403,8 +406,21 @@ class PackedTrainer(RecoveringTrainer):
         if "loss" in logs and "eval_loss" not in logs:
             logs.update(self._train_sums.pop(self._reduce))
             logs["num_tokens"] = float(self._sum_over_processes([float(self._num_train_tokens)])[0])
+        elif "train_loss" in logs:
+            # The last steps of a run, where no line of their own was due.
+            logs = {**logs, **self._train_sums.pop(self._reduce)}
         watch_line(self, logs)
         super().log(logs, start_time)
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write the model card into the output folder; :meth:`push_to_hub` hands its keywords on to this."""
+        if self.is_world_process_zero():
+            card.write(str(self.args.output_dir), card.of_trainer(self, model_name, dataset_name, tags))
 
     def process_state(self) -> dict[str, Any]:
         """Sums since the last log line, for a checkpoint."""

@@ -7,16 +7,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from preftune.files import replace_text
 
+if TYPE_CHECKING:
+    from preftune.training.base import PackedTrainer
+
 FILE_NAME = "README.md"
 
 #: What a verb tunes on, where that is not preference pairs.
 _DATA = {"sft": "completions", "kto": "labelled answers"}
+
+#: Settings that every card names.
+_DECISIVE = ("beta", "learning_rate", "num_train_epochs", "max_length", "seed")
 
 # Markdown that could change the page when it stands in a value: links, images, code, tables, strike-through, emphasis
 # (an underscore inside a word is none), and what makes a heading or a list at the beginning of a line.
@@ -41,6 +47,7 @@ class Card:
         versions: Library versions.
         is_adapter: Whether the folder holds a LoRA adapter.
         extra_tags: Further tags for the front matter.
+        has_provenance: Whether the folder also holds the record of the run.
     """
 
     title: str
@@ -55,6 +62,7 @@ class Card:
     versions: Mapping[str, str] = field(default_factory=dict)
     is_adapter: bool = False
     extra_tags: Sequence[str] = ()
+    has_provenance: bool = True
 
 
 def render(card: Card) -> str:
@@ -75,9 +83,58 @@ def render(card: Card) -> str:
         _section("Settings", _table(("setting", "value"), [(name, _shown(v)) for name, v in card.settings.items()])),
         _section("Papers", [f"- {escape(title)}: <{_link(link)}>" for title, link in card.papers]),
         _section("Versions", [", ".join(f"{escape(name)} {escape(text)}" for name, text in card.versions.items())]),
-        "How the model was made, to the last setting, is in `provenance.json` in this folder.\n",
+        "How the model was made, to the last setting, is in `provenance.json` in this folder.\n" * card.has_provenance,
     ]
     return "\n".join(part for part in parts if part)
+
+
+def of_trainer(
+    trainer: PackedTrainer,
+    model_name: str | None,
+    dataset_name: str | Sequence[str] | None,
+    tags: str | Sequence[str] | None,
+) -> Card:
+    """What a trainer knows about its model by itself.
+
+    Args:
+        trainer: The trainer.
+        model_name: Name of the tuned model; by default the output folder's.
+        dataset_name: Name of the data, or several.
+        tags: Further tags.
+
+    Returns:
+        The card.
+    """
+    import preftune
+    from preftune.models.head import base_model
+    from preftune.objectives import METHODS
+    from preftune.training.provenance import FILE_NAME as PROVENANCE_FILE
+    from preftune.training.provenance import plain, versions
+
+    methods = list(getattr(getattr(trainer, "objective", None), "names", ()))
+    papers = [METHODS[name].paper for name in methods if name in METHODS]
+    lines = [line for line in trainer.state.log_history if "loss" in line or "eval_loss" in line]
+    figures = {name: value for line in lines for name, value in line.items()}
+    source = str(getattr(base_model(trainer.model).config, "_name_or_path", "") or "a model")
+    return Card(
+        title=model_name or Path(str(trainer.args.output_dir)).name,
+        verb=trainer._tag_names[-1],
+        # Where it lies on somebody's disk is nobody else's business.
+        base_model=Path(source).name if Path(source).exists() else source,
+        datasets=_several(dataset_name),
+        methods=methods,
+        papers=list(dict.fromkeys((paper.title, paper.link) for paper in papers)),
+        settings={name: plain(getattr(trainer.args, name)) for name in _DECISIVE if hasattr(trainer.args, name)},
+        metrics={k: v for k, v in figures.items() if not k.endswith(("_runtime", "_per_second"))},
+        versions={"preftune": preftune.__version__, **versions()},
+        is_adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
+        extra_tags=_several(tags),
+        has_provenance=(Path(str(trainer.args.output_dir)) / PROVENANCE_FILE).is_file(),
+    )
+
+
+def _several(given: str | Sequence[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def write(folder: str | Path, card: Card) -> Path:
@@ -101,7 +158,8 @@ def _front_matter(card: Card) -> str:
     fields: dict[str, Any] = {
         "library_name": "peft" if card.is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["preftune", card.verb, *card.methods, *card.extra_tags],
+        # A method may be called like the verb, and a push hands on the model's tags, which are here already.
+        "tags": list(dict.fromkeys(["preftune", card.verb, *card.methods, *card.extra_tags])),
     }
     # The Hub resolves these names; paths on somebody's disk would be dead links there.
     if _is_hub_name(card.base_model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
@@ -13,6 +13,13 @@ from preftune.errors import ConfigError
 from preftune.kernels.attention import BACKEND_NAMES
 from preftune.objectives import Objective, build_objective
 from preftune.training.guards.settings import parse_guards
+
+if TYPE_CHECKING:
+    # A bare `off` is false in YAML.
+    _Guards = bool | str | dict[str, Any]
+else:
+    # Argument parsers that are made from the fields take one type each.
+    _Guards = str
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -105,8 +112,7 @@ class PackedConfig(TrainingArguments):
     quarantine_path: str | None = None
     max_dropped_share: float | None = None
     append_eos: bool = False
-    # A bare `off` is false in YAML.
-    guards: bool | str | dict[str, Any] = "warn"
+    guards: _Guards = "warn"
     generation_steps: int = 0
     num_generations: int = 32
     generation_max_new_tokens: int = 128
@@ -333,6 +339,9 @@ class SFTConfig(PackedConfig):
     dataset_kwargs: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
+        if self.loss_type == "chunked_nll":
+            warnings.warn("loss_type chunked_nll is the former name of nll", FutureWarning, stacklevel=3)
+            self.loss_type = "nll"
         _choice("loss_type", self.loss_type, ("nll", "dft"))
         if self.generation_steps:
             raise ConfigError(

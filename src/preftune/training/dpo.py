@@ -69,6 +69,8 @@ class DPOTrainer(PackedTrainer):
     _tag_names = ("preftune", "dpo")
     guard_names = GUARD_NAMES
     balances_experts = True
+    #: Whether a loss that joins the examples of a step does so by a number that is known before its rows run.
+    joins_by_constant = False
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class DPOTrainer(PackedTrainer):
         )
         self.running_delta = RunningDelta() if self.objective.uses_running_delta else None
         self.needs_log_sum_sq = args.use_weighting
-        train_dataset = self._prepared(train_dataset, processing_class, "train")
+        train_dataset = self._prepared(setup.bounded_stream(train_dataset, args), processing_class, "train")
         eval_dataset = self._prepared_eval(eval_dataset, processing_class)
         super().__init__(
             model=model,
@@ -122,7 +124,7 @@ class DPOTrainer(PackedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.router is not None and not self.objective.separable:
+        if self.router is not None and not self.objective.separable and not self.joins_by_constant:
             raise ConfigError(
                 f"{', '.join(self.objective.names)} joins the pairs of a step, the load-balancing loss divides them",
                 where="router_aux_loss_coef",

@@ -58,6 +58,7 @@ class KTOTrainer(DPOTrainer):
     args: KTOConfig  # type: ignore[assignment]
     example_columns: tuple[str, ...] = (*DPOTrainer.example_columns, "label")  # type: ignore[assignment]
     _tag_names = ("preftune", "kto")
+    joins_by_constant = True
 
     def __init__(
         self,

@@ -22,6 +22,24 @@ def default_output_dir(model: Any, suffix: str) -> str:
     return f"{str(name).rstrip('/').split('/')[-1]}-{suffix}"
 
 
+#: Methods of padded trainers that nothing calls here.
+_NEVER_CALLED = ("compute_loss", "_compute_loss", "prediction_step")
+
+
+def refuse_overrides(trainer: type[Any]) -> None:
+    """A subclass with a loss of its own would be trained on another one, in silence."""
+    for each in trainer.__mro__:
+        if each.__module__.partition(".")[0] == "preftune":
+            return
+        for name in _NEVER_CALLED:
+            if name in vars(each):
+                raise ConfigError(
+                    f"{name} is overridden, and never called: losses are computed row by row",
+                    where=each.__name__,
+                    remedy="override row_terms, which gets the log-probs of one packed row",
+                )
+
+
 def refuse_collator(data_collator: Any) -> None:
     """Packed rows are not collated."""
     if data_collator is not None:
@@ -37,6 +55,23 @@ def require_dataset(dataset: Any) -> None:
     """Training needs data."""
     if dataset is None:
         raise DataError("training data are missing", where="train_dataset", remedy="pass train_dataset")
+
+
+def bounded_stream(dataset: Any, args: PackedConfig) -> Any:
+    """Of streamed training data, as many rows as the run visits and a quarter more for those that are left out.
+
+    A stream is visited in its own order, never shuffled, as in TRL; ``args`` is changed to say so. Without
+    ``max_steps`` the stream is read to its end.
+    """
+    import datasets
+
+    if not isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    args.train_sampling_strategy = "sequential"
+    if args.max_steps <= 0:
+        return dataset
+    visited = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return dataset.take(visited + max(visited // 4, 16))
 
 
 def refuse_images(dataset: Any) -> None:
@@ -75,6 +110,13 @@ def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: An
                 where="quantization_config",
                 remedy="pass the model by name",
             )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            "encoder-decoder models are not supported",
+            where="model",
+            value=type(model).__name__,
+            remedy="use a causal language model",
+        )
     if tokenizer is None:
         tokenizer = tokenizer_for(model, revision, args)
     if not hasattr(tokenizer, "encode") or hasattr(tokenizer, "tokenizer"):

@@ -8,10 +8,10 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from preftune.data import PrepareReport, prepare_sft
-from preftune.errors import ConfigError, ModelError
+from preftune.errors import ConfigError, DataError, ModelError
 from preftune.kernels.head import TokenScores
 from preftune.packing import Branch, PackedRow, Tree
 from preftune.training import setup
@@ -32,7 +32,7 @@ class SFTTrainer(PackedTrainer):
 
     Args:
         model: Name or path, or a model, PEFT-wrapped or not.
-        args: Settings.
+        args: Settings; plain ``TrainingArguments`` are completed with the defaults of :class:`SFTConfig`.
         data_collator: Not used: rows are packed, not collated. Passing one is refused.
         train_dataset: Plain text, prompt and completion, or messages.
         eval_dataset: Held-out data, or a mapping of names to such.
@@ -57,7 +57,7 @@ class SFTTrainer(PackedTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | Any,
-        args: SFTConfig | None = None,
+        args: SFTConfig | TrainingArguments | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -72,7 +72,7 @@ class SFTTrainer(PackedTrainer):
         peft_config: Any = None,
         formatting_func: Callable[[Any], str] | None = None,
     ) -> None:
-        args = args or SFTConfig(setup.default_output_dir(model, "SFT"))
+        args = _own_config(args) if args else SFTConfig(setup.default_output_dir(model, "SFT"))
         setup.refuse_collator(data_collator)
         setup.require_dataset(train_dataset)
         for name, given in (
@@ -99,7 +99,7 @@ class SFTTrainer(PackedTrainer):
             )
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
-        train_dataset = self._prepared(train_dataset, processing_class, args, "train")
+        train_dataset = self._prepared(setup.bounded_stream(train_dataset, args), processing_class, args, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._prepared(each, processing_class, args, k) for k, each in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -121,7 +121,8 @@ class SFTTrainer(PackedTrainer):
     def _prepared(self, dataset: Any, tokenizer: Any, args: SFTConfig, name: str) -> Any:
         if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
             return self._as_tokenised(dataset, name)
-        if self._formatting_func is not None:
+        names = list(getattr(dataset, "column_names", None) or ())
+        if self._formatting_func is not None and "input_ids" not in names:
             function = self._formatting_func
             if args.completion_only_loss:
                 raise ConfigError(
@@ -130,8 +131,10 @@ class SFTTrainer(PackedTrainer):
                     value=True,
                     remedy="drop formatting_func or completion_only_loss",
                 )
-            dataset = dataset.map(lambda row: {"text": function(row)}, remove_columns=dataset.column_names)
-        elif args.dataset_text_field != "text" and args.dataset_text_field in (dataset.column_names or ()):
+            dataset = dataset.map(
+                lambda row: {"text": function(row)}, remove_columns=names or list(next(iter(dataset)))
+            )
+        elif args.dataset_text_field != "text" and args.dataset_text_field in names:
             dataset = dataset.rename_column(args.dataset_text_field, "text")
         prepared, self.reports[name] = prepare_sft(
             dataset,
@@ -151,7 +154,28 @@ class SFTTrainer(PackedTrainer):
             return dataset
         if "labels" in dataset.column_names:
             return dataset.map(lambda row: {"loss_mask": [int(label != -100) for label in row["labels"]]})
+        masks = sorted({"assistant_masks", "completion_mask"} & set(dataset.column_names))
+        if masks:
+            raise DataError(
+                f"{', '.join(masks)} would not be read with skip_prepare_dataset, and every token be trained on",
+                where=name,
+                remedy="add a labels column (-100 for what is not trained on), or drop skip_prepare_dataset",
+            )
         return dataset.map(lambda row: {"loss_mask": [1] * len(row["input_ids"])})
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate on ``eval_dataset``, raw or tokenised, or on the data given at construction."""
+        if isinstance(eval_dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, each in eval_dataset.items():
+                metrics.update(self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, self.processing_class, self.args, metric_key_prefix)
+        result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return result
 
     def example_trees(self, example: Example, number: int) -> tuple[Tree, ...]:
         """One tree with one branch, the whole example."""
@@ -182,6 +206,14 @@ class SFTTrainer(PackedTrainer):
             metrics["entropy"] = (scores.entropy.sum(), number)
             metrics["mean_token_accuracy"] = (scores.top1.sum(), number)
         return RowTerms(losses.sum(), number, metrics)
+
+
+def _own_config(args: SFTConfig | TrainingArguments) -> SFTConfig:
+    """The settings themselves, or those of a plain trainer with everything of ours at its default."""
+    if isinstance(args, SFTConfig):
+        return args
+    # What ``to_dict`` gives is for showing: a token in it is masked.
+    return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
 
 
 __all__ = ["SFTTrainer"]

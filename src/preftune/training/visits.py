@@ -31,6 +31,8 @@ def visited_rows(trainer: PackedTrainer) -> list[int]:
     """
     args, size = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.train_sampling_strategy == "sequential" and args.max_steps > 0:
+        return list(range(min(size, args.max_steps * per_step)))
     if args.max_steps <= 0 or args.max_steps * per_step >= size or args.train_sampling_strategy != "random":
         return list(range(size))
     state = torch.get_rng_state()

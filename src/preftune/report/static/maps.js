@@ -67,16 +67,25 @@
 
   function heatmap(sweep, metric, fx, fy, found) {
     const xs = fx.values.map(scale(fx)), ys = fy.values.map(scale(fy)), ex = edges(xs), ey = edges(ys);
-    const means = found.map((cell) => cell.value.mean), low = Math.min(...means), high = Math.max(...means);
+    // Trials that have left the reference have no colour: their figures would use up the scale, and mean nothing.
+    const stays = found.filter((cell) => !cell.trial.left), coloured = stays.length ? stays : found;
+    const means = coloured.map((cell) => cell.value.mean), low = Math.min(...means), high = Math.max(...means);
     const share = (value) => high > low ? (value - low) / (high - low) : 0.5;
     const better = (value) => metric.direction === "minimize" ? 1 - share(value) : share(value);
     const z = ys.map(() => xs.map(() => null)), notes = ys.map(() => xs.map(() => "")), annotations = [], shapes = [];
-    const hatch = { dark: [[], []], light: [[], []] };
+    const hatch = { dark: [[], []], light: [[], []] }, gone = new Set();
     for (const { trial, value } of found) {
       const i = xs.indexOf(scale(fx)(trial.params[fx.name])), j = ys.indexOf(scale(fy)(trial.params[fy.name]));
+      const [mean, ends] = told(value, metric.share), range = ends ? "<br><span>" + ends + "</span>" : "";
+      if (trial.left && stays.length) {
+        gone.add(j + "," + i);
+        annotations.push({ x: (ex[i] + ex[i + 1]) / 2, y: (ey[j] + ey[j + 1]) / 2, text: mean + range + "<br>left reference", showarrow: false,
+          hovertext: hover(trial, value, metric.share), font: { color: color("muted"), size: 12 } });
+        continue;
+      }
       z[j][i] = better(value.mean);
       notes[j][i] = hover(trial, value, metric.share);
-      const ink = inkOn(z[j][i]), [mean, ends] = told(value, metric.share), range = ends ? "<br><span>" + ends + "</span>" : "";
+      const ink = inkOn(z[j][i]);
       annotations.push({ x: (ex[i] + ex[i + 1]) / 2, y: (ey[j] + ey[j + 1]) / 2, text: "<b>" + mean + "</b>" + range, showarrow: false,
         font: { color: ink, size: 12 }, bgcolor: "rgb(" + mix(color("map-low"), color("map-high"), z[j][i]).join(",") + ")", borderpad: 2 });
       if (metric.tied.includes(trial.number)) hatchCell(hatch[ink === "#ffffff" ? "light" : "dark"], ex[i], ex[i + 1], ey[j], ey[j + 1]);
@@ -85,7 +94,7 @@
       }
     }
     z.forEach((row, j) => row.forEach((value, i) => {
-      if (value === null) annotations.push({ x: (ex[i] + ex[i + 1]) / 2, y: (ey[j] + ey[j + 1]) / 2, text: "×", showarrow: false, font: { color: color("muted"), size: 18 } });
+      if (value === null && !gone.has(j + "," + i)) annotations.push({ x: (ex[i] + ex[i + 1]) / 2, y: (ey[j] + ey[j + 1]) / 2, text: "×", showarrow: false, font: { color: color("muted"), size: 18 } });
     }));
     const lines = ([x, y], stroke) => ({ x, y, type: "scatter", mode: "lines", line: { color: stroke, width: 1 }, opacity: 0.55, hoverinfo: "skip", showlegend: false });
     return {

@@ -1,0 +1,241 @@
+"""What scripts written for TRL do beside the plain call: other data, other settings, other moments."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import HfArgumentParser, T5Config, T5ForConditionalGeneration, TrainingArguments
+
+import preftune
+from preftune import ConfigError, DataError, ModelError
+from tests.models.tiny import tiny_model
+from tests.parity import worlds
+
+pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+KINDS = ["DPO", "SFT", "KTO"]
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
+    return worlds.World(tmp_path_factory.mktemp("world"))
+
+
+def rows_of(kind: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
+    if kind == "KTO":
+        return worlds.unpaired_rows(number, seed)
+    pairs = worlds.pair_rows(number, seed)
+    return [{"text": r["prompt"] + r["chosen"]} for r in pairs] if kind == "SFT" else list(pairs)
+
+
+def make(library: Any, kind: str, world: Any, out: Path, data: Any, model: Any = None, **options: Any) -> Any:
+    config, trainer = getattr(library, f"{kind}Config"), getattr(library, f"{kind}Trainer")
+    args = config(output_dir=str(out / library.__name__), **{**worlds.DEFAULTS, **options})
+    return trainer(model=model or world.path, args=args, train_dataset=data, processing_class=world.tokenizer)
+
+
+def both(kind: str, world: Any, out: Path, data: Any, **options: Any) -> tuple[Any, Any]:
+    """TRL's trainer and ours, in this order."""
+    import trl
+
+    theirs, ours = (make(library, kind, world, out, data, **options) for library in (trl, preftune))
+    return theirs, ours
+
+
+def close(ours: dict[str, float], theirs: dict[str, float], names: Any) -> None:
+    for name in names:
+        assert math.isclose(ours[name], theirs[name], rel_tol=TOLERANCE, abs_tol=1e-7), name
+
+
+@pytest.mark.parametrize("form", ["rows", "stream", "mapping", "own"])
+def test_sft_evaluates_what_it_is_handed(world: worlds.World, tmp_path: Path, form: str) -> None:
+    data, held_out = (Dataset.from_list(rows_of("SFT", 8, seed)) for seed in (0, 1))
+    given: Any = {"a": held_out, "b": data} if form == "mapping" else held_out
+    given = held_out.to_iterable_dataset() if form == "stream" else given
+    theirs, ours = both("SFT", world, tmp_path, data)
+    expected = theirs.evaluate(given)
+    if form == "own":
+        ours.eval_dataset = ours._prepared(held_out, world.tokenizer, ours.args, "eval")
+        given = ours.eval_dataset
+    found = ours.evaluate(given)
+    names = ["eval_a_loss", "eval_b_loss"] if form == "mapping" else ["eval_loss"]
+    close(found, expected, names)
+
+
+def test_a_formatting_function_serves_evaluation_too(world: worlds.World, tmp_path: Path) -> None:
+    def as_text(row: Any) -> str:
+        return f"{row['prompt']} {row['rejected']}"
+
+    data = Dataset.from_list(worlds.pair_rows(8))
+    args = preftune.SFTConfig(str(tmp_path), **worlds.DEFAULTS)
+    trainer = preftune.SFTTrainer(
+        world.path, args, train_dataset=data, processing_class=world.tokenizer, formatting_func=as_text
+    )
+    plain = Dataset.from_list([{"text": as_text(row)} for row in data])
+    other = make(preftune, "SFT", world, tmp_path / "other", plain)
+    expected = other.evaluate(plain)["eval_loss"]
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate(data.to_iterable_dataset())["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_sft_takes_plain_training_arguments(world: worlds.World, tmp_path: Path) -> None:
+    args = TrainingArguments(
+        str(tmp_path), learning_rate=3e-4, use_cpu=True, report_to=[], hub_token="secret", weight_decay=0.5
+    )
+    data = Dataset.from_list(rows_of("SFT", 8))
+    trainer = preftune.SFTTrainer(world.path, args, train_dataset=data, processing_class=world.tokenizer)
+    assert isinstance(trainer.args, preftune.SFTConfig)
+    assert (trainer.args.learning_rate, trainer.args.weight_decay) == (3e-4, 0.5)
+    assert trainer.args.hub_token == "secret"
+    assert trainer.args.max_length == preftune.SFTConfig(str(tmp_path), use_cpu=True).max_length
+
+
+def test_former_name_of_nll(tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match="chunked_nll"):
+        config = preftune.SFTConfig(str(tmp_path), loss_type="chunked_nll", use_cpu=True)
+    assert config.loss_type == "nll"
+
+
+@pytest.mark.parametrize("column", ["assistant_masks", "completion_mask"])
+def test_masks_that_would_not_be_read_are_refused(world: worlds.World, tmp_path: Path, column: str) -> None:
+    data = Dataset.from_list([{"input_ids": [5, 6, 7, 8], column: [0, 0, 1, 1]}] * 4)
+    import trl
+
+    for library in (trl, preftune):
+        with pytest.raises(ValueError, match="labels"):
+            make(library, "SFT", world, tmp_path, data, dataset_kwargs={"skip_prepare_dataset": True})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transform_is_refused_rather_than_lost(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    data = Dataset.from_list(rows_of(kind, 8)).with_transform(lambda batch: batch)
+    with pytest.raises(DataError, match="with_transform"):
+        make(preftune, kind, world, tmp_path, data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splits_are_refused_and_named(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    data = DatasetDict({"train": Dataset.from_list(rows_of(kind, 8)), "held_out": Dataset.from_list(rows_of(kind, 8))})
+    with pytest.raises(DataError, match="pass one of its splits: train, held_out"):
+        make(preftune, kind, world, tmp_path, data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_is_visited_in_its_order(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    data = Dataset.from_list(rows_of(kind, 60)).to_iterable_dataset()
+    theirs, ours = both(kind, world, tmp_path, data, max_steps=3, num_train_epochs=1)
+    theirs.train()
+    ours.train()
+    assert len(ours.train_dataset) == 12 + 16
+    names = ("loss", "grad_norm", *(() if kind == "SFT" else ("rewards/chosen", "logps/rejected")))
+    assert len(worlds.log_lines(ours)) == 3
+    worlds.assert_same_logs(ours, theirs, names, TOLERANCE)
+    worlds.assert_same_weights(ours, theirs, TOLERANCE)
+
+
+def test_a_stream_without_end_trains(world: worlds.World, tmp_path: Path) -> None:
+    def endless() -> Iterator[dict[str, Any]]:
+        return itertools.cycle(rows_of("DPO", 10))
+
+    trainer = make(preftune, "DPO", world, tmp_path, IterableDataset.from_generator(endless), max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_line_tells_of_steps_without_one(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    data = Dataset.from_list(rows_of(kind, 20))
+    theirs, ours = both(kind, world, tmp_path, data, max_steps=3, logging_steps=2)
+    theirs.train()
+    output = ours.train()
+    name = "mean_token_accuracy" if kind == "SFT" else "rewards/chosen"
+    last = ours.state.log_history[-1]
+    if kind != "SFT":
+        close(last, theirs.state.log_history[-1], [name, "logps/chosen"])
+    assert "train_runtime" in last
+    assert name not in output.metrics
+    # Nothing is told twice: here the last step has a line of its own.
+    again = make(preftune, kind, world, tmp_path / "again", data, max_steps=2, logging_steps=2)
+    again.train()
+    assert name not in again.state.log_history[-1]
+    assert name in again.state.log_history[-2]
+
+
+def test_experts_are_balanced_under_kto_as_in_trl(world: worlds.World, tmp_path: Path) -> None:
+    path = str(tmp_path / "model")
+    model = tiny_model("MixtralConfig", len(world.tokenizer), num_local_experts=4)
+    model.config.router_aux_loss_coef = 0.5
+    model.save_pretrained(path)
+    data = Dataset.from_list(rows_of("KTO", 24))
+    import trl
+
+    theirs, ours = (make(library, "KTO", world, tmp_path, data, model=path, beta=0.5) for library in (trl, preftune))
+    theirs.train()
+    ours.train()
+    worlds.assert_same_logs(ours, theirs, ("loss", "aux_loss", "grad_norm", "rewards/chosen", "kl"), TOLERANCE)
+    worlds.assert_same_weights(ours, theirs, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["ORPO", "CPO", "DPO"])
+def test_encoder_decoder_models_are_refused(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(world.tokenizer), **sizes))
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        make(preftune, kind, world, tmp_path, Dataset.from_list(rows_of("DPO", 4)), model=model)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "SFT", "KTO", "ORPO", "CPO"])
+def test_parsers_made_from_the_fields_take_every_setting(tmp_path: Path, kind: str) -> None:
+    from trl import TrlParser
+
+    config = getattr(preftune, f"{kind}Config")
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--guards", "overfitting=stop"]
+    for parser in (HfArgumentParser(config), TrlParser([config])):
+        (parsed,) = parser.parse_args_into_dataclasses(flags)
+        plain = config(output_dir=str(tmp_path), use_cpu=True, guards="overfitting=stop")
+        names = [item.name for item in dataclasses.fields(config) if item.init]
+        assert {name: getattr(parsed, name) for name in names} == {name: getattr(plain, name) for name in names}
+
+
+@pytest.mark.parametrize("kind", ["DPO", "SFT", "KTO", "ORPO"])
+def test_a_card_with_names_and_tags(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    data = Dataset.from_list(rows_of("DPO" if kind == "ORPO" else kind, 8))
+    trainer = make(preftune, kind, world, tmp_path, data, max_steps=1)
+    trainer.train()
+    trainer.create_model_card(model_name="a name", dataset_name="org/data", tags="one")
+    text = (Path(trainer.args.output_dir) / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["datasets"] == ["org/data"]
+    assert {"preftune", kind.lower(), "one"} <= set(front["tags"])
+    assert "# a name" in text
+    assert "learning_rate" in text
+    assert f"{trainer.state.log_history[-2]['loss']:.4g}" in text
+    trainer.create_model_card(tags=["three", *trainer.model.model_tags])
+    text = (Path(trainer.args.output_dir) / "README.md").read_text()
+    tags = yaml.safe_load(text.split("---")[1])["tags"]
+    assert "three" in tags
+    assert len(tags) == len(set(tags))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["compute_loss", "prediction_step"])
+def test_a_loss_that_would_not_be_called_is_refused(
+    world: worlds.World, tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = type("Own", (getattr(preftune, f"{kind}Trainer"),), {method: lambda self, *args, **kwargs: None})
+    monkeypatch.setattr(preftune, f"{kind}Trainer", own, raising=False)
+    with pytest.raises(ConfigError, match=f"Own: {method} is overridden"):
+        make(preftune, kind, world, tmp_path, Dataset.from_list(rows_of(kind, 4)))
