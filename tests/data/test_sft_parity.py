@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trl
 from datasets import Dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -132,6 +134,63 @@ def test_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = make_tokenizer(template=changing)
     with pytest.raises(DataError, match=r"row 0 .* renders earlier turns differently"):
         prepare_sft(Dataset.from_list(ROWS["messages"]), tokenizer, DataOptions(), assistant_only_loss=True)
+
+
+STOCK = Path(trl.__file__).parent / "chat_templates"
+
+
+def _marked(template: str, messages: list[dict[str, str]]) -> list[str]:
+    """The stretches of text that are trained on."""
+    tokenizer = make_tokenizer(template=template)
+    row = {"messages": messages}
+    ((ids, mask),) = ours([row], tokenizer, DataOptions(max_length=None), assistant_only_loss=True)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    runs: list[list[int]] = []
+    for before, token, bit in zip([0, *mask], ids, mask, strict=False):
+        if bit and not before:
+            runs.append([])
+        if bit:
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_a_template_that_keeps_thoughts_of_the_last_turn_alone() -> None:
+    thinking = (STOCK / "qwen3.jinja").read_text(encoding="utf-8")
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nsat on"},
+        {"role": "user", "content": "the dog"},
+        {"role": "assistant", "content": "sat on"},
+        {"role": "user", "content": "the mat"},
+        {"role": "assistant", "content": "<think>\nwell\n</think>\n\nthe end"},
+    ]
+    assert _marked(thinking, turns) == [
+        "sat on<|im_end|>\n",
+        "sat on<|im_end|>\n",
+        "<think>\nwell\n</think>\n\nthe end<|im_end|>\n",
+    ]
+    # Nothing is thought, and the conversation ends with the user.
+    assert _marked(thinking, [*turns[3:5], turns[1]]) == ["sat on<|im_end|>\n"]
+    assert _marked(thinking, turns[3:5]) == ["<think>\n\n</think>\n\nsat on<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "last"),
+    [
+        ("qwen3_5_think", "<|im_end|>\n", "<|im_end|>\n"),  # the generation prompt opens a thought
+        ("phi3", "", "<|end|>\n</s>"),  # an end of text where no generation prompt stands
+        ("llama3", "<|eot_id|>", "<|eot_id|>"),
+    ],
+)
+def test_stock_templates_of_several_turns(family: str, first: str, last: str) -> None:
+    template = (STOCK / f"{family}.jinja").read_text(encoding="utf-8")
+    for space in ("", " "):  # some templates strip what the assistant says
+        found = [
+            text.removeprefix("\n</think>\n\n") for text in _marked(template, [*TALK[:3], assistant("saw" + space)])
+        ]
+        assert found[0] == "sat on" + first
+        assert found[1] in ("saw" + last, "saw" + space + last)
 
 
 def test_assistant_only_needs_conversations(tokenizer: Any) -> None:

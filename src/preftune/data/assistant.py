@@ -13,6 +13,8 @@ from preftune.errors import ModelError
 
 Masked = tuple[Ids, list[int]]
 
+#: A private-use character, which no text has.
+_MARK = "\ue0ff"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -31,7 +33,8 @@ def assistant_masks(
 
     A template with ``{% generation %}`` says itself what the assistant wrote. For any other, a turn begins where the
     rendering of the turns before it, with the generation prompt, ends, and reaches as far as the rendering of the
-    conversation up to and with the turn.
+    conversation up to and with the turn. Templates that render a turn differently once others follow (Qwen3 keeps the
+    thinking part of the last turn alone) are rendered once more with a mark behind everything that the assistant says.
 
     Args:
         encoder: Tokenizer and template.
@@ -39,8 +42,8 @@ def assistant_masks(
         rows: The row each belongs to, for its tools and template arguments.
 
     Returns:
-        ``(ids, mask)`` per conversation; a :class:`BadRow` where the template failed, has no assistant text, or
-        renders earlier turns differently once others follow.
+        ``(ids, mask)`` per conversation; a :class:`BadRow` where the template failed, has no assistant text, or does
+        not show where the assistant's turns are.
 
     Raises:
         ModelError: The tokenizer cannot tell which characters a token stands for.
@@ -119,7 +122,8 @@ def turn_spans(
             upto = full if i == len(conversation) - 1 else render(conversation[: i + 1], False)
             before = render(conversation[:i], False) if i else ""
             if not full.startswith(upto) or not full.startswith(before):
-                return _unstable_template()
+                special = sorted(encoder.tokenizer.get_added_vocab(), key=len, reverse=True)
+                return _spans_up_to_marks(render, conversation, full, special) or _unstable_template()
             start = _turn_start(render, conversation[:i], full, before)
             spans.append((start, max(start, len(upto))))
         return spans
@@ -137,6 +141,59 @@ def _turn_start(render: Any, earlier: list[Message], full: str, before: str) -> 
     header = render(other, True).removeprefix(render(other, False))
     position = full.find(header) if header else -1
     return position + len(header) if position >= 0 else 0
+
+
+def _spans_up_to_marks(
+    render: Any, conversation: list[Message], full: str, special: Sequence[str]
+) -> list[tuple[int, int]] | None:
+    """Assistant turns, found by a mark at the end of what each says; ``None`` where that does not work.
+
+    A turn begins behind the generation prompt, or as much of it as earlier turns have (a thinking tag may be missing
+    there). It ends with the special token that the template writes behind the answer, and the last one with the text.
+    """
+    answers = [i for i, message in enumerate(conversation) if message.get("role") == "assistant"]
+    pieces = _pieces(render, conversation, answers, full)
+    if pieces is None or not answers[0]:
+        return None
+    before = conversation[: answers[0]]
+    opened = render(before, True)
+    header = opened[common_prefix(opened, render(before, False)) :]
+    spans, position = [], 0
+    for piece in pieces:
+        opening = next((header[:k] for k in range(len(header), 0, -1) if header[:k] in piece), "")
+        if 2 * len(opening) <= len(header) or piece.count(opening) != 1:
+            return None
+        begin = position + piece.index(opening) + len(opening)
+        position += len(piece)
+        spans.append((begin, _closed(full, position, special)))
+    if answers[-1] == len(conversation) - 1:
+        spans[-1] = (spans[-1][0], len(full))
+    return spans
+
+
+def _pieces(render: Any, conversation: list[Message], answers: list[int], full: str) -> list[str] | None:
+    """The rendering, cut behind what each answer says: that with marks there, which without them has to be the same."""
+    if any(not isinstance(conversation[i].get("content"), str) for i in answers):
+        return None
+    for strip in (False, True):  # many templates strip answers, and a mark would keep their last spaces
+        turns = list(conversation)
+        for i in answers:
+            said = conversation[i]["content"]
+            turns[i] = {**turns[i], "content": (said.rstrip() if strip else said) + _MARK}
+        marked: str = render(turns, False)
+        *pieces, rest = marked.split(_MARK)
+        if len(pieces) == len(answers) and "".join(pieces) + rest == full:
+            return pieces
+    return None
+
+
+def _closed(text: str, end: int, special: Sequence[str]) -> int:
+    """Where the special token at ``end`` is over, with a line break behind it; ``end`` itself where there is none."""
+    for token in special:
+        if text.startswith(token, end):
+            after = end + len(token)
+            return after + text.startswith("\n", after)
+    return end
 
 
 def _unstable_template() -> BadRow:
