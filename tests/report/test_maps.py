@@ -157,4 +157,7 @@ def test_trials_that_have_left_the_reference_are_named(tmp_path: Path) -> None:
     assert [trial["left"] for trial in sweep_payload(sweep)["trials"]] == [True] + [False] * (len(sweep.trials) - 1)
     rows = trials_table(sweep, metrics_of(sweep)).rows
     assert [row[0] for row in rows if "left the reference" in row[-2]] == ["0"]
+    # It comes last of the trials that have a figure.
+    figured = [row[0] for row in rows if row[3] != "-"]
+    assert figured[-1] == "0"
     assert "Cells without colour" in render(gather([], [sweep]))

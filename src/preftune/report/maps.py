@@ -242,9 +242,10 @@ def _mark(trial: Any, metric: Metric) -> str:
     return "best" if trial == metric.best else "tied" if trial in metric.tied else ""
 
 
-def _order(trial: dict[str, Any], metrics: Sequence[Metric]) -> tuple[bool, float]:
+def _order(trial: dict[str, Any], metrics: Sequence[Metric]) -> tuple[bool, bool, float]:
     first = metrics[0] if metrics else None
     found = _estimate(trial, first.name) if first else None
+    left = trial.get("left_reference") is True
     if found is None or first is None:
-        return True, 0.0
-    return False, found["mean"] if first.direction == MINIMIZE else -found["mean"]
+        return True, left, 0.0
+    return False, left, found["mean"] if first.direction == MINIMIZE else -found["mean"]

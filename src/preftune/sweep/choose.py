@@ -190,8 +190,9 @@ def _caution(each: Candidate) -> tuple[float, ...]:
 def _reason(best: Candidate, sweet: Candidate, comparisons: Mapping[int, Comparison], metric: str) -> str:
     tied = sum(bool(each.tied) for each in comparisons.values()) - 1
     unknown = sum(each.tied is None for each in comparisons.values())
-    others = "no other trial" if tied == 0 else f"{tied} other trial" + ("s" if tied > 1 else "")
-    text = f"trial {best.number} has the best {metric}; {others} cannot be told from it (paired tests, Holm, 5 %)"
+    others = "every other trial is told from it" if tied == 0 else "1 other trial cannot be told from it"
+    others = f"{tied} other trials cannot be told from it" if tied > 1 else others
+    text = f"trial {best.number} has the best {metric}; {others} (paired tests, Holm, 5 %)"
     if unknown:
         text += f"; {unknown} could not be compared with it pair by pair"
     if sweet.number != best.number:
