@@ -239,3 +239,72 @@ def test_a_loss_that_would_not_be_called_is_refused(
     monkeypatch.setattr(preftune, f"{kind}Trainer", own, raising=False)
     with pytest.raises(ConfigError, match=f"Own: {method} is overridden"):
         make(preftune, kind, world, tmp_path, Dataset.from_list(rows_of(kind, 4)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bf16_full_eval", True),
+        ("batch_eval_metrics", True),
+        ("include_for_metrics", ["inputs"]),
+        ("eval_accumulation_steps", 2),
+        ("eval_do_concat_batches", False),
+        ("label_names", ["labels"]),
+    ],
+)
+def test_settings_of_a_loop_that_is_replaced_are_told(kind: str, name: str, value: Any, tmp_path: Path) -> None:
+    config = getattr(preftune, f"{kind}Config")
+    with pytest.warns(UserWarning, match=f"{name} has no effect"):
+        args = config(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+    assert getattr(args, name) == getattr(config(output_dir=str(tmp_path), use_cpu=True), name)
+
+
+def test_fused_losses_of_liger_are_left_out_and_its_other_kernels_kept(tmp_path: Path) -> None:
+    given = {"rms_norm": False, "cross_entropy": True}
+    args = preftune.DPOConfig(str(tmp_path), use_cpu=True, use_liger_kernel=True, liger_kernel_config=given)
+    expected = {"rms_norm": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert args.liger_kernel_config == expected
+
+
+@pytest.mark.parametrize("kind", ["DPO", "SFT"])
+def test_tokens_seen(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    data = Dataset.from_list(rows_of(kind, 12))
+    options = {"include_num_input_tokens_seen": "non_padding", "max_steps": 3, "gradient_accumulation_steps": 2}
+    theirs, ours = both(kind, world, tmp_path, data, **options)
+    for trainer in (theirs, ours):
+        trainer.train()
+    assert ours.state.num_input_tokens_seen == theirs.state.num_input_tokens_seen > 0
+
+
+def test_compute_metrics_is_not_called_where_only_the_loss_is_asked_for(world: worlds.World, tmp_path: Path) -> None:
+    rows = Dataset.from_list(rows_of("DPO", 4))
+    calls: list[Any] = []
+
+    def compute(prediction: Any) -> dict[str, float]:
+        calls.append(prediction.predictions)
+        return {"own": 1.0}
+
+    for loss_only in (False, True):
+        args = preftune.DPOConfig(str(tmp_path), prediction_loss_only=loss_only, **worlds.DEFAULTS)
+        trainer = preftune.DPOTrainer(
+            model=world.path,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=world.tokenizer,
+            compute_metrics=compute,
+        )
+        found = trainer.evaluate()
+        assert ("eval_own" in found) is not loss_only
+        assert "eval_loss" in found
+    assert [each.shape for each in calls] == [(4, 2)]
+
+
+def test_predictions_that_are_not_kept_are_told(
+    world: worlds.World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Dataset.from_list(rows_of("SFT", 4))
+    trainer = make(preftune, "SFT", world, tmp_path, data)
+    assert trainer.predict(trainer.train_dataset).predictions is None
+    assert "no predictions" in caplog.text

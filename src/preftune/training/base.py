@@ -205,6 +205,12 @@ class PackedTrainer(RecoveringTrainer):
             return [], None
         return [*(Batch() for _ in batches[1:]), Batch.merged(batches)], None
 
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Count as ``num_tokens`` does; nothing is padded, so that all ways of counting agree."""
+        if self.args.include_num_input_tokens_seen != "no":
+            count = self._sum_over_processes([float(self.num_tokens(inputs.examples))])[0]
+            self.state.num_input_tokens_seen += int(count)
+
     def _plan(self, batch: Batch) -> list[PackedRow]:
         trees = [self.example_trees(example, 0) for example in batch.examples]
         lengths = [sum(tree.num_tokens for tree in each) for each in trees]
@@ -343,6 +349,9 @@ class PackedTrainer(RecoveringTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Loss and metrics over the evaluation data, every example weighing one."""
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
+        with_user_metrics = self.compute_metrics is not None and not prediction_loss_only
         self.model.eval()
         if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):
             self.optimizer.eval()
@@ -352,20 +361,23 @@ class PackedTrainer(RecoveringTrainer):
         for batch in dataloader:
             totals = self.example_totals(batch.examples)
             with torch.no_grad():
-                self._evaluate_batch(batch, totals, predictions)
+                found = self._evaluate_batch(batch, totals)
+            if found is not None and with_user_metrics:
+                predictions.append(found)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = self._eval_sums.pop(self._reduce)
         num_samples = int(self._sum_over_processes([float(len(dataloader.dataset))])[0])  # type: ignore[arg-type]
-        stacked = self._gather_predictions(predictions)
+        stacked: Any = self.accelerator.gather(torch.cat(predictions)).cpu().numpy() if predictions else None
         output = EvalLoopOutput(predictions=stacked, label_ids=None, metrics=metrics, num_samples=num_samples)
-        if self.compute_metrics is not None:
+        if with_user_metrics:
             metrics.update(self.user_metrics(stacked))
         named = {
             f"{metric_key_prefix}_{k}" if not k.startswith(metric_key_prefix) else k: v for k, v in metrics.items()
         }
         return output._replace(metrics=named)
 
-    def _evaluate_batch(self, batch: Batch, totals: list[float], predictions: list[Tensor]) -> None:
+    def _evaluate_batch(self, batch: Batch, totals: list[float]) -> Tensor | None:
+        """Add up a batch's metrics. Returns its predictions in the order of the examples."""
         rows = self._plan(batch)
         self.before_rows(rows, batch)
         found: list[Tensor] = []
@@ -379,19 +391,14 @@ class PackedTrainer(RecoveringTrainer):
                 if terms.predictions is not None:
                     found.append(terms.predictions)
         self.watch.add_heldout(watched, [n for row in rows for n in row.examples], batch.examples)
-        if found and self.compute_metrics is not None:
-            order = torch.tensor([n for row in rows for n in row.examples], device=found[0].device)
-            predictions.append(torch.cat(found)[order.argsort()])
+        if not found:
+            return None
+        order = torch.tensor([n for row in rows for n in row.examples], device=found[0].device)
+        return torch.cat(found)[order.argsort()]
 
     def user_metrics(self, predictions: Any) -> Mapping[str, float]:
         """What the user's ``compute_metrics`` makes of the predictions."""
         return {}
-
-    def _gather_predictions(self, predictions: list[Tensor]) -> Any:
-        if self.compute_metrics is None or not predictions:
-            return None
-        local = torch.cat(predictions)
-        return self.accelerator.gather(local).cpu().numpy()
 
     # ---- logging --------------------------------------------------------------------------------------------------
 

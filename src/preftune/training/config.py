@@ -22,6 +22,20 @@ else:
     _Guards = str
 
 
+#: Settings of transformers for a loop that this one replaces: their value that asks for nothing, and why any other has
+#: no effect.
+_WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "bf16_full_eval": (False, "evaluation computes as training does (bf16)"),
+    "fp16_full_eval": (False, "evaluation computes as training does (fp16)"),
+    "batch_eval_metrics": (False, "compute_metrics is called once, with everything"),
+    "include_for_metrics": ([], "compute_metrics receives rewards"),
+    "eval_accumulation_steps": (None, "evaluation keeps rewards alone, no logits"),
+    "eval_do_concat_batches": (True, "compute_metrics receives one array"),
+    "eval_use_gather_object": (False, "compute_metrics receives one array"),
+    "label_names": (None, "what is scored follows from the data"),
+}
+
+
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError("unknown value", where=name, value=value, allowed=", ".join(allowed))
@@ -148,6 +162,14 @@ class PackedConfig(TrainingArguments):
                 value=self.label_smoothing_factor,
                 remedy="leave label_smoothing_factor out; label_smoothing of the preference methods is another setting",
             )
+        for name, (nothing, why) in _WITHOUT_EFFECT.items():
+            if getattr(self, name) != nothing:
+                warnings.warn(f"{name} has no effect: {why}", UserWarning, stacklevel=3)
+                setattr(self, name, nothing)
+        if self.use_liger_kernel:
+            # Its fused loss puts another forward in the model's place, with a head that cannot be reached.
+            kernels = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            self.liger_kernel_config = {**(self.liger_kernel_config or {}), **kernels}
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 

@@ -108,9 +108,9 @@ class FusedTrainer(DPOTrainer):
         with self._sharing():
             return super().run_rows(model, rows, batch, totals)
 
-    def _evaluate_batch(self, batch: Batch, totals: list[float], predictions: list[Tensor]) -> None:
+    def _evaluate_batch(self, batch: Batch, totals: list[float]) -> Tensor | None:
         with self._sharing():
-            super()._evaluate_batch(batch, totals, predictions)
+            return super()._evaluate_batch(batch, totals)
 
     def _forward(self, model: nn.Module, row: PackedRow, with_stats: bool) -> tuple[TokenScores, Any]:
         self._parts.num_tokens = row.num_tokens

@@ -7,6 +7,7 @@ skipped; weights, optimizer and schedule stay as they were, and the rows that ca
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ from preftune.training.blame import blamed_rows
 from preftune.training.checkpoints import CheckpointedTrainer, rng
 from preftune.training.config import PackedConfig
 from preftune.training.workers import limit_collectives, limited, worker_errors
+
+logger = logging.getLogger(__name__)
 
 
 class RecoveringTrainer(CheckpointedTrainer):
@@ -71,13 +74,17 @@ class RecoveringTrainer(CheckpointedTrainer):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict; see transformers' ``Trainer.predict``.
+        """Predict; see transformers' ``Trainer.predict``. There are no logits: predictions are rewards, or ``None``.
 
         Raises:
             SetupError: A data-loader worker hangs or has died.
         """
         with worker_errors(self.args):
-            return super().predict(*args, **kwargs)
+            found: Any = super().predict(*args, **kwargs)
+        if found.predictions is None:
+            # Rewards are kept for whom they are of use, the user's compute_metrics.
+            logger.warning("predict returns metrics and no predictions: logits are never built")
+        return found
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
