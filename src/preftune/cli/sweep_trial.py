@@ -45,6 +45,8 @@ from preftune.sweep.watch import Watch
 _ADAPTER = ("lora_", "use_rslora", "use_dora")
 #: Settings that decide which rows are loaded.
 _ROWS = ("dataset_format", "on_bad_rows", "seed")
+#: Longest sample: what has left the reference shows in its first tokens, and drawing takes long.
+_MOST_TOKENS = 64
 #: Samples drawn at once, and for models of more parameters than that: their key-value caches take memory.
 _BATCH, _SMALL_BATCH, _LARGE_MODEL = 64, 16, 1_000_000_000
 
@@ -251,7 +253,7 @@ class PairTrials:
             model,
             tokenizer,
             prompts,
-            max_new_tokens=max(longest, 1),
+            max_new_tokens=min(max(longest, 1), _MOST_TOKENS),
             seed=self.plan.seed,
             batch_size=batch_size,
         )

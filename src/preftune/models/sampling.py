@@ -21,6 +21,8 @@ from preftune.errors import ConfigError, DataError
 Tokens = tuple[Sequence[int], Sequence[int]]
 #: Most logits of one teacher-forced batch, in elements: 1 GiB in fp32. A single sequence may exceed it.
 _MOST_LOGITS = 1 << 28
+#: Most tokens of a batch, padding included: rows of like length then share one, and little of it is padding.
+_MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,11 @@ def continue_prompts(
         ``len(prompts) * num_samples`` samples, those of one prompt next to each other.
     """
     rows = [(index, draw) for index in range(len(prompts)) for draw in range(num_samples)]
-    # Rows of equal prompt length share a batch, which mostly spares the padding.
-    order = sorted(range(len(rows)), key=lambda row: len(prompts[rows[row][0]]))
+    lengths = [len(prompts[index]) + max_new_tokens for index, _ in rows]
     eos = _eos_ids(model, tokenizer)
     results: list[Sample | None] = [None] * len(rows)
     with _evaluating(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in _batches(lengths, batch_size, _MOST_TOKENS):
             uniforms = np.stack([_stream(seed, rows[row], streams).random(max_new_tokens) for row in batch])
             drawn = _sample_batch(model, [list(prompts[rows[row][0]]) for row in batch], uniforms, temperature, eos)
             for row, (ids, logps) in zip(batch, drawn, strict=True):
@@ -328,26 +328,28 @@ def _completion_logits(
             raise DataError(
                 "the first token of a text has no log-prob", where=f"prompt of sequence {index}", value=prompt
             )
-    vocab = int(model.config.get_text_config().vocab_size)
-    for batch in _batches([len(prompt) + len(completion) for prompt, completion in sequences], batch_size, vocab):
+    most = min(_MOST_TOKENS, _MOST_LOGITS // int(model.config.get_text_config().vocab_size))
+    for batch in _batches([len(prompt) + len(completion) for prompt, completion in sequences], batch_size, most):
         rows = [[*sequences[index][0], *sequences[index][1]] for index in batch]
         width = max(len(ids) for ids in rows)
         tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=model.device)
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=model.device)
         # No mask where nothing is padded; behind a row's end it changes nothing that is read, but keeps models honest.
         extra = {} if bool((mask == 1).all()) else {"attention_mask": mask}
-        logits = model(input_ids=tokens, use_cache=False, **extra).logits
+        # Of what all prompts have in common in length no logits are needed.
+        first = min(len(sequences[index][0]) for index in batch) - 1
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=width - first, **extra).logits
         for row, index in enumerate(batch):
             prompt, completion = sequences[index]
-            ends = len(prompt), len(prompt) + len(completion)
-            yield index, logits[row, ends[0] - 1 : ends[1] - 1].float(), tokens[row, ends[0] : ends[1]]
+            start, end = len(prompt), len(prompt) + len(completion)
+            yield index, logits[row, start - 1 - first : end - 1 - first].float(), tokens[row, start:end]
 
 
-def _batches(lengths: Sequence[int], batch_size: int, vocab: int) -> Iterator[list[int]]:
-    """Positions of sequences of like length, as many at once as the logits may take memory."""
+def _batches(lengths: Sequence[int], batch_size: int, most_tokens: int) -> Iterator[list[int]]:
+    """Positions of sequences of like length, with at most so many tokens at once; a single one may have more."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[index] * vocab > _MOST_LOGITS):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[index] > most_tokens):
             yield batch
             batch = []
         batch.append(index)
