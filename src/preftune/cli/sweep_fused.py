@@ -90,7 +90,7 @@ class FusedTrials(PairTrials):
                 results = own_lines(history[-1:], number)[0] | {"train_loss": trainer.mean_losses()[number]}
                 metrics = metrics_of(results, held, self.plan.seed)
                 trainer.use(number)
-                metrics |= self._sampled(run, trainer)
+                metrics |= self._sampled(trainer)
                 held.save(trial.folder)
                 lines = own_lines(history, number)
                 self._leave_one(run, trial, trainer, splits, results, lines, number)

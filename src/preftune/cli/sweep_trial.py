@@ -181,7 +181,7 @@ class PairTrials:
             if watch.state == runner.COMPLETE and metrics.get(self.plan.metric, {}).get("mean") is None:
                 watch.state, watch.reason = runner.DIVERGED, f"{self.plan.metric} is not a number"
             if watch.state == runner.COMPLETE:
-                metrics |= self._sampled(this, trainer)
+                metrics |= self._sampled(trainer)
             self._leave(this, trial, trainer, splits, results, held, keep=watch.state == runner.COMPLETE)
         reference = getattr(trainer, "reference", None)
         return Outcome(
@@ -236,22 +236,26 @@ class PairTrials:
         leave_records(this, trainer, trainer.plan(), splits, results)
         end_trainer(trainer)
 
-    def _sampled(self, this: Run, trainer: Any) -> dict[str, dict[str, Any]]:
-        """How far the policy's own samples are from the reference; nothing where there are fewer than two prompts."""
-        from preftune.evaluation.sampling import sample_completions, tail_probabilities
+    def _sampled(self, trainer: Any) -> dict[str, dict[str, Any]]:
+        """How far the policy's own samples are from the reference.
 
-        test = this.sources.splits(this.settings, with_test=True)["test"]
-        tokenizer = trainer.processing_class
-        texts = [_prompt_text(prompt, tokenizer) for prompt in test["prompt"]]
-        prompts = list(dict.fromkeys(texts))[: self.plan.num_samples]
+        Nothing where the tokenizer has no end of text, or for fewer than two prompts.
+        """
+        from preftune.evaluation.sampling import continue_prompts, tail_probabilities
+
+        if not self.plan.num_samples or trainer.processing_class.eos_token_id is None:
+            return {}
+        # Tokens as they were trained on: with the chat template's own special tokens, and truncated.
+        distinct = dict.fromkeys(tuple(ids) for ids in trainer.eval_dataset["prompt_ids"] if len(ids))
+        prompts = list(distinct)[: self.plan.num_samples]
         if len(prompts) < 2:
             return {}
         longest = int(np.percentile([len(ids) for ids in trainer.eval_dataset["chosen_ids"]], 95))
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         batch_size = _SMALL_BATCH if model.num_parameters() > _LARGE_MODEL else _BATCH
-        samples = sample_completions(
+        samples = continue_prompts(
             model,
-            tokenizer,
+            trainer.processing_class,
             prompts,
             max_new_tokens=min(max(longest, 1), _MOST_TOKENS),
             seed=self.plan.seed,
@@ -271,14 +275,7 @@ class PairTrials:
             ],
             TAIL: [(tails <= TAIL_LEVEL).mean() for _, tails in seen],
         }
-        groups = [sample.prompt_index for sample in samples]
-        return {name: with_interval(np.array(each), groups, self.plan.seed) for name, each in values.items()}
-
-
-def _prompt_text(prompt: Any, tokenizer: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        return {n: with_interval(np.array(each), range(len(each)), self.plan.seed) for n, each in values.items()}
 
 
 def _free_memory() -> None:
