@@ -337,8 +337,9 @@ def _completion_logits(
         # No mask where nothing is padded; behind a row's end it changes nothing that is read, but keeps models honest.
         extra = {} if bool((mask == 1).all()) else {"attention_mask": mask}
         # Of what all prompts have in common in length no logits are needed.
-        first = min(len(sequences[index][0]) for index in batch) - 1
-        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=width - first, **extra).logits
+        wanted = width - min(len(sequences[index][0]) for index in batch) + 1
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=wanted, **extra).logits
+        first = width - logits.shape[1]  # a model may have given more than it was asked for
         for row, index in enumerate(batch):
             prompt, completion = sequences[index]
             start, end = len(prompt), len(prompt) + len(completion)

@@ -190,9 +190,11 @@ def _caution(each: Candidate) -> tuple[float, ...]:
 def _reason(best: Candidate, sweet: Candidate, comparisons: Mapping[int, Comparison], metric: str) -> str:
     tied = sum(bool(each.tied) for each in comparisons.values()) - 1
     unknown = sum(each.tied is None for each in comparisons.values())
-    others = "every other trial is told from it" if tied == 0 else "1 other trial cannot be told from it"
-    others = f"{tied} other trials cannot be told from it" if tied > 1 else others
-    text = f"trial {best.number} has the best {metric}; {others} (paired tests, Holm, 5 %)"
+    text = f"trial {best.number} has the best {metric}"
+    if tied:
+        text += f"; {tied} other trial{'s' * (tied > 1)} cannot be told from it (paired tests, Holm, 5 %)"
+    elif len(comparisons) - 1 > unknown:
+        text += "; every other trial that can be compared is told from it (paired tests, Holm, 5 %)"
     if unknown:
         text += f"; {unknown} could not be compared with it pair by pair"
     if sweet.number != best.number:
