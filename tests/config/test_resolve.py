@@ -37,7 +37,10 @@ def dpo(*argv: str) -> Resolved[DPOConfig]:
         ["--report_to", "none", "--logging_steps", "0.25"],
         ["--model_init_kwargs", '{"a": {"b": [1, 2]}}'],
         ["--save_strategy", "no", "--per_device_train_batch_size", "3"],
-        ["--include_for_metrics", "inputs", "loss"],
+        pytest.param(
+            ["--include_for_metrics", "inputs", "loss"],
+            marks=pytest.mark.filterwarnings("ignore:include_for_metrics has no effect"),
+        ),
     ],
 )
 def test_reads_what_trl_reads(argv: list[str]) -> None:

@@ -165,7 +165,8 @@ class PackedConfig(TrainingArguments):
         for name, (nothing, why) in _WITHOUT_EFFECT.items():
             if getattr(self, name) != nothing:
                 warnings.warn(f"{name} has no effect: {why}", UserWarning, stacklevel=3)
-                setattr(self, name, nothing)
+        # With these transformers leaves the model where it is until an evaluation of its own moves it.
+        self.bf16_full_eval = self.fp16_full_eval = False
         if self.use_liger_kernel:
             # Its fused loss puts another forward in the model's place, with a head that cannot be reached.
             kernels = {"fused_linear_cross_entropy": False, "cross_entropy": False}
