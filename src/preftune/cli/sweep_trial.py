@@ -46,7 +46,7 @@ _ADAPTER = ("lora_", "use_rslora", "use_dora")
 #: Settings that decide which rows are loaded.
 _ROWS = ("dataset_format", "on_bad_rows", "seed")
 #: Longest sample: what has left the reference shows in its first tokens, and drawing takes long.
-_MOST_TOKENS = 64
+_SAMPLE_TOKENS = 64
 #: Samples drawn at once, and for models of more parameters than that: their key-value caches take memory.
 _BATCH, _SMALL_BATCH, _LARGE_MODEL = 64, 16, 1_000_000_000
 
@@ -170,9 +170,13 @@ class PairTrials:
             key = (base_key(this.settings.model), this.args.chat_template, this.args.pad_token)
             trainer_class = sharing(settings_classes(self.plan.verb)[1], self.shelf, key, collect)
             trainer, splits = build_trainer(this, trainer_class)
+            known: list[HeldOut] = []
 
             def pairs() -> HeldOut:
-                return held_out_of(rewards[0], trainer.eval_dataset, this.args.beta)
+                # Every evaluation sees the same pairs: their tokens are gone through once.
+                if not known:
+                    known.append(held_out_of(rewards[0], trainer.eval_dataset, this.args.beta))
+                return known[0].with_rewards(rewards[0])
 
             watch = Watch(trial, observer, self.plan.diverge_factor, lambda: pairs().means())
             results = self._fit(trial, trainer, watch)
@@ -241,7 +245,7 @@ class PairTrials:
 
         Nothing where the tokenizer has no end of text, or for fewer than two prompts.
         """
-        from preftune.evaluation.sampling import continue_prompts, tail_probabilities
+        from preftune.evaluation.sampling import continue_prompts, summed_ratios, tail_probabilities
 
         if not self.plan.num_samples or trainer.processing_class.eos_token_id is None:
             return {}
@@ -257,7 +261,7 @@ class PairTrials:
             model,
             trainer.processing_class,
             prompts,
-            max_new_tokens=min(max(longest, 1), _MOST_TOKENS),
+            max_new_tokens=min(max(longest, 1), _SAMPLE_TOKENS),
             seed=self.plan.seed,
             batch_size=batch_size,
         )
@@ -267,15 +271,10 @@ class PairTrials:
             [(sample.prompt_ids, sample.token_ids) for sample in samples],
             batch_size=batch_size,
         )
-        values = {
-            # Sums in fp64: the difference of two sums of many terms would lose digits in fp32.
-            KL: [
-                each.logps.sum(dtype=float) - logps.sum(dtype=float)
-                for each, (logps, _) in zip(samples, seen, strict=True)
-            ],
-            TAIL: [(tails <= TAIL_LEVEL).mean() for _, tails in seen],
-        }
-        return {n: with_interval(np.array(each), range(len(each)), self.plan.seed) for n, each in values.items()}
+        ratios = summed_ratios(samples, [logps for logps, _ in seen])
+        shares = np.array([(tails <= TAIL_LEVEL).mean() for _, tails in seen])
+        groups = range(len(samples))
+        return {name: with_interval(v, groups, self.plan.seed) for name, v in ((KL, ratios), (TAIL, shares))}
 
 
 def _free_memory() -> None:

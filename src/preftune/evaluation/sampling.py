@@ -7,6 +7,7 @@ from preftune.models.sampling import (
     continue_prompts,
     log_ratios,
     sample_completions,
+    summed_ratios,
     tail_probabilities,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "continue_prompts",
     "log_ratios",
     "sample_completions",
+    "summed_ratios",
     "tail_probabilities",
 ]

@@ -231,6 +231,13 @@ def log_ratios(
     reference_logps = completion_logps(
         reference, [(sample.prompt_ids, sample.token_ids) for sample in samples], batch_size=batch_size
     )
+    return summed_ratios(samples, reference_logps)
+
+
+def summed_ratios(
+    samples: Sequence[Sample], reference_logps: Sequence[np.ndarray[Any, np.dtype[np.float32]]]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Log-ratio of each sample, in nats ``(len(samples),)``, from the log-probs of its tokens under the reference."""
     # Sums in fp64: the difference of two sums of many terms would lose digits in fp32.
     return np.array(
         [

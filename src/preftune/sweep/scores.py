@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,10 @@ class HeldOut:
             shares = special.expit(SMOOTHING * self.rewards / self.beta)
             return np.asarray(shares[:, 0] - shares[:, 1], dtype=np.float64)
         return np.asarray(gap / (self.beta if metric == PLAIN_MARGIN else 1.0), dtype=np.float64)
+
+    def with_rewards(self, rewards: Any) -> HeldOut:
+        """The same pairs, evaluated once more."""
+        return replace(self, rewards=np.asarray(rewards, dtype=np.float64))
 
     def means(self) -> dict[str, float]:
         """The mean of every metric of :data:`PAIRED`."""

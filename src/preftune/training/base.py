@@ -340,6 +340,23 @@ class PackedTrainer(RecoveringTrainer):
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
+    def evaluation_data(self, dataset: Any, name: str) -> Any:
+        """Data that :meth:`evaluate` was given, as the data loader takes them."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate on ``eval_dataset``, raw or tokenised, or on the data given at construction."""
+        if isinstance(eval_dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, each in eval_dataset.items():
+                metrics.update(self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self.evaluation_data(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],

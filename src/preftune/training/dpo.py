@@ -290,22 +290,17 @@ class DPOTrainer(PackedTrainer):
             if self.reference is not None and self.state.global_step:
                 self.reference.policy_moved = True
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluate on ``eval_dataset``, raw or tokenised, or on the data given at construction."""
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; the reference is scored before, on the data given at construction."""
         self.prepare_reference()
-        if isinstance(eval_dataset, dict):
-            metrics: dict[str, float] = {}
-            for name, each in eval_dataset.items():
-                metrics.update(self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}"))
-            return metrics
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared(eval_dataset, self.processing_class, metric_key_prefix)
-            if self.reference is not None and self.reference.store is not None:
-                eval_dataset = self._with_reference(eval_dataset, None, metric_key_prefix)
-        result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return result
+        return super().evaluate(*args, **kwargs)
+
+    def evaluation_data(self, dataset: Any, name: str) -> Any:
+        """Tokenised pairs, with reference log-probs where they are stored."""
+        dataset = self._prepared(dataset, self.processing_class, name)
+        if self.reference is None or self.reference.store is None:
+            return dataset
+        return self._with_reference(dataset, None, name)
 
     def before_rows(self, rows: list[PackedRow], batch: Batch) -> None:
         """Run the reference along where its values are not in the data."""

@@ -163,19 +163,9 @@ class SFTTrainer(PackedTrainer):
             )
         return dataset.map(lambda row: {"loss_mask": [1] * len(row["input_ids"])})
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluate on ``eval_dataset``, raw or tokenised, or on the data given at construction."""
-        if isinstance(eval_dataset, dict):
-            metrics: dict[str, float] = {}
-            for name, each in eval_dataset.items():
-                metrics.update(self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}"))
-            return metrics
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared(eval_dataset, self.processing_class, self.args, metric_key_prefix)
-        result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return result
+    def evaluation_data(self, dataset: Any, name: str) -> Any:
+        """Tokenised examples."""
+        return self._prepared(dataset, self.processing_class, self.args, name)
 
     def example_trees(self, example: Example, number: int) -> tuple[Tree, ...]:
         """One tree with one branch, the whole example."""
