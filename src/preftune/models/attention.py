@@ -71,6 +71,11 @@ def _compute_dtype(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
 AttentionInterface.register(NAME, pairs_attention)
 
 
+def keep_attention_untraced() -> None:
+    """Let ``torch.compile`` call packed attention as it is: a row's layout is data, not code."""
+    AttentionInterface.register(NAME, torch.compiler.disable(pairs_attention))
+
+
 def attention_configs(model: nn.Module) -> list[Any]:
     """The distinct configuration objects that the model's layers read their attention implementation from."""
     found = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if _has_attention(c)}

@@ -20,6 +20,7 @@ from preftune.errors import ModelError
 from preftune.kernels.attention import RowContext
 from preftune.kernels.head import HeadTransform, TokenScores, scores_from_logits, token_scores
 from preftune.models.attention import KEYWORD, attention_configs, packed_attention
+from preftune.models.compiled import CompiledLayers
 from preftune.models.head import HeadProbe, base_model, find_head, head_parameters, probe_head, replaced_head
 from preftune.packing import PackedRow
 
@@ -40,6 +41,7 @@ class RowForward:
         head: What was found out about the head.
         pad_token_id: Fills padded batches; masked out everywhere.
         row_multiple: What half-precision rows and their targets are filled up to a multiple of on the CPU.
+        compiled: Compiled parts of the model's layers, to be used in their place.
         backends_used: Attention backends that have served so far.
     """
 
@@ -49,6 +51,7 @@ class RowForward:
     head: HeadProbe
     pad_token_id: int = 0
     row_multiple: int = ROW_MULTIPLE
+    compiled: CompiledLayers | None = None
 
     def __post_init__(self) -> None:
         self.backends_used: set[str] = set()
@@ -61,8 +64,11 @@ class RowForward:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Must surround the forward *and* the backward of every row on the packed path."""
-        with packed_attention(self._configs) if self.packed else nullcontext():
+        """Must surround the forward *and* the backward of every row."""
+        with (
+            packed_attention(self._configs) if self.packed else nullcontext(),
+            self.compiled.active() if self.compiled else nullcontext(),
+        ):
             yield
 
     def __call__(

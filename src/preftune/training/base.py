@@ -119,6 +119,7 @@ class PackedTrainer(RecoveringTrainer):
         self.router = RouterLoss.of(self.model, coef, self.balances_experts)
         self.forward_policy, self.verdict = self._choose_path(self.model)
         self._measure_memory()
+        self.forward_policy.compiled = setup.compiled_layers(self.model, self.args, self.accelerator)
         self.watch = install_guards(self)
 
     def _choose_path(self, model: nn.Module) -> tuple[RowForward, Verdict]:

@@ -11,6 +11,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torc
 
 from preftune.errors import ConfigError
 from preftune.kernels.attention import BACKEND_NAMES
+from preftune.models.compiled import COMPILE_BACKENDS, COMPILE_MODES
 from preftune.objectives import Objective, build_objective
 from preftune.training.guards.settings import parse_guards
 
@@ -36,9 +37,9 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 }
 
 
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise ConfigError("unknown value", where=name, value=value, allowed=", ".join(allowed))
+        raise ConfigError("unknown value", where=name, value=value, allowed=", ".join(filter(None, allowed)))
 
 
 def _at_least(name: str, value: int | float | None, least: int | float) -> None:
@@ -57,6 +58,7 @@ class PackedConfig(TrainingArguments):
     Attributes:
         learning_rate: Peak learning rate.
         logging_steps: Log every so many optimizer steps.
+        torch_compile: Compile the parts of every layer, for rows of any length. Attention and head are not traced.
         gradient_checkpointing: Recompute activations in the backward where memory asks for it; see
             ``checkpoint_policy``.
         bf16: Mixed precision; by default on unless ``fp16`` is, wherever the hardware takes it. A processor without
@@ -101,6 +103,7 @@ class PackedConfig(TrainingArguments):
     ]
 
     logging_steps: float = 10
+    torch_compile: bool = False
     gradient_checkpointing: bool = True
     bf16: bool | None = None  # type: ignore[assignment]
     lr_scheduler_kwargs: dict[str, Any] | str | None = None
@@ -149,6 +152,8 @@ class PackedConfig(TrainingArguments):
         _choice("attention_backend", self.attention_backend, BACKEND_NAMES)
         _choice("checkpoint_policy", self.checkpoint_policy, ("needed", "always"))
         _choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
+        _choice("torch_compile_backend", self.torch_compile_backend, (None, *COMPILE_BACKENDS))
+        _choice("torch_compile_mode", self.torch_compile_mode, (None, *COMPILE_MODES))
         _at_least("max_length", self.max_length, 2)
         _at_least("max_tokens_per_row", self.max_tokens_per_row, 1)
         _at_least("per_device_train_batch_size", self.per_device_train_batch_size, 1)

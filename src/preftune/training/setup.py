@@ -12,6 +12,7 @@ from torch import nn
 
 from preftune.data import DataOptions
 from preftune.errors import ConfigError, DataError, ModelError
+from preftune.models.compiled import COMPILE_BACKENDS, CompiledLayers
 from preftune.models.trust import TOKENIZER_FILES, load_adapter, pinned
 from preftune.training.config import PackedConfig
 
@@ -175,6 +176,24 @@ def _template_of(folder: Path) -> Any:
         raise ConfigError(
             "no tokenizer to take a chat template from", where="chat_template_path", value=str(folder)
         ) from error
+
+
+def compiled_layers(model: nn.Module, args: PackedConfig, accelerator: Any) -> CompiledLayers | None:
+    """Compile the model's layers where ``torch_compile`` or accelerate's own configuration asks for it."""
+    from accelerate.utils import DynamoBackend
+
+    plugin = accelerator.state.dynamo_plugin
+    backend, mode = plugin.backend.value.lower(), plugin.mode
+    # accelerate would compile the model as a whole, whose forward is entered anew for every row.
+    plugin.backend = DynamoBackend.NO
+    if args.torch_compile and args.torch_compile_backend:
+        backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    if backend == "no":
+        return None
+    if backend not in COMPILE_BACKENDS:
+        allowed = ", ".join(COMPILE_BACKENDS)
+        raise ConfigError("does not suit packed rows", where="dynamo_backend", value=backend, allowed=allowed)
+    return CompiledLayers(model, backend, mode)
 
 
 def init_kwargs(args: PackedConfig) -> dict[str, Any]:
