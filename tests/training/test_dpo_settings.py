@@ -9,9 +9,24 @@ import datasets
 import pytest
 
 from preftune import ConfigError, DPOConfig, DPOTrainer, SFTConfig
+from preftune.errors import SetupError
 from preftune.objectives import METHODS
 from tests.equivalence.conftest import make_rows
 from tests.models.tiny import tiny_model, train_tokenizer
+
+
+def trainer_of(rows: list[dict[str, Any]], out: Path, **options: Any) -> DPOTrainer:
+    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows], 300)
+    return DPOTrainer(
+        model=tiny_model("LlamaConfig", len(tokenizer)),
+        args=DPOConfig(
+            output_dir=str(out), bf16=False, use_cpu=True, max_steps=2, logging_steps=1, save_strategy="no",
+            per_device_train_batch_size=4, report_to=[], disable_tqdm=True, **options,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
+
 
 CHANGED: dict[str, tuple[str, Any]] = {
     "label_smoothing": ("sigmoid", 0.2),
@@ -47,16 +62,7 @@ def test_the_changed_values_are_not_the_defaults() -> None:
 @pytest.mark.parametrize("loss", ["dpop", "odpo"])
 def test_methods_beyond_trl_train(tmp_path: Path, loss: str) -> None:
     rows: list[dict[str, Any]] = [{**row, "margin": 1.0 + n % 3} for n, row in enumerate(make_rows(8))]
-    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows], 300)
-    trainer = DPOTrainer(
-        model=tiny_model("LlamaConfig", len(tokenizer)),
-        args=DPOConfig(
-            output_dir=str(tmp_path), bf16=False, use_cpu=True, loss_type=[loss], max_steps=2, logging_steps=1,
-            per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], save_strategy="no", disable_tqdm=True,
-        ),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )  # fmt: skip
+    trainer = trainer_of(rows, tmp_path, loss_type=[loss], learning_rate=1e-2)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 2
@@ -68,6 +74,7 @@ def test_methods_beyond_trl_train(tmp_path: Path, loss: str) -> None:
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"precompute_ref_log_probs": True, "reference_store": False}, "precompute_ref_log_probs"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers.*dataloader_num_workers"),
     ],
 )
 def test_what_cannot_be_done_is_refused(tmp_path: Path, options: dict[str, Any], match: str) -> None:
@@ -80,3 +87,31 @@ def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
         DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, precompute_ref_batch_size=4)
     with pytest.warns(UserWarning, match="eval_packing has no effect"):
         SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, eval_packing=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"optim": "galore_adamw"}, SetupError, "^optim: .*galore_torch"),
+        ({"optim": "sgd", "optim_args": "momentum"}, ConfigError, r"^optim_args: .*'momentum'.*key=value"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, ConfigError, "^lr_scheduler_type: .*num_decay_steps"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, ConfigError, "^lr_scheduler_type: .*min_lr"),
+        ({"lr_scheduler_kwargs": {"bogus": 1}}, ConfigError, "^lr_scheduler_type: linear .*bogus"),
+        ({"use_liger_kernel": True}, SetupError, "^use_liger_kernel: .*pip install liger-kernel"),
+    ],
+    ids=str,
+)
+def test_optimizer_and_schedule_are_looked_at_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_liger_kernel_available", lambda *_: False)
+    with pytest.raises(error, match=match):
+        trainer_of(make_rows(4), tmp_path, **options)
+
+
+def test_options_that_optimizer_or_schedule_do_not_read_are_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="optim_args: bar=3 changes nothing in sgd") as seen:
+        trainer_of(make_rows(4), tmp_path, optim="sgd", optim_args="momentum=0.9,bar=3")
+    assert not [w for w in seen if "momentum" in str(w.message)]
+    with pytest.warns(UserWarning, match="lr_scheduler_kwargs has no effect with constant"):
+        trainer_of(make_rows(4), tmp_path, lr_scheduler_type="constant", lr_scheduler_kwargs={"min_lr": 1e-7})

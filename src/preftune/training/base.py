@@ -111,6 +111,7 @@ class PackedTrainer(RecoveringTrainer):
                 value=self.args.n_gpu,
                 remedy="start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU",
             )
+        setup.check_optimizer(self)
         self.lengths = self.example_lengths(self.train_dataset)
         self._eval_sums = MetricSums(self.args.device)
         self._train_sums = MetricSums(self.args.device)

@@ -158,6 +158,13 @@ class PackedConfig(TrainingArguments):
         _at_least("max_tokens_per_row", self.max_tokens_per_row, 1)
         _at_least("per_device_train_batch_size", self.per_device_train_batch_size, 1)
         _at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise ConfigError(
+                "there are no workers to keep",
+                where="dataloader_persistent_workers",
+                value=True,
+                remedy="set dataloader_num_workers to 1 or more",
+            )
         if self.pad_to_multiple_of not in (None, "auto", "none", "null"):
             warnings.warn("pad_to_multiple_of has no effect: packed rows are not padded", UserWarning, stacklevel=3)
         if self.label_smoothing_factor:

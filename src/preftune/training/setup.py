@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from preftune.data import DataOptions
-from preftune.errors import ConfigError, DataError, ModelError
+from preftune.errors import ConfigError, DataError, ModelError, SetupError
 from preftune.models.compiled import COMPILE_BACKENDS, CompiledLayers
 from preftune.models.trust import TOKENIZER_FILES, load_adapter, pinned
 from preftune.training.config import PackedConfig
@@ -23,6 +25,8 @@ def default_output_dir(model: Any, suffix: str) -> str:
     return f"{str(name).rstrip('/').split('/')[-1]}-{suffix}"
 
 
+#: Schedules that transformers builds without looking at ``lr_scheduler_kwargs``.
+_SCHEDULES_WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
 #: Methods of padded trainers that nothing calls here.
 _NEVER_CALLED = ("compute_loss", "_compute_loss", "prediction_step")
 
@@ -194,6 +198,56 @@ def compiled_layers(model: nn.Module, args: PackedConfig, accelerator: Any) -> C
         allowed = ", ".join(COMPILE_BACKENDS)
         raise ConfigError("does not suit packed rows", where="dynamo_backend", value=backend, allowed=allowed)
     return CompiledLayers(model, backend, mode)
+
+
+def check_optimizer(trainer: Any) -> None:
+    """Find out before any work is done whether optimizer, schedule and kernels can be had as they are asked for.
+
+    transformers makes them when training begins, which may be after a long reference pass.
+
+    Raises:
+        SetupError: A package is missing.
+        ConfigError: A setting of the optimizer or the schedule is missing or unknown.
+    """
+    from transformers.optimization import get_scheduler
+    from transformers.utils.import_utils import is_liger_kernel_available
+
+    args = trainer.args
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        remedy = "pip install liger-kernel, or leave use_liger_kernel out"
+        raise SetupError("liger-kernel is not installed", where="use_liger_kernel", value=True, remedy=remedy)
+    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+        _check_optimizer_choice(trainer.get_optimizer_cls_and_kwargs, args, trainer.model)
+    if trainer.lr_scheduler is None:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        options = args.lr_scheduler_kwargs
+        try:
+            get_scheduler(name, optimizer, args.get_warmup_steps(10), 10, scheduler_specific_kwargs=options)
+        except (ValueError, TypeError) as error:
+            # A missing argument is told in the words of the function that wants it.
+            what = f"{name} does not take these lr_scheduler_kwargs: {error}"
+            raise ConfigError(what, where="lr_scheduler_type", value=options) from error
+        if options and name in _SCHEDULES_WITHOUT_OPTIONS:
+            warnings.warn(f"lr_scheduler_kwargs has no effect with {name}", UserWarning, stacklevel=3)
+
+
+def _check_optimizer_choice(choose: Callable[..., Any], args: PackedConfig, model: nn.Module) -> None:
+    name = str(getattr(args.optim, "value", args.optim))
+    given = [part.strip() for part in (args.optim_args or "").split(",") if part.strip()]
+    if not all(re.fullmatch(r"[^=]+=[^=]+", part) for part in given):
+        raise ConfigError("not a list of settings", where="optim_args", value=args.optim_args, allowed="key=value,...")
+    try:
+        chosen = choose(args, model)
+    except ImportError as error:
+        raise SetupError(str(error), where="optim", value=name) from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error), where="optim", value=name) from error
+    for part in given:
+        rest = copy.copy(args)
+        rest.optim_args = ",".join(other for other in given if other is not part)
+        if choose(rest, model) == chosen:
+            warnings.warn(f"optim_args: {part} changes nothing in {name}", UserWarning, stacklevel=4)
 
 
 def init_kwargs(args: PackedConfig) -> dict[str, Any]:
