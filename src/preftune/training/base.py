@@ -32,6 +32,7 @@ from preftune.training.config import PackedConfig
 from preftune.training.guards import COMMON, install_guards, watch_line
 from preftune.training.lengths import ExampleLengths
 from preftune.training.metrics import MetricSums, Term
+from preftune.training.noise import EmbeddingNoise
 from preftune.training.plan import TrainingPlan
 from preftune.training.planning import describe
 from preftune.training.recovery import RecoveringTrainer
@@ -120,6 +121,9 @@ class PackedTrainer(RecoveringTrainer):
         self.router = RouterLoss.of(self.model, coef, self.balances_experts)
         self.forward_policy, self.verdict = self._choose_path(self.model)
         self._measure_memory()
+        # transformers' own hook would take a row for one sequence.
+        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None
+        self.noise = EmbeddingNoise(self.model, alpha) if alpha else None
         self.forward_policy.compiled = setup.compiled_layers(self.model, self.args, self.accelerator)
         self.watch = install_guards(self)
 
@@ -281,7 +285,10 @@ class PackedTrainer(RecoveringTrainer):
 
     def _forward(self, model: nn.Module, row: PackedRow, with_stats: bool) -> tuple[TokenScores, Any]:
         recompute = bool(self.args.gradient_checkpointing) and row.num_tokens > self.checkpoint_above
-        with memory.checkpointing(self.model, recompute):
+        noise: AbstractContextManager[None] = nullcontext()
+        if self.noise is not None and self.model.training:
+            noise = self.noise.on(row, packed=self.forward_policy.packed)
+        with memory.checkpointing(self.model, recompute), noise:
             return self.forward_policy(
                 row,
                 wrapped=model,

@@ -59,6 +59,8 @@ class PackedConfig(TrainingArguments):
         learning_rate: Peak learning rate.
         logging_steps: Log every so many optimizer steps.
         torch_compile: Compile the parts of every layer, for rows of any length. Attention and head are not traced.
+        neftune_noise_alpha: Noise on the embeddings of training sequences (NEFTune); a shared prompt carries one noise
+            for both of its answers.
         gradient_checkpointing: Recompute activations in the backward where memory asks for it; see
             ``checkpoint_policy``.
         bf16: Mixed precision; by default on unless ``fp16`` is, wherever the hardware takes it. A processor without
@@ -104,6 +106,7 @@ class PackedConfig(TrainingArguments):
 
     logging_steps: float = 10
     torch_compile: bool = False
+    neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = True
     bf16: bool | None = None  # type: ignore[assignment]
     lr_scheduler_kwargs: dict[str, Any] | str | None = None

@@ -432,7 +432,7 @@ class DPOTrainer(PackedTrainer):
         """Before the first update the policy is the reference: every log-ratio is zero and a logistic loss is ln 2."""
         self._checked_first_step = True
         given = self.ref_model is not None or self.args.ref_adapter_name is not None
-        if self.state.global_step or self.reference is None or given:
+        if self.state.global_step or self.reference is None or given or self.noise is not None:
             return
         half = self.accelerator.mixed_precision != "no" or next(self.model.parameters()).dtype != torch.float32
         told = disagreement(logps, half)

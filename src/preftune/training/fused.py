@@ -244,6 +244,7 @@ def _refuse(args: DPOConfig, peft_config: Any, kwargs: Mapping[str, Any]) -> Non
         "optimizers": (any(kwargs.get("optimizers") or ()), "each configuration needs its own group", None),
         "optim": (optim not in _ELEMENTWISE, "it does not treat every element by itself", args.optim),
         "sync_ref_model": (args.sync_ref_model, "every configuration would need a reference of its own", True),
+        "neftune_noise_alpha": (bool(args.neftune_noise_alpha), "noise would differ", args.neftune_noise_alpha),
         "torch_compile": (args.torch_compile, "adapters change places within a layer", True),
         "load_best_model_at_end": (args.load_best_model_at_end, "there is no one best step", True),
         "world_size": (args.world_size > 1, "several processes train configurations side by side", args.world_size),
