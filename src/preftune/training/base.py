@@ -8,7 +8,7 @@ over examples divided by their global number, so that no split of the batch chan
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,17 +27,15 @@ from preftune.models.gate import Verdict, check_declared, probe
 from preftune.models.head import base_model, probe_head
 from preftune.packing import PackedRow, Tree, build_row, plan_rows
 from preftune.training import card, memory, setup
-from preftune.training.batch import Batch, Example, collate
+from preftune.training.batch import Batch, Example
 from preftune.training.config import PackedConfig
 from preftune.training.guards import COMMON, install_guards, watch_line
-from preftune.training.lengths import ExampleLengths
 from preftune.training.metrics import MetricSums, Term
 from preftune.training.noise import EmbeddingNoise
 from preftune.training.plan import TrainingPlan
 from preftune.training.planning import describe
 from preftune.training.recovery import RecoveringTrainer
 from preftune.training.router import REASON, RouterLoss
-from preftune.training.workers import limited
 
 
 @dataclass
@@ -71,11 +69,8 @@ class PackedTrainer(RecoveringTrainer):
     # transformers declares these as possibly missing, for uses that a trainer with data and model does not have.
     model: nn.Module
     optimizer: Any
-    eval_dataset: Any
     #: Tags of the model card; the last one is the verb.
     _tag_names: tuple[str, ...] = ("preftune",)
-    #: Columns that the data loader hands on.
-    example_columns: tuple[str, ...] = ()
     #: Which of :meth:`example_totals` the loss is divided by.
     denominator = 0
     #: Guards that can watch this training.
@@ -104,7 +99,6 @@ class PackedTrainer(RecoveringTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         setup.refuse_overrides(type(self))
-        kwargs.setdefault("data_collator", collate)
         super().__init__(**kwargs)
         if self.args.n_gpu > 1:
             raise TrainingError(
@@ -141,10 +135,6 @@ class PackedTrainer(RecoveringTrainer):
                 raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
         return RowForward(model, verdict.ok, backend, probe_head(model), pad), verdict
 
-    def example_lengths(self, dataset: Any) -> ExampleLengths | None:
-        """Token counts of prepared data; ``None`` where they are unknown."""
-        raise NotImplementedError
-
     def _measure_memory(self) -> None:
         device = self.args.device
         trainable = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
@@ -161,55 +151,6 @@ class PackedTrainer(RecoveringTrainer):
         return describe(self)
 
     # ---- data -----------------------------------------------------------------------------------------------------
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = list(self.example_columns)  # type: ignore[assignment]
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Batches of this process's share of the evaluation data, every example exactly once over all processes."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("Trainer: evaluation requires an eval_dataset.")
-        return self._plain_loader(dataset, self.args.eval_batch_size)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """Batches of data to predict on, shared out as for evaluation."""
-        return self.get_eval_dataloader(test_dataset)
-
-    def _plain_loader(self, dataset: Any, batch_size: int) -> DataLoader[Any]:
-        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
-            dataset = self._remove_unused_columns(dataset, description="evaluation")
-        world, rank = self.args.world_size, self.args.process_index
-        if world > 1:
-            if not hasattr(dataset, "shard"):
-                raise TrainingError("this dataset cannot be split over processes", value=type(dataset).__name__)
-            dataset = dataset.shard(world, rank, contiguous=False)
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            collate_fn=collate,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-        )
-        return limited(loader, self.args.worker_timeout)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any
-    ) -> tuple[list[Any], None]:
-        """All micro-batches of an optimizer step as one, preceded by empty ones to keep transformers' step count."""
-        batches = []
-        for _ in range(num_batches):
-            batch = next(epoch_iterator, None)
-            if batch is None:
-                break
-            batches.append(batch)
-        if not batches:
-            return [], None
-        return [*(Batch() for _ in batches[1:]), Batch.merged(batches)], None
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         """Count as ``num_tokens`` does; nothing is padded, so that all ways of counting agree."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,8 +44,19 @@ def _choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
 
 
 def _at_least(name: str, value: int | float | None, least: int | float) -> None:
-    if value is not None and value < least:
+    if value is not None and not value >= least:
         raise ConfigError("value too small", where=name, value=value, allowed=f"{least} or more")
+
+
+def _check_json(config: TrainingArguments) -> None:
+    """Settings that are mappings may be written as JSON; transformers would not say which of them is wrong."""
+    for name in config._VALID_DICT_FIELDS:
+        value = getattr(config, name)
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise ConfigError(f"no valid JSON ({error})", where=name, value=value) from error
 
 
 def _has_bf16_accelerator() -> bool:
@@ -159,6 +171,8 @@ class PackedConfig(TrainingArguments):
         _choice("torch_compile_mode", self.torch_compile_mode, (None, *COMPILE_MODES))
         _at_least("max_length", self.max_length, 2)
         _at_least("max_tokens_per_row", self.max_tokens_per_row, 1)
+        _at_least("weight_decay", self.weight_decay, 0)
+        _at_least("num_train_epochs", self.num_train_epochs, 0)
         _at_least("per_device_train_batch_size", self.per_device_train_batch_size, 1)
         _at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
@@ -186,7 +200,16 @@ class PackedConfig(TrainingArguments):
             # Its fused loss puts another forward in the model's place, with a head that cannot be reached.
             kernels = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **kernels}
+        _check_json(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
+        # transformers has made an object of it.
+        if getattr(self.accelerator_config, "dispatch_batches", None):
+            raise ConfigError(
+                "packed examples are not sent from one process to the others: each reads its own share",
+                where="accelerator_config",
+                value={"dispatch_batches": True},
+                remedy="leave dispatch_batches out",
+            )
 
 
 @dataclass

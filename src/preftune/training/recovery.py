@@ -1,4 +1,4 @@
-"""What a run survives: memory that runs out in a row, values that are not finite; and workers that hang or die.
+"""What a run survives: memory that runs out in a row, and values that are not finite.
 
 Rows are a matter of arrangement: the loss is a sum over examples, so a step whose row does not fit is run again in
 shorter rows, from an empty gradient, and ends with the same one. A step whose loss or gradient is not finite is
@@ -15,23 +15,20 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from preftune.errors import SetupError, TrainingError
 from preftune.packing import PackedRow
 from preftune.training.batch import Batch
 from preftune.training.blame import blamed_rows
-from preftune.training.checkpoints import CheckpointedTrainer, rng
-from preftune.training.config import PackedConfig
-from preftune.training.workers import limit_collectives, limited, worker_errors
+from preftune.training.checkpoints import rng
+from preftune.training.feeding import FedTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class RecoveringTrainer(CheckpointedTrainer):
+class RecoveringTrainer(FedTrainer):
     """Runs a step's rows again in shorter ones, and skips steps that are not finite."""
 
-    args: PackedConfig
     router: Any
 
     def __init__(self, **kwargs: Any) -> None:
@@ -39,7 +36,6 @@ class RecoveringTrainer(CheckpointedTrainer):
         self._before: dict[str, Any] = {}
         self._step_loss: Tensor | None = None
         super().__init__(**kwargs)
-        limit_collectives(self.args)
 
     def _plan(self, batch: Batch) -> list[PackedRow]:
         """Rows of an optimizer step, under the token budget."""
@@ -48,43 +44,6 @@ class RecoveringTrainer(CheckpointedTrainer):
     def _rows_everywhere(self, rows: int) -> int:
         """Rows that every process has to run."""
         raise NotImplementedError
-
-    # ---- workers ----------------------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of this process's share of the training data."""
-        return limited(super().get_train_dataloader(), self.args.worker_timeout)
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; see transformers' ``Trainer.train``.
-
-        Raises:
-            SetupError: A data-loader worker hangs or has died.
-        """
-        with worker_errors(self.args):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; see transformers' ``Trainer.evaluate``.
-
-        Raises:
-            SetupError: A data-loader worker hangs or has died.
-        """
-        with worker_errors(self.args):
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict; see transformers' ``Trainer.predict``. There are no logits: predictions are rewards, or ``None``.
-
-        Raises:
-            SetupError: A data-loader worker hangs or has died.
-        """
-        with worker_errors(self.args):
-            found: Any = super().predict(*args, **kwargs)
-        if found.predictions is None:
-            # Rewards are kept for whom they are of use, the user's compute_metrics.
-            logger.warning("predict returns metrics and no predictions: logits are never built")
-        return found
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 

@@ -239,6 +239,9 @@ def _check_optimizer_choice(choose: Callable[..., Any], args: PackedConfig, mode
         raise ConfigError("not a list of settings", where="optim_args", value=args.optim_args, allowed="key=value,...")
     try:
         chosen = choose(args, model)
+        make, options = chosen
+        if isinstance(make, type) and issubclass(make, torch.optim.Optimizer) and "params" not in options:
+            make([nn.Parameter(torch.zeros(1))], **options)
     except ImportError as error:
         raise SetupError(str(error), where="optim", value=name) from error
     except (ValueError, TypeError) as error:

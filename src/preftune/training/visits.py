@@ -33,7 +33,9 @@ def visited_rows(trainer: PackedTrainer) -> list[int]:
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.train_sampling_strategy == "sequential" and args.max_steps > 0:
         return list(range(min(size, args.max_steps * per_step)))
-    if args.max_steps <= 0 or args.max_steps * per_step >= size or args.train_sampling_strategy != "random":
+    seedable = getattr(args.accelerator_config, "use_seedable_sampler", True)
+    foreseeable = args.train_sampling_strategy == "random" and seedable
+    if args.max_steps <= 0 or args.max_steps * per_step >= size or not foreseeable:
         return list(range(size))
     state = torch.get_rng_state()
     try:
