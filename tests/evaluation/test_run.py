@@ -159,7 +159,12 @@ def test_json_holds_what_it_promises_and_runs_are_equal(world: Path, tmp_path: P
     assert document["kl"]["n"] == 10
 
 
-def test_kl_is_the_mean_log_ratio_of_the_samples(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", [0.3, 0.9999])
+def test_kl_and_far_tail_are_those_of_the_samples(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: float
+) -> None:
+    # Small random models are nearly uniform: nothing lies in the last hundredth.
+    monkeypatch.setattr("preftune.evaluation.generations.TAIL_LEVEL", level)
     found = evaluate(
         str(world / "policy"),
         str(world / "pairs.jsonl"),
@@ -175,7 +180,7 @@ def test_kl_is_the_mean_log_ratio_of_the_samples(world: Path, tmp_path: Path) ->
     lines = [json.loads(line) for line in (tmp_path / SAMPLES).read_text(encoding="utf-8").splitlines()]
     shown = {sample["completion"]: sample for sample in found.samples}
     tokenizer = AutoTokenizer.from_pretrained(world / "ref")
-    ratios = []
+    ratios, shares = [], []
     for line in lines:
         if line["text"] not in shown or abs(sum(line["logps"]) - shown[line["text"]]["logp"]) > 1e-4:
             continue  # the reference's own samples
@@ -187,8 +192,16 @@ def test_kl_is_the_mean_log_ratio_of_the_samples(world: Path, tmp_path: Path) ->
                 logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
             values.append(sum(float(logps[len(prompt) + i - 1, t]) for i, t in enumerate(line["token_ids"])))
         ratios.append(values[0] - values[1])
+        p = logps.exp()[len(prompt) - 1 : -1]  # of the reference, the last of the two
+        shares.append(
+            np.mean([float(row[row <= row[t]].sum()) <= level for row, t in zip(p, line["token_ids"], strict=True)])
+        )
     assert len(ratios) == 4
-    assert found.kl["mean"] == pytest.approx(np.mean(ratios), abs=1e-5)
+    assert found.tail_share["mean"] == pytest.approx(np.mean(shares), abs=1e-6)
+    assert found.flat()["tail_share"] == found.tail_share["mean"]
+    assert found.tail_share["mean"] > 0
+    left = [note for note in found.notes if "left its language" in note]
+    assert bool(left) == (found.tail_share["low"] > level)
 
 
 def test_a_second_run_scores_and_samples_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

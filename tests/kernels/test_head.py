@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +45,8 @@ def test_values_and_gradients(
         weight.requires_grad_(False)
         if bias is not None:
             bias.requires_grad_(False)
-    got = token_scores(hidden, weight, bias, targets, transform, with_stats=True, with_log_sum_sq=True, keep_bytes=keep)
+    wanted: dict[str, Any] = {"with_stats": True, "with_log_sum_sq": True, "with_tail": True}
+    got = token_scores(hidden, weight, bias, targets, transform, **wanted, keep_bytes=keep)
     logp, logits = oracle(hidden, weight, bias, targets, transform)
     expected = logp.gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(got.logps, expected, atol=1e-10, rtol=1e-10)
@@ -51,6 +54,9 @@ def test_values_and_gradients(
         torch.testing.assert_close(got.entropy, -(logp.exp() * logp).sum(-1).detach(), atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(got.mean_logit, logits.mean(-1).detach(), atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(got.log_sum_sq, torch.log((2 * logp).exp().sum(-1)).detach(), atol=1e-10, rtol=1e-10)
+        p = logp.exp().detach()
+        tails = [sum(x for x in row.tolist() if x <= row[t]) for row, t in zip(p, targets.tolist(), strict=True)]
+        torch.testing.assert_close(got.tail, torch.tensor(tails, dtype=torch.float64), atol=1e-10, rtol=1e-10)
         assert got.top1 is not None
         assert torch.equal(got.top1, logits.argmax(-1) == targets)
     scale = torch.randn(num, dtype=torch.float64)

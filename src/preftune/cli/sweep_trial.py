@@ -36,7 +36,7 @@ from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.result import remove_weights, trial_settings
 from preftune.sweep.runner import Observer, Outcome, TrialSpec
-from preftune.sweep.scores import KL, TAIL, TAIL_LEVEL, HeldOut, held_out_of, metrics_of, with_interval
+from preftune.sweep.scores import KL, TAIL, HeldOut, held_out_of, metrics_of, with_interval
 from preftune.sweep.shared import Base, Shelf, sharing
 from preftune.sweep.space import as_flag
 from preftune.sweep.watch import Watch
@@ -245,7 +245,7 @@ class PairTrials:
 
         Nothing where the tokenizer has no end of text, or for fewer than two prompts.
         """
-        from preftune.evaluation.sampling import continue_prompts, summed_ratios, tail_probabilities
+        from preftune.evaluation.sampling import TAIL_LEVEL, continue_prompts, summed_ratios, tail_probabilities
 
         if not self.plan.num_samples or trainer.processing_class.eos_token_id is None:
             return {}

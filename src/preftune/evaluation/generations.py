@@ -21,7 +21,7 @@ from preftune.evaluation.files import append
 from preftune.evaluation.metrics import Summary
 from preftune.evaluation.pairs import EvalPairs, Ids
 from preftune.evaluation.resampling import Array
-from preftune.evaluation.sampling import Sample, continue_prompts
+from preftune.evaluation.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.stats import bootstrap_ratio
 
@@ -227,6 +227,25 @@ def kl(samples: Sequence[Sample], reference: Scorer, summary: Summary) -> tuple[
         per_token |= interval.as_dict()
     found |= {"per_token": per_token, "unit": "nats per completion", "estimator": "mean log-ratio of policy samples"}
     return found, sums
+
+
+def tail(samples: Sequence[Sample], reference: Scorer, summary: Summary) -> dict[str, Any]:
+    """Share of the samples' tokens that lie in the reference's far tail.
+
+    A token lies there if the reference gives it and all less likely ones together at most :data:`TAIL_LEVEL`. Of the
+    reference's own texts at most that share does, whatever it writes; more means that something else was written.
+
+    Args:
+        samples: Drawn from the policy at temperature 1.
+        reference: The reference.
+        summary: Settings of the intervals, which are over prompts.
+
+    Returns:
+        ``mean``, ``low``, ``high``, ``n``, the mean over samples of each one's share, and the level.
+    """
+    found = reference.tails(sample_items(samples), "Far tail")
+    shares = np.array([float((each <= TAIL_LEVEL).mean()) for item in found for each in item])
+    return {**summary.number(shares, [sample.prompt_index for sample in samples]), "level": TAIL_LEVEL}
 
 
 def lengths_of(samples: Sequence[Sample], summary: Summary) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class EvalResult:
         by_length: See :func:`preftune.evaluation.metrics.by_length`.
         by_source: Accuracy per source.
         kl: KL to the reference on the model's own samples; empty without a reference or samples.
+        tail_share: Share of the samples' tokens in the reference's far tail; empty as ``kl`` is.
         lengths: Lengths of the data's answers and of the samples.
         samples: A few prompts with the completions of both models.
         compare: Paired comparison with another checkpoint, or ``None``.
@@ -58,6 +59,7 @@ class EvalResult:
     by_length: list[dict[str, Any]] = field(default_factory=list)
     by_source: list[dict[str, Any]] = field(default_factory=list)
     kl: dict[str, Any] = field(default_factory=dict)
+    tail_share: dict[str, Any] = field(default_factory=dict)
     lengths: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     compare: dict[str, Any] | None = None
@@ -82,7 +84,7 @@ class EvalResult:
             out |= flat({name: self.calibration[name] for name in ("brier", "log_loss")})
             out["ece"] = self.calibration["ece"]
         if self.kl:
-            out |= flat({"kl": self.kl})
+            out |= flat({"kl": self.kl, "tail_share": self.tail_share})
         if self.judge is not None:
             out |= flat({name: self.judge[name] for name in ("win_rate", "length_controlled")})
         return {name: value for name, value in out.items() if math.isfinite(value)}

@@ -255,7 +255,15 @@ class _Evaluation:
         ref_sums: Array | None = None
         if players.reference is not None and theirs is not None:
             with self.clock.part("kl"):
+                # Before the KL, which finds what comes along.
+                result.tail_share = generations.tail(mine, players.reference, summary)
                 result.kl, ref_sums = generations.kl(mine, players.reference, summary)
+            if result.tail_share["low"] > result.tail_share["level"]:
+                share, level = (f"{100 * result.tail_share[name]:.3g} %" for name in ("mean", "level"))
+                self.notes.append(
+                    f"{share} of the sampled tokens are among the {level} that the reference is least likely to write: "
+                    "the model has left its language; read the samples"
+                )
             result.lengths["reference"] = generations.lengths_of(theirs, summary)
         result.samples = self.side_by_side(mine, theirs, ref_sums)
         if self.config.judge_url is not None:

@@ -1,6 +1,7 @@
 """Seeded samples and the log-probs of given completions; training draws with the same code, which lies below both."""
 
 from preftune.models.sampling import (
+    TAIL_LEVEL,
     Sample,
     Tokens,
     completion_logps,
@@ -12,6 +13,7 @@ from preftune.models.sampling import (
 )
 
 __all__ = [
+    "TAIL_LEVEL",
     "Sample",
     "Tokens",
     "completion_logps",

@@ -132,11 +132,31 @@ class Scorer:
         Raises:
             ModelError: A token id is beyond the model's vocabulary.
         """
+        return self._values(items, description, tail=False)
+
+    def tails(self, items: Sequence[Item], description: str = "Scoring") -> list[list[Floats]]:
+        """How far out every completion token lies in the model's distribution; see ``TokenScores.tail``.
+
+        Log-probs come along and are in the store afterwards.
+
+        Args:
+            items: Sequences that belong together.
+            description: Title of the progress bar.
+
+        Returns:
+            Per item and sequence, the tail probability of each scored token.
+
+        Raises:
+            ModelError: A token id is beyond the model's vocabulary.
+        """
+        return self._values(items, description, tail=True)
+
+    def _values(self, items: Sequence[Item], description: str, *, tail: bool) -> list[list[Floats]]:
         self._check_vocabulary(items)
         out: list[list[Floats]] = []
         with tqdm(total=len(items), desc=description, unit="item", disable=None if self._show else True) as bar:
             for start in range(0, len(items), _ITEMS_PER_CHUNK):
-                out += self._chunk(items[start : start + _ITEMS_PER_CHUNK], bar)
+                out += self._chunk(items[start : start + _ITEMS_PER_CHUNK], bar, tail)
         return out
 
     def sums(self, items: Sequence[Item], description: str = "Scoring") -> npt.NDArray[np.float64]:
@@ -156,8 +176,10 @@ class Scorer:
                 remedy="policy, reference and tokenizer have to share one vocabulary",
             )
 
-    def _chunk(self, items: Sequence[Item], bar: Any) -> list[list[Floats]]:
+    def _chunk(self, items: Sequence[Item], bar: Any, tail: bool) -> list[list[Floats]]:
         keys = _keys(items)
+        if tail:
+            keys = [tuple(map(_tail_key, each)) for each in keys]
         known: dict[bytes, Floats] = {}
         if self.store is not None:
             known.update(self.store.get_many(self.weights_key, [key for each in keys for key in each]))
@@ -172,7 +194,7 @@ class Scorer:
             try:
                 for row_items in self._plan([items[n] for n in numbers]):
                     chosen = [numbers[k] for k in row_items]
-                    fresh.update(self._row([items[n] for n in chosen], [keys[n] for n in chosen]))
+                    fresh.update(self._row([items[n] for n in chosen], tail))
                     bar.update(len(chosen))
                     if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
                         known.update(self._keep(fresh))
@@ -206,19 +228,32 @@ class Scorer:
             rows[-1].append(number)
         return rows
 
-    def _row(self, items: Sequence[Item], keys: Sequence[tuple[bytes, ...]]) -> dict[bytes, Floats]:
+    def _row(self, items: Sequence[Item], tail: bool) -> dict[bytes, Floats]:
+        """Log-probs of the sequences of some items, and their tail probabilities if wanted, by key."""
         trees: list[Tree] = []
-        flat: list[bytes] = []
-        for item, names in zip(items, keys, strict=True):
-            trees += _trees(item, len(flat))
-            flat += names
+        keys: list[bytes] = []
+        for item, names in zip(items, _keys(items), strict=True):
+            trees += _trees(item, len(keys))
+            keys += names
         row = build_row(trees, range(len(items)))
-        scores = self.forward(row)[0].logps.detach().float().cpu().numpy()
+        scores = self.forward(row, with_tail=tail)[0]
         # Targets of one sequence stand together and in order, but an item's sequences may be apart.
         order = np.argsort(row.target_slot, kind="stable")
-        ends = np.cumsum(np.bincount(row.target_slot, minlength=len(flat)))
-        parts = np.split(scores[order], ends[:-1])
-        return {key: np.array(part, dtype=np.float32) for key, part in zip(flat, parts, strict=True)}
+        ends = np.cumsum(np.bincount(row.target_slot, minlength=len(keys)))[:-1]
+        found = dict(zip(keys, _split(scores.logps, order, ends), strict=True))
+        if scores.tail is not None:
+            found |= zip(map(_tail_key, keys), _split(scores.tail, order, ends), strict=True)
+        return found
+
+
+def _split(values: torch.Tensor, order: Any, ends: Any) -> list[Floats]:
+    parts = np.split(values.detach().float().cpu().numpy()[order], ends)
+    return [np.array(part, dtype=np.float32) for part in parts]
+
+
+def _tail_key(key: bytes) -> bytes:
+    """Key of a sequence's tail probabilities in the store, beside that of its log-probs."""
+    return b"tail:" + key
 
 
 def _same_kind(one: Any, other: Any) -> bool:

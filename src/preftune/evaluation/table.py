@@ -75,6 +75,7 @@ def _metrics(result: EvalResult) -> Table:
         table.add_row("calibration error (ECE)", _percent(about["ece"]), "", "")
     if result.kl:
         _row(table, "KL on policy samples, nats", result.kl)
+        _row(table, "sampled tokens from the reference's far tail", result.tail_share, percent=True)
     for who in ("model", "reference"):
         if who in result.lengths:
             _row(table, f"tokens per sample, {who}", result.lengths[who]["tokens"])

@@ -61,6 +61,8 @@ class TokenScores:
         mean_logit: Mean of the logits over the vocabulary.
         top1: Whether the token is the most probable one.
         log_sum_sq: ``log sum_v p_v^2``, the log of the probability that two draws agree (used by WPO).
+        tail: Total probability of all tokens that are no more likely than this one, ``sum of p_v over p_v <= p``. Of
+            tokens drawn from the model itself at most a share ``a`` has a tail of ``a`` or less: it is a p-value.
     """
 
     logps: Tensor
@@ -68,6 +70,7 @@ class TokenScores:
     mean_logit: Tensor | None = None
     top1: Tensor | None = None
     log_sum_sq: Tensor | None = None
+    tail: Tensor | None = None
 
     def first(self, num_tokens: int) -> TokenScores:
         """The scores of the first tokens alone."""
@@ -89,6 +92,7 @@ def token_scores(
     compute_dtype: torch.dtype | None = None,
     with_stats: bool = False,
     with_log_sum_sq: bool = False,
+    with_tail: bool = False,
     keep_bytes: int | None = None,
 ) -> TokenScores:
     """Log-probs of ``targets`` under the head, and their gradients, tile by tile.
@@ -102,6 +106,7 @@ def token_scores(
         compute_dtype: Dtype of the matmul; by default that of ``hidden``. Log-softmax is fp32 at least.
         with_stats: Also return entropy, mean logit and top-1.
         with_log_sum_sq: Also return ``log_sum_sq``.
+        with_tail: Also return ``tail``.
         keep_bytes: Memory budget for kept probabilities; by default :data:`KEEP_BYTES`.
 
     Returns:
@@ -109,31 +114,53 @@ def token_scores(
     """
     dtype = compute_dtype or hidden.dtype
     keep = KEEP_BYTES if keep_bytes is None else keep_bytes
+    wanted = _Wanted(with_stats, with_log_sum_sq, with_tail)
     out: tuple[Any, ...] = _TokenScores.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, transform, dtype, with_stats, with_log_sum_sq, keep, torch.is_grad_enabled()
+        hidden, weight, bias, targets, transform, dtype, wanted, keep, torch.is_grad_enabled()
     )
     return TokenScores(*out)
 
 
-def scores_from_logits(logits: Tensor, targets: Tensor, *, with_stats: bool, with_log_sum_sq: bool) -> TokenScores:
+def scores_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    with_stats: bool = False,
+    with_log_sum_sq: bool = False,
+    with_tail: bool = False,
+) -> TokenScores:
     """Scores from logits that a model insists on computing itself, ``(N, V)``; differentiable in ``logps``."""
     logp = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
     logps = logp.gather(1, targets.unsqueeze(1)).squeeze(1)
-    stats = _tile_stats(logits.detach(), logp.detach(), targets, with_stats, with_log_sum_sq)
-    return TokenScores(logps, *stats)
+    wanted = _Wanted(with_stats, with_log_sum_sq, with_tail)
+    return TokenScores(logps, *_tile_stats(logits.detach(), logp.detach(), targets, wanted))
 
 
-def _tile_stats(
-    logits: Tensor, logp: Tensor, targets: Tensor, with_stats: bool, with_log_sum_sq: bool
-) -> tuple[Tensor | None, ...]:
-    entropy = mean_logit = top1 = log_sum_sq = None
-    if with_stats:
+@dataclass(frozen=True)
+class _Wanted:
+    """Which columns of :class:`TokenScores` are asked for, beside the log-probs."""
+
+    stats: bool
+    log_sum_sq: bool
+    tail: bool
+
+    def __bool__(self) -> bool:
+        return self.stats or self.log_sum_sq or self.tail
+
+
+def _tile_stats(logits: Tensor, logp: Tensor, targets: Tensor, wanted: _Wanted) -> tuple[Tensor | None, ...]:
+    entropy = mean_logit = top1 = log_sum_sq = tail = None
+    if wanted.stats:
         entropy = -(logp.exp() * logp).nan_to_num_(0.0).sum(-1)
         mean_logit = logits.mean(-1, dtype=logp.dtype)
         top1 = logits.argmax(-1) == targets
-    if with_log_sum_sq:
+    if wanted.log_sum_sq:
         log_sum_sq = torch.logsumexp(2 * logp, -1)
-    return entropy, mean_logit, top1, log_sum_sq
+    if wanted.tail:
+        # Compared as logits: the same token's probability may differ from itself in the last bit.
+        far = logits <= logits.gather(1, targets.unsqueeze(1))
+        tail = (logp.exp() * far).sum(-1)
+    return entropy, mean_logit, top1, log_sum_sq, tail
 
 
 class _TokenScores(torch.autograd.Function):
@@ -146,8 +173,7 @@ class _TokenScores(torch.autograd.Function):
         targets: Tensor,
         transform: HeadTransform,
         dtype: torch.dtype,
-        with_stats: bool,
-        with_log_sum_sq: bool,
+        wanted: _Wanted,
         keep_bytes: int,
         with_grad: bool,
     ) -> tuple[Tensor | None, ...]:
@@ -168,8 +194,8 @@ class _TokenScores(torch.autograd.Function):
             chosen = targets[part].unsqueeze(1)
             logps[part] = logp.gather(1, chosen).squeeze(1)
             lse[part] = (logits.gather(1, chosen).to(wide) - logp.gather(1, chosen)).squeeze(1)
-            if with_stats or with_log_sum_sq:
-                stats.append(_tile_stats(logits, logp, targets[part], with_stats, with_log_sum_sq))
+            if wanted:
+                stats.append(_tile_stats(logits, logp, targets[part], wanted))
             if probs is not None:
                 torch.exp(logp, out=probs[part]) if probs.dtype == wide else probs[part].copy_(logp.exp_())
             if direction is not None:
@@ -179,7 +205,7 @@ class _TokenScores(torch.autograd.Function):
         ctx.save_for_backward(h, w, bias, targets, logps, lse, direction, probs)
         ctx.transform, ctx.dtypes = transform, (hidden.dtype, weight.dtype)
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*stats, strict=True)]
-        extras = columns or [None] * 4
+        extras = columns or [None] * 5
         ctx.mark_non_differentiable(*(extra for extra in extras if extra is not None))
         return (logps, *extras)
 
@@ -188,7 +214,7 @@ class _TokenScores(torch.autograd.Function):
         h, w, bias, targets, logps, lse, direction, probs = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         if direction is not None:
-            return ((direction * grad_logps.unsqueeze(1)).to(hidden_dtype), *[None] * 9)
+            return ((direction * grad_logps.unsqueeze(1)).to(hidden_dtype), *[None] * 8)
         grad_hidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         # Accumulated over tiles in at least fp32: a half-precision sum over many tiles would lose its small terms.
         grad_weight: Tensor | None = None
@@ -220,7 +246,7 @@ class _TokenScores(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.to(hidden_dtype),
             None if grad_weight is None else grad_weight.to(weight_dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * 7,
+            *[None] * 6,
         )
 
 

@@ -78,6 +78,7 @@ class RowForward:
         wrapped: nn.Module | None = None,
         with_stats: bool = False,
         with_log_sum_sq: bool = False,
+        with_tail: bool = False,
         extra: dict[str, Any] | None = None,
     ) -> tuple[TokenScores, Any]:
         """Score the row's ``N`` target tokens.
@@ -87,6 +88,7 @@ class RowForward:
             wrapped: Distributed wrapper of the model to call instead of it.
             with_stats: Also compute entropy, mean logit and top-1.
             with_log_sum_sq: Also compute ``log sum p^2``.
+            with_tail: Also compute how far out each token lies in its distribution.
             extra: Further keywords for the model's forward.
 
         Returns:
@@ -98,7 +100,7 @@ class RowForward:
         filler = self._filler(num_targets, device)
         source_index = _put(np.pad(source, (0, filler)), device)
         targets = _put(np.pad(row.target_ids, (0, filler)), device)
-        options = {"with_stats": with_stats, "with_log_sum_sq": with_log_sum_sq}
+        options = {"with_stats": with_stats, "with_log_sum_sq": with_log_sum_sq, "with_tail": with_tail}
         found: list[TokenScores] = []
         head = find_head(self.model)
         parameters = head_parameters(head)

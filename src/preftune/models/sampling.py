@@ -182,6 +182,10 @@ def completion_logps(
     return results
 
 
+#: The far tail: tokens that a model itself writes at most this often, all together.
+TAIL_LEVEL = 0.01
+
+
 def tail_probabilities(
     model: Any, sequences: Sequence[Tokens], *, batch_size: int = 64
 ) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]]:

@@ -106,6 +106,15 @@ PLOTS = (
         "Share of sampled answers that the model ended itself, before the limit of tokens.",
         unit="share of answers",
     ),
+    PlotSpec(
+        "tail_share",
+        "Tokens from the reference's far tail",
+        (("generation/tail_share", "share"),),
+        "Share of sampled tokens that are among the 1 % least likely under the reference.",
+        0.01,
+        "at most, of the reference itself",
+        "share of tokens",
+    ),
     PlotSpec("learning_rate", "Learning rate", (("learning_rate", "learning rate"),), "As scheduled.", unit="rate"),
     PlotSpec(
         "grad_norm",

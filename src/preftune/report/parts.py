@@ -10,7 +10,10 @@ from preftune.report.settings import text_of
 from preftune.report.tables import Table, facts, figure, interval, is_interval, is_share, rows_of, size, title_of
 
 #: Parts of ``eval.json`` that have a place of their own.
-_EVAL_PLACED = ("metrics", "samples", "calibration", "by_length", "by_source", "kl", "lengths", "compare", "judge")
+_EVAL_PLACED = (
+    *("metrics", "samples", "calibration", "by_length", "by_source"),
+    *("kl", "tail_share", "lengths", "compare", "judge"),
+)
 _AUDIT_PLACED = ("findings", "lengths", "noise")
 _ADVICE_PLACED = ("settings", "flags", "memory", "time")
 
@@ -36,6 +39,7 @@ def eval_facts(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, st
     parts = [
         ("Held-out pairs", shown),
         ("KL on the policy's own samples", _interval_facts(kl)),
+        ("Its tokens from the reference's far tail", _interval_facts(evaluation.get("tail_share"), as_share=True)),
         ("Lengths of answers, in tokens", facts(evaluation.get("lengths"))),
         ("Calibration of the margins", facts(evaluation.get("calibration"))),
         ("Compared with the other model", facts(evaluation.get("compare"))),

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import special
 
 from preftune.errors import DataError
+from preftune.evaluation.sampling import TAIL_LEVEL
 from preftune.evaluation.stats import bootstrap_mean
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -30,8 +31,6 @@ GAIN = "eval_preference_gain"
 SMOOTHING = 0.5
 #: Of a trial's own samples: divergence from the reference, and the share of tokens from the reference's far tail.
 KL, TAIL = "eval_kl", "eval_tail_share"
-#: The far tail: tokens that the reference itself writes at most this often, all together.
-TAIL_LEVEL = 0.01
 #: Metrics that have a number per held-out pair.
 PAIRED = (ACCURACY, MARGIN, PLAIN_MARGIN, PER_TOKEN, GAIN)
 #: Whether less is better.

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from preftune.errors import ConfigError, DataError
-from preftune.models.sampling import Sample, continue_prompts
+from preftune.models.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.packing import Branch, PackedRow, Tree, build_row, plan_rows
 from preftune.training.batch import Example, as_arrays
 from preftune.training.guards.alarm import up_to_step, write_lines
@@ -124,11 +124,11 @@ class Generations(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
             samples = self._draw(model)
-        policy, reference = self._scores(samples)
+        policy, reference, tails = self._scores(samples)
         if self._first is None and state.global_step == 0:
             self._first = self._reference_texts(samples)
         first = self._first or [None] * len(samples)
-        for sample, other, logp, ref_logp in zip(samples, first, policy, reference, strict=True):
+        for sample, other, logp, ref_logp, tail in zip(samples, first, policy, reference, tails, strict=True):
             self._records.append(
                 {
                     "step": state.global_step,
@@ -138,6 +138,7 @@ class Generations(TrainerCallback):
                     "num_tokens": len(sample.token_ids),
                     "logp": logp,
                     "ref_logp": ref_logp,
+                    "tail_share": tail,
                 }
             )
         write_lines(self._file, self._records)
@@ -150,6 +151,7 @@ class Generations(TrainerCallback):
             chosen_lengths=np.array([_chosen_length(example) for example in self._examples]),
             entropy=-np.array(policy) / lengths,
             finished=np.array([sample.finished for sample in samples]),
+            tail_shares=np.array(tails),
         )
 
     def _draw(self, model: Any) -> list[Sample]:
@@ -170,17 +172,24 @@ class Generations(TrainerCallback):
         with self._trainer.accelerator.autocast():
             return [sample.text for sample in self._draw(reference.separate.model)]
 
-    def _scores(self, samples: list[Sample]) -> tuple[list[float], list[float]]:
-        """Log-prob of each sample under policy and reference, both through the same forward as in training."""
+    def _scores(self, samples: list[Sample]) -> tuple[list[float], list[float], list[float]]:
+        """Log-prob of each sample under policy and reference, and the share of its tokens in the reference's far tail.
+
+        Both models run through the same forward as in training.
+        """
         trainer = self._trainer
         trees = [Tree(np.array(sample.prompt_ids), (Branch(np.array(sample.token_ids), 0),)) for sample in samples]
-        policy, other = np.zeros(len(samples)), np.zeros(len(samples))
+        policy, other, tails = np.zeros(len(samples)), np.full(len(samples), np.nan), np.full(len(samples), np.nan)
         reference = trainer.reference or self._reference
         for numbers in plan_rows([tree.num_tokens for tree in trees], trainer.max_tokens_per_row):
             row = build_row([_in_slot(trees[n], k) for k, n in enumerate(numbers)], numbers)
             policy[list(numbers)] = _sums(row, self._policy_logps(row))
-            other[list(numbers)] = np.nan if reference is None else _sums(row, reference.row_logps(row))
-        return policy.tolist(), other.tolist()
+            if reference is not None:
+                scores = reference.row_scores(row, with_tail=True)
+                assert scores.tail is not None
+                other[list(numbers)] = _sums(row, scores.logps)
+                tails[list(numbers)] = _sums(row, scores.tail <= TAIL_LEVEL) / np.bincount(row.target_slot)
+        return policy.tolist(), other.tolist(), tails.tolist()
 
     def _policy_logps(self, row: PackedRow) -> torch.Tensor:
         forward = self._trainer.forward_policy
@@ -196,6 +205,7 @@ class Generations(TrainerCallback):
 def figures(generation: Generation) -> dict[str, float]:
     """What a log line says of the samples; intervals are 95 %, Student's, over prompts."""
     kl, length = t_interval(generation.log_ratios), t_interval(generation.lengths)
+    tail = t_interval(generation.tail_shares)
     return {
         "generation/kl": kl.mean,
         "generation/kl_low": kl.low(Z95),
@@ -203,6 +213,9 @@ def figures(generation: Generation) -> dict[str, float]:
         "generation/length": length.mean,
         "generation/length_low": length.low(Z95),
         "generation/length_high": length.high(Z95),
+        "generation/tail_share": tail.mean,
+        "generation/tail_share_low": tail.low(Z95),
+        "generation/tail_share_high": tail.high(Z95),
         "generation/entropy": float(generation.entropy.mean()),
         "generation/finished": float(generation.finished.mean()),
     }
@@ -260,6 +273,6 @@ def _in_slot(tree: Tree, slot: int) -> Tree:
     return Tree(tree.prefix, (Branch(branch.ids, slot),))
 
 
-def _sums(row: PackedRow, logps: torch.Tensor) -> Any:
-    values = logps.float().cpu().numpy().astype(np.float64)
-    return np.bincount(row.target_slot, weights=values, minlength=len(row.examples))
+def _sums(row: PackedRow, values: torch.Tensor) -> Any:
+    weights = values.float().cpu().numpy().astype(np.float64)
+    return np.bincount(row.target_slot, weights=weights, minlength=len(row.examples))

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from preftune.errors import TrainingError
+from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
 from preftune.packing import Branch, PackedRow, Tree, build_row, pair_trees, plan_rows
@@ -289,12 +290,16 @@ class Reference:
 
     def row_logps(self, row: PackedRow) -> Tensor:
         """Per-token log-probs of a row's targets under the reference, ``(N,)``, without graph."""
+        return self.row_scores(row).logps
+
+    def row_scores(self, row: PackedRow, *, with_tail: bool = False) -> TokenScores:
+        """Scores of a row's targets under the reference, without graph; see :class:`RowForward`."""
         with torch.no_grad(), self._as_reference() as forward:
             training = forward.model.training
             forward.model.eval()
             try:
                 with self._autocast(), forward.active():
-                    return forward(row)[0].logps
+                    return forward(row, with_tail=with_tail)[0]
             finally:
                 forward.model.train(training)
 

@@ -51,7 +51,7 @@ def heldout(step: int, train: Any = (), generation: Generation | None = None, **
 
 
 def generation(
-    step: int, kl: float = 1.0, length: float = 20.0, entropy: float = 1.5, spread: float = 0.1
+    step: int, kl: float = 1.0, length: float = 20.0, entropy: float = 1.5, spread: float = 0.1, tail: float = 0.005
 ) -> Generation:
     noise = np.random.default_rng(step).normal(size=64)
     return Generation(
@@ -62,6 +62,7 @@ def generation(
         chosen_lengths=np.full(64, 20.0),
         entropy=entropy + 0.05 * noise,
         finished=np.ones(64, dtype=bool),
+        tail_shares=tail + 0.002 * noise,
     )
 
 
@@ -284,6 +285,18 @@ def test_kl_beyond_its_budget_counts_only_where_it_is_known_well() -> None:
     assert OverOptimisation().observe(generation(1, kl=40.0)) is not None
     assert OverOptimisation().observe(generation(1, kl=40.0, spread=200.0)) is None
     assert OverOptimisation().observe(generation(1, kl=10.0)) is None
+
+
+def test_over_optimisation_sees_samples_that_the_reference_would_not_write() -> None:
+    guard = OverOptimisation()
+    assert guard.observe(generation(1, tail=0.01)) is None  # as many as the reference itself may write
+    assert guard.observe(generation(2, tail=0.0105)) is None  # more, but not with certainty
+    alarm = guard.observe(generation(3, tail=0.03))
+    assert alarm is not None
+    assert "3.0 % of them among the 1 % it is least likely to write" in alarm.message
+    assert guard.observe(generation(4, tail=0.02)) is None  # told already
+    assert guard.observe(generation(5, tail=0.008)) is None  # over
+    assert guard.observe(generation(6, tail=0.03)) is not None
 
 
 # ---- episodes and state ---------------------------------------------------------------------------------------------

@@ -135,8 +135,12 @@ def test_samples_are_scored_as_a_slow_computation_scores_them(world: worlds.Worl
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             total = float(logits.log_softmax(-1)[range(len(answer)), answer].detach().sum())
             assert record[name] == pytest.approx(total, abs=1e-3)
+        p = logits.softmax(-1).detach()  # of the reference, the last of the two
+        far = [float(row[row <= row[token]].sum()) <= 0.01 for row, token in zip(p, answer, strict=True)]
+        assert record["tail_share"] == pytest.approx(sum(far) / len(far))
     assert any(abs(record["logp"] - record["ref_logp"]) > 0.1 for record in records)
     logged = next(line for line in trainer.state.log_history if line["step"] == 5 and "generation/kl" in line)
+    assert logged["generation/tail_share"] == pytest.approx(sum(r["tail_share"] for r in records) / len(records))
     by_hand = sum(record["logp"] - record["ref_logp"] for record in records) / len(records)
     assert logged["generation/kl"] == pytest.approx(by_hand)
 

@@ -155,6 +155,8 @@ class Generation:
         chosen_lengths: Tokens of the chosen answers to the same prompts ``(S,)``.
         entropy: Mean of ``-log pi`` per token, per sample ``(S,)``: an estimate of the policy's entropy.
         finished: Whether each sample ended within the limit ``(S,)``.
+        tail_shares: Share of each sample's tokens that lie in the reference's far tail ``(S,)``; see
+            :data:`preftune.models.sampling.TAIL_LEVEL`.
     """
 
     step: int
@@ -164,6 +166,7 @@ class Generation:
     chosen_lengths: Array
     entropy: Array
     finished: npt.NDArray[np.bool_]
+    tail_shares: Array
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -181,7 +184,7 @@ class Generation:
         return cls(step=int(values["step"]), epoch=float(values["epoch"]), **columns)
 
 
-_PER_SAMPLE = ("log_ratios", "lengths", "chosen_lengths", "entropy", "finished")
+_PER_SAMPLE = ("log_ratios", "lengths", "chosen_lengths", "entropy", "finished", "tail_shares")
 
 
 class Watch:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from preftune.models.sampling import TAIL_LEVEL
 from preftune.training.guards.base import Guard, Reading, ThresholdKind
 from preftune.training.guards.evidence import Array, Generation, HeldOut, Moments, pack, unpack
 from preftune.training.guards.statistics import (
@@ -201,7 +202,9 @@ class OverOptimisation(Guard):
     Against sqrt(KL), true quality rises, peaks and falls, while the rewards that are optimised go on rising. Here the
     KL is that of samples of the policy, and quality the held-out separation of pairs (see :class:`Overfitting`), a
     proxy. Fires where the KL exceeds, with its 95 % interval, the one at the best evaluation, and quality has fallen
-    since, with its 99.9 % interval; or where the KL alone is wide beyond a budget in nats per token.
+    since, with its 99.9 % interval; or where the KL alone is wide beyond a budget in nats per token; or where the
+    samples hold more of the reference's far tail than its own texts would (see :func:`preftune.models.sampling.
+    tail_probabilities`), with their 99.9 % interval.
     """
 
     name = "over_optimisation"
@@ -214,15 +217,26 @@ class OverOptimisation(Guard):
     budget, over = 1.0, 0.8
 
     def on_generation(self, generation: Generation) -> Reading | None:
-        """The KL alone."""
+        """The samples alone: how far they are, and whether the reference could have written them."""
         if not np.isfinite(generation.log_ratios).all():
             return None
         kl, tokens = t_interval(generation.log_ratios), float(generation.lengths.mean())
+        tail = t_interval(generation.tail_shares)
+        foreign = tail.low() > TAIL_LEVEL
+        message = f"KL to the reference is {kl.mean:.1f} nats over {tokens:.0f} tokens a sample"
+        if foreign:
+            level = f"{100 * TAIL_LEVEL:.0f} %"
+            message += f", {100 * tail.mean:.1f} % of them among the {level} it is least likely to write"
         return Reading(
-            firing=kl.low(Z95) > self.budget * tokens,
-            clear=kl.mean < self.over * self.budget * tokens,
-            message=f"KL to the reference is {kl.mean:.1f} nats over {tokens:.0f} tokens a sample",
-            evidence={**kl.evidence("kl", Z95), "sqrt_kl": math.sqrt(max(kl.mean, 0.0)), "tokens": tokens},
+            firing=kl.low(Z95) > self.budget * tokens or foreign,
+            clear=kl.mean < self.over * self.budget * tokens and tail.mean < TAIL_LEVEL,
+            message=message,
+            evidence={
+                **kl.evidence("kl", Z95),
+                **tail.evidence("tail_share"),
+                "sqrt_kl": math.sqrt(max(kl.mean, 0.0)),
+                "tokens": tokens,
+            },
         )
 
     def on_heldout(self, heldout: HeldOut) -> Reading | None:
