@@ -32,7 +32,8 @@ def test_info_as_text(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{filled / FILE_NAME} (")
-    assert [line.split()[:2] for line in lines[3:]] == [["aa11", "3"], ["ab22", "1"]]
+    assert [line.split()[:2] for line in lines[3:5]] == [["aa11", "3"], ["ab22", "1"]]
+    assert lines[6] == f"Tokenised data: 0 files, 0 B, in {filled / 'tokens'}"
 
 
 def test_info_as_json(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:

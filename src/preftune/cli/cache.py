@@ -1,4 +1,4 @@
-"""``preftune cache``: show or clear the stored reference log-probs."""
+"""``preftune cache``: show or clear the stored reference log-probs and the tokenised data."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the verb and its two actions."""
-    parser = subparsers.add_parser("cache", help="show or clear the stored reference log-probs")
+    parser = subparsers.add_parser("cache", help="show or clear stored reference log-probs and tokenised data")
     actions = parser.add_subparsers(dest="action", required=True, metavar="info|clear")
     show = actions.add_parser("info", help="where the store lies and what it holds")
     remove = actions.add_parser("clear", help="forget entries and give their disk space back")
-    remove.add_argument("--weights_key", metavar="KEY", help="only this reference; the first digits will do")
-    remove.add_argument("--older_than", metavar="AGE", help="only references unused for this long, such as 12h or 30d")
+    remove.add_argument(
+        "--weights_key", metavar="KEY", help="only this reference, and no data; the first digits will do"
+    )
+    remove.add_argument("--older_than", metavar="AGE", help="only what is unused for this long, such as 12h or 30d")
     for action in (show, remove):
-        action.add_argument("--path", metavar="DIR", help="folder of the store (default: $PREFTUNE_CACHE)")
+        action.add_argument("--path", metavar="DIR", help="folder of the cache (default: $PREFTUNE_CACHE)")
         action.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def info(path: str | None = None, *, as_json: bool = False) -> str:
-    """Describe the store.
+    """Describe the store and the tokenised data beside it.
 
     Args:
         path: Its folder, by default the cache home.
@@ -58,6 +60,7 @@ def info(path: str | None = None, *, as_json: bool = False) -> str:
     Raises:
         StoreError: If there is a store and it cannot be read.
     """
+    from preftune.data import kept
     from preftune.references.database import FILE_NAME
     from preftune.references.store import ReferenceStore, StoreInfo, cache_home
 
@@ -67,18 +70,24 @@ def info(path: str | None = None, *, as_json: bool = False) -> str:
     else:
         with ReferenceStore(file.parent, strict=True) as store:
             facts = store.info()
-    return _as_json(facts) if as_json else _as_text(facts)
+    tokens = {"num_files": len(kept.files(file.parent)), "num_bytes": kept.num_bytes(file.parent)}
+    if as_json:
+        return _as_json(facts, tokens)
+    where = kept.folder(file.parent)
+    return (
+        f"{_as_text(facts)}\n\nTokenised data: {tokens['num_files']:,} files, {_size(tokens['num_bytes'])}, in {where}"
+    )
 
 
 def clear(
     path: str | None = None, *, weights_key: str | None = None, older_than: str | None = None, as_json: bool = False
 ) -> str:
-    """Forget stored log-probs.
+    """Forget stored log-probs and tokenised data.
 
     Args:
         path: Folder of the store, by default the cache home.
-        weights_key: Only the reference whose key begins with this.
-        older_than: Only references that were last used longer ago: a number and one of s, m, h, d, w.
+        weights_key: Only the reference whose key begins with this, and no data.
+        older_than: Only what was last used longer ago: a number and one of s, m, h, d, w.
         as_json: Return JSON instead of text.
 
     Returns:
@@ -88,6 +97,7 @@ def clear(
         ConfigError: If the age is not one, or the key fits no reference or several.
         StoreError: If the store cannot be written.
     """
+    from preftune.data import kept
     from preftune.references.database import FILE_NAME
     from preftune.references.store import ReferenceStore, StoreWarning, cache_home
 
@@ -104,9 +114,14 @@ def clear(
             key = None if weights_key is None else _full_key(store, weights_key)
             removed = store.clear(key, seconds)
             freed = max(0, before - store.info().num_bytes)
+    files, their_bytes = (0, 0) if weights_key is not None else kept.clear(folder, seconds)
     if as_json:
-        return json.dumps({"path": str(folder / FILE_NAME), "removed": removed, "freed": freed, "notes": notes})
-    return "\n".join([*notes, f"Removed {removed:,} sequences ({_size(freed)}) from {folder / FILE_NAME}"])
+        facts = {"path": str(folder / FILE_NAME), "removed": removed, "freed": freed, "notes": notes}
+        return json.dumps(facts | {"files_removed": files, "files_freed": their_bytes})
+    lines = [*notes, f"Removed {removed:,} sequences ({_size(freed)}) from {folder / FILE_NAME}"]
+    if files:
+        lines.append(f"Removed {files:,} files of tokenised data ({_size(their_bytes)})")
+    return "\n".join(lines)
 
 
 def _full_key(store: ReferenceStore, prefix: str) -> str:
@@ -131,10 +146,10 @@ def _seconds(age: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _as_json(facts: StoreInfo) -> str:
+def _as_json(facts: StoreInfo, tokens: dict[str, int]) -> str:
     from dataclasses import asdict
 
-    return json.dumps(asdict(facts) | {"path": str(facts.path), "num_entries": facts.num_entries})
+    return json.dumps(asdict(facts) | {"path": str(facts.path), "num_entries": facts.num_entries, "tokens": tokens})
 
 
 def _as_text(facts: StoreInfo) -> str:

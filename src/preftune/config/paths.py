@@ -1,4 +1,4 @@
-"""Names that stand in files and become paths: they stay below the folder that they belong to."""
+"""Where the cache lies; and names that stand in files and become paths below the folder that they belong to."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path | None:
         # A null byte, or links in a circle.
         return None
     return Path(folder) / name if place != root and place.is_relative_to(root) and name else None
+
+
+def cache_home() -> Path:
+    """Return ``$PREFTUNE_CACHE``, else ``preftune`` under ``$XDG_CACHE_HOME``, else ``~/.cache/preftune``."""
+    own = os.environ.get("PREFTUNE_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "preftune"

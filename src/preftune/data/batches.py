@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
+from preftune.data.kept import remembered
+from preftune.data.options import DataOptions
 from preftune.data.processes import in_processes
 from preftune.errors import DataError
 
@@ -80,17 +82,14 @@ class Tally:
     example: str | None
 
 
-def run(
-    dataset: Dataset, worker: Worker, num_proc: int | None, desc: str, patience: float = 0.0
-) -> tuple[Dataset, Tally]:
-    """Apply a worker to every row.
+def run(dataset: Dataset, worker: Worker, options: DataOptions, desc: str) -> tuple[Dataset, Tally]:
+    """Apply a worker to every row, or find what it made of them earlier.
 
     Args:
         dataset: Rows.
         worker: What to do with them.
-        num_proc: Processes; used from :data:`MIN_ROWS_FOR_PROCESSES` rows on.
+        options: Data options; processes are used from :data:`MIN_ROWS_FOR_PROCESSES` rows on.
         desc: Title of the progress bar that large data sets get.
-        patience: Seconds to wait for a process that finishes no batch; 0 waits for ever.
 
     Returns:
         The kept rows (ids only, in order) and the sums.
@@ -102,11 +101,18 @@ def run(
     import pyarrow.compute as pc
     from datasets import Dataset as HFDataset
 
-    dataset = dataset.with_format(None)
-    if num_proc is not None and num_proc > 1 and len(dataset) >= MIN_ROWS_FOR_PROCESSES:
-        table = pa.concat_tables(in_processes(dataset, worker, num_proc, desc, BATCH_SIZE, patience))
-    else:
-        table = pa.concat_tables(_in_batches(dataset, worker, desc))
+    dataset, num_proc = dataset.with_format(None), options.num_proc
+
+    def compute() -> pa.Table:
+        if num_proc is not None and num_proc > 1 and len(dataset) >= MIN_ROWS_FOR_PROCESSES:
+            tables: Iterable[pa.Table] = in_processes(
+                dataset, worker, num_proc, desc, BATCH_SIZE, options.worker_timeout
+            )
+        else:
+            tables = _in_batches(dataset, worker, desc)
+        return pa.concat_tables(tables)
+
+    table = remembered(dataset, worker, options, compute)
     tally = _tally(table)
     kept = table.filter(pc.equal(table["_status"], "")) if tally.dropped or tally.num_bad_left_out else table
     names = [name for name in worker.columns + worker.floats if not _all_null(kept, name, worker)]

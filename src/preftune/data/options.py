@@ -47,6 +47,7 @@ class DataOptions:
         quarantine_path: JSON-lines file that skipped rows are appended to.
         max_dropped_share: Refuse to go on when more than this share of the rows is lost; ``None`` only warns.
         chat_template: Jinja template to use instead of the tokenizer's own.
+        data_cache: Keep the tokens of 2,000 rows and more on disk, and find them there again.
     """
 
     max_length: int | None = 1024
@@ -62,6 +63,7 @@ class DataOptions:
     quarantine_path: str | None = None
     max_dropped_share: float | None = None
     chat_template: str | None = None
+    data_cache: bool = True
 
     def __post_init__(self) -> None:
         check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))

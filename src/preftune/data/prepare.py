@@ -209,7 +209,7 @@ def prepare(
         dataset, spec, bad_before, more = pair_rows(dataset, spec, options, name)
         notes += more
         worker = PairWorker(tokenizer, options, spec, name)
-    result, tally = batches.run(dataset, worker, options.num_proc, f"Preparing {name}", options.worker_timeout)
+    result, tally = batches.run(dataset, worker, options, f"Preparing {name}")
     bad = sum_counts(bad_before, tally.bad, loaded.bad_rows if loaded else {})
     lost_before = (sum(bad_before.values()) if options.on_bad_rows == "skip" else 0) + (
         loaded.num_lost if loaded else 0

@@ -311,7 +311,7 @@ def prepare_sft(
             assistant_only_loss=assistant_only_loss,
         )
         notes += _setting_notes(spec, worker)
-    result, tally = batches.run(dataset, worker, options.num_proc, f"Preparing {name}", options.worker_timeout)
+    result, tally = batches.run(dataset, worker, options, f"Preparing {name}")
     rows_read = len(dataset) + (loaded.num_lost if loaded else 0)
     batches.check_share(tally, rows_read, loaded.num_lost if loaded else 0, options.max_dropped_share, name)
     bad = sum_counts(tally.bad, loaded.bad_rows if loaded else {})

@@ -194,7 +194,7 @@ def prepare_unpaired(
         dataset, format_name, bad_before, more = labelled_rows(dataset, options, name)
         notes += more
         labelled = UnpairedWorker(tokenizer, options, name, checked=format_name != "unpaired")
-        whole, first = batches.run(dataset, labelled, options.num_proc, f"Preparing {name}", options.worker_timeout)
+        whole, first = batches.run(dataset, labelled, options, f"Preparing {name}")
         if len(whole):
             whole = whole.add_column("rejected_ids", _exchanged(whole["chosen_ids"], block))
     rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
@@ -204,7 +204,7 @@ def prepare_unpaired(
             first, rows_read, lost + (loaded.num_lost if loaded else 0), options.max_dropped_share, name
         )
     cutting = _TruncatingWorker(options, name)
-    result, tally = batches.run(whole, cutting, options.num_proc, f"Truncating {name}", options.worker_timeout)
+    result, tally = batches.run(whole, cutting, options, f"Truncating {name}")
     batches.check_share(tally, rows_read, rows_read - len(whole), options.max_dropped_share, name)
     return result, build_report(
         name=name,

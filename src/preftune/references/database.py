@@ -46,15 +46,6 @@ class Database:
     journal_mode: str
 
 
-def cache_home() -> Path:
-    """Return ``$PREFTUNE_CACHE``, else ``preftune`` under ``$XDG_CACHE_HOME``, else ``~/.cache/preftune``."""
-    own = os.environ.get("PREFTUNE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "preftune"
-
-
 def failure_of(error: sqlite3.Error) -> Failure:
     """Classify an error by its text, which SQLite keeps stable; numeric codes need Python 3.11."""
     text = str(error)

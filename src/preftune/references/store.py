@@ -23,9 +23,10 @@ from types import TracebackType
 
 import numpy.typing as npt
 
+from preftune.config.paths import cache_home
 from preftune.errors import StoreError
 from preftune.references import database, rows
-from preftune.references.database import cache_home, failure_of
+from preftune.references.database import failure_of
 from preftune.references.rows import FloatArray
 
 __all__ = ["ReferenceStore", "StoreInfo", "StoreWarning", "WeightsInfo", "cache_home"]

@@ -100,6 +100,7 @@ class PackedConfig(TrainingArguments):
         on_bad_rows: ``error`` stops, ``skip`` sets bad rows aside, ``warn`` goes on where TRL does and says how many.
         quarantine_path: File for rows set aside.
         max_dropped_share: Refuse to start where truncation drops a larger share of the rows; ``None`` only warns.
+        data_cache: Keep the tokens of large data sets on disk, and find them there again.
         append_eos: Add the end-of-sequence token where the chat template leaves it out.
         guards: What happens when a guard fires: ``warn``, ``stop`` or ``off``, for all guards or by name, such as
             ``{overfitting: stop, reward_jump: off}``.
@@ -143,6 +144,7 @@ class PackedConfig(TrainingArguments):
     on_bad_rows: str = "warn"
     quarantine_path: str | None = None
     max_dropped_share: float | None = None
+    data_cache: bool = True
     append_eos: bool = False
     guards: _Guards = "warn"
     generation_steps: int = 0

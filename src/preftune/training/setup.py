@@ -369,6 +369,7 @@ def data_options(args: PackedConfig, **extra: Any) -> DataOptions:
         worker_timeout=args.worker_timeout,
         quarantine_path=args.quarantine_path,
         max_dropped_share=args.max_dropped_share,
+        data_cache=args.data_cache,
         **extra,
     )
 

@@ -1,0 +1,300 @@
+"""Tokenised data are found again, and only where nothing has changed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from preftune.cli.main import main
+from preftune.data import kept
+from preftune.data.options import DataOptions
+from preftune.data.prepare import prepare
+from preftune.data.sft import prepare_sft
+from preftune.data.tokenise import Encoder
+from preftune.data.unpaired import prepare_unpaired
+from tests.models.tiny import train_tokenizer
+from tests.parity import worlds
+
+ROWS: list[dict[str, Any]] = [dict(row) for row in worlds.pair_rows(30)]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+Prepare = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "MIN_ROWS", 1)
+    return tmp_path / "cache" / "tokens"
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many texts went through a tokenizer, call by call."""
+    calls: list[int] = []
+    encode = Encoder.encode
+
+    def counted(self: Encoder, texts: Any, **options: Any) -> Any:
+        calls.append(len(texts))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    return calls  # type: ignore[return-value]
+
+
+def tokenizer() -> Any:
+    made = train_tokenizer([text for row in ROWS for text in row.values()], 330)
+    made.chat_template = TEMPLATE
+    return made
+
+
+def rows(changed: dict[str, Any] | None = None) -> datasets.Dataset:
+    return datasets.Dataset.from_list([{**ROWS[0], **(changed or {})}, *ROWS[1:]])
+
+
+def chat() -> datasets.Dataset:
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt": said("user", row["prompt"]),
+                "chosen": said("assistant", row["chosen"]),
+                "rejected": said("assistant", row["rejected"]),
+            }
+            for row in ROWS
+        ]
+    )
+
+
+def sft_rows() -> datasets.Dataset:
+    return datasets.Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS])
+
+
+def labelled() -> datasets.Dataset:
+    return datasets.Dataset.from_list(worlds.unpaired_rows(30))
+
+
+@pytest.mark.parametrize(
+    ("call", "data"),
+    [(prepare, rows), (prepare, chat), (prepare_sft, sft_rows), (prepare_unpaired, labelled)],
+    ids=["pairs", "chat", "sft", "unpaired"],
+)
+def test_the_same_data_are_tokenised_once(call: Prepare, data: Any, tokenised: list[int], place: Path) -> None:
+    options = DataOptions(max_length=20)
+    first, report = call(data(), tokenizer(), options)
+    assert tokenised
+    assert len(list(place.glob("*.arrow"))) == 1
+    used = tokenizer()
+    used(["what a tokenizer does in between"] * 3, padding=True, truncation=True, max_length=4)
+    for again in (tokenizer(), used):
+        tokenised.clear()
+        second, other = call(data(), again, options)
+        assert not tokenised
+        assert second.to_dict() == first.to_dict()
+        assert second.features == first.features
+        assert vars(other).keys() == vars(report).keys()
+        assert str(other) == str(report)
+        assert (other.rows_read, other.rows_kept, other.lengths) == (report.rows_read, report.rows_kept, report.lengths)
+
+
+def changed_tokenizer(change: str) -> Any:
+    other = tokenizer()
+    if change == "token":
+        other.add_tokens(["the a"])
+    elif change == "template":
+        other.chat_template = TEMPLATE.replace("<", "[")
+    elif change == "bos":
+        other.add_special_tokens({"bos_token": "<eos>"})
+    elif change == "eos":
+        other.eos_token = "<bos>"
+    return other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": rows({"chosen": " another answer"})},
+        {"data": rows({"rejected": " another answer"})},
+        {"data": rows().shuffle(seed=1)},
+        {"data": rows().select(range(29))},
+        {"data": rows().add_column("margin", [1.0] * 30)},
+        *({"tokenizer": name} for name in ("token", "template", "bos", "eos")),
+        {"options": {"max_length": 19}},
+        {"options": {"max_prompt_length": 5}},
+        {"options": {"truncation_mode": "keep_end"}},
+        {"options": {"append_eos": True}},
+        {"options": {"enclose": True}},
+        {"options": {"chat_template": TEMPLATE + " "}},
+        {"code": "another version"},
+        {"library": "9.9"},
+    ],
+    ids=lambda change: str({k: v if isinstance(v, (str, dict)) else "..." for k, v in change.items()}),
+)
+def test_anything_that_matters_is_another_file(
+    change: dict[str, Any], tokenised: list[int], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(rows(), tokenizer(), DataOptions(max_length=20))
+    tokenised.clear()
+    if "code" in change:
+        monkeypatch.setattr(kept, "_code_key", lambda: change["code"])
+    if "library" in change:
+        monkeypatch.setattr("importlib.metadata.version", lambda name: change["library"])
+    options = DataOptions(**{"max_length": 20, **change.get("options", {})})
+    found, _ = prepare(change.get("data", rows()), changed_tokenizer(change.get("tokenizer", "")), options)
+    assert tokenised
+    assert len(list(place.glob("*.arrow"))) == 2
+    # And what was found is what is found without any file.
+    plain, _ = prepare(
+        change.get("data", rows()),
+        changed_tokenizer(change.get("tokenizer", "")),
+        DataOptions(**{"max_length": 20, **change.get("options", {}), "data_cache": False}),
+    )
+    assert plain.to_dict() == found.to_dict()
+
+
+def test_how_fast_or_how_strict_does_not_matter(tokenised: list[int]) -> None:
+    prepare(rows(), tokenizer(), DataOptions())
+    tokenised.clear()
+    prepare(rows(), tokenizer(), DataOptions(num_proc=2, worker_timeout=5.0, max_dropped_share=0.5))
+    assert not tokenised
+
+
+def test_templates_that_write_the_date_are_rendered_every_day(
+    tokenised: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = tokenizer()
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + TEMPLATE
+
+    class Tomorrow:
+        @staticmethod
+        def today() -> str:
+            return "2099-01-01"
+
+    prepare(chat(), dated, DataOptions())
+    tokenised.clear()
+    prepare(chat(), dated, DataOptions())
+    assert not tokenised
+    monkeypatch.setattr(kept, "date", Tomorrow)
+    prepare(chat(), dated, DataOptions())
+    assert tokenised
+
+
+def test_bad_rows_are_told_and_set_aside_every_time(tokenised: list[int], tmp_path: Path, place: Path) -> None:
+    aside = tmp_path / "aside.jsonl"
+    options = DataOptions(on_bad_rows="skip", quarantine_path=str(aside))
+    for times in (1, 2):
+        _, report = prepare(rows({"chosen": None}), tokenizer(), options)
+        assert sum(report.bad_rows.values()) == 1
+        assert len(aside.read_text().splitlines()) == times
+    assert not list(place.glob("*"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no Arrow file", None])
+def test_a_broken_file_is_made_anew(content: bytes | None, tokenised: list[int], place: Path) -> None:
+    first, _ = prepare(rows(), tokenizer(), DataOptions())
+    (file,) = place.glob("*.arrow")
+    whole = file.read_bytes()
+    file.unlink()  # never written in place: the first data set still reads it
+    file.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    tokenised.clear()
+    again, _ = prepare(rows(), tokenizer(), DataOptions())
+    assert tokenised
+    assert again.to_dict() == first.to_dict()
+    assert file.read_bytes() == whole
+
+
+def test_a_place_that_cannot_be_written_costs_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "a file"))
+    found, _ = prepare(rows(), tokenizer(), DataOptions())
+    assert len(found) == 30
+    assert "tokenised data are not kept" in caplog.text
+
+
+def test_it_can_be_switched_off_and_leaves_small_data_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(rows(), tokenizer(), DataOptions(data_cache=False))
+    monkeypatch.setattr(kept, "MIN_ROWS", 31)
+    prepare(rows(), tokenizer(), DataOptions())
+    assert not place.exists()
+
+
+def test_what_is_unused_or_too_much_goes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        prepare(rows({"chosen": f" answer {number}"}), tokenizer(), DataOptions())
+        newest = max(place.glob("*.arrow"), key=lambda path: path.stat().st_mtime_ns)
+        age = [40 * 86400, 300, 200, 100][number]
+        os.utime(newest, (time.time() - age, time.time() - age))
+    assert len(kept.files()) == 3  # the first had not been used for forty days
+    size = kept.num_bytes() // 3
+    monkeypatch.setattr(kept, "MOST_BYTES", int(2.5 * size))
+    oldest, second, third = kept.files()
+    prepare(rows({"chosen": " the last"}), tokenizer(), DataOptions())
+    left = kept.files()
+    assert len(left) == 2
+    assert third in left
+    assert not {oldest, second} & set(left)
+
+
+def test_a_file_in_use_counts_as_used(place: Path) -> None:
+    prepare(rows(), tokenizer(), DataOptions())
+    (file,) = kept.files()
+    os.utime(file, (0, 0))
+    prepare(rows(), tokenizer(), DataOptions())
+    assert time.time() - file.stat().st_mtime < 60
+
+
+_KEY = """
+import sys
+from preftune.data import kept
+from preftune.data.options import DataOptions
+from preftune.data.prepare import prepare
+from tests.data.test_kept import chat, rows, tokenizer
+kept.MIN_ROWS = 1
+prepare(rows(), tokenizer(), DataOptions(max_length=20))
+prepare(chat(), tokenizer(), DataOptions(max_length=20))
+print(*sorted(path.name for path in kept.files()))
+"""
+
+
+def test_another_process_finds_the_same_files(place: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    names = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+        done = subprocess.run(
+            [sys.executable, "-c", _KEY], env=environment, cwd=root, capture_output=True, text=True, check=True
+        )
+        names.append(done.stdout.split())
+    assert len(names[0]) == 2
+    assert names[0] == names[1]
+
+
+def test_the_command_shows_and_clears_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(rows(), tokenizer(), DataOptions())
+    assert main(["cache", "info"]) == 0
+    assert "Tokenised data: 1 files" in capsys.readouterr().out
+    assert main(["cache", "clear", "--older_than", "1d"]) == 0
+    assert len(kept.files()) == 1
+    assert main(["cache", "clear"]) == 0
+    assert "Removed 1 files of tokenised data" in capsys.readouterr().out
+    assert not kept.files()
+
+
+def test_copies_of_a_tokenizer_are_the_same(tokenised: list[int]) -> None:
+    one = tokenizer()
+    prepare(rows(), one, DataOptions())
+    tokenised.clear()
+    prepare(rows(), copy.deepcopy(one), DataOptions())
+    assert not tokenised
