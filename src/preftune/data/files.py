@@ -265,7 +265,11 @@ class Origin:
             return self.read_split(split)
         if base not in self.splits:
             raise ConfigError(
-                "no such split", where=f"split of {self.name}", value=base, allowed=", ".join(self.splits)
+                "no such split",
+                where=f"split of {self.name}",
+                value=base,
+                allowed=", ".join(self.splits),
+                remedy=f"parts count too: {self.splits[0]}[:90%] to train on, {self.splits[0]}[90%:] to evaluate on",
             )
         table = self.read_split(base)
         if bracket:

@@ -168,7 +168,7 @@
   function made(plot) {
     const all = traces(plot), range = zoom.get(state.axis);
     const y = { hoverformat: ".4g", exponentformat: "power", nticks: 6, title: { text: text(plot.unit || ""), standoff: 4, font: { size: 11 } } };
-    if (/^share/.test(plot.unit || "")) Object.assign(y, { tickformat: ".0%", rangemode: "tozero" });
+    if (/^share/.test(plot.unit || "")) Object.assign(y, { tickformat: ".2~%", rangemode: "tozero" });
     return {
       traces: all,
       layout: {

@@ -253,7 +253,7 @@
     return {
       traces: [{ type: "scatter", mode: "markers", x: found.map((row) => short(row.name, 18)), y: found.map((row) => row.value.mean), marker: { size: 10, color: runColor(0) },
         error_y: bars ? { type: "data", symmetric: false, array: found.map((row) => arm(row, "high")), arrayminus: found.map((row) => arm(row, "low")), color: runColor(0), thickness: 1.5 } : undefined, hovertemplate: "%{x}: %{y:.1%}<extra></extra>" }],
-      layout: { xaxis: { type: "category" }, yaxis: { tickformat: ".0%", title: { text: "accuracy", standoff: 6 } }, shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: color("muted"), width: 1, dash: "dash" } }], hovermode: "closest" },
+      layout: { xaxis: { type: "category" }, yaxis: { tickformat: ".2~%", title: { text: "accuracy", standoff: 6 } }, shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: color("muted"), width: 1, dash: "dash" } }], hovermode: "closest" },
     };
   }
 
