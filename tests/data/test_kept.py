@@ -247,6 +247,21 @@ def test_what_is_unused_or_too_much_goes(place: Path, monkeypatch: pytest.Monkey
     assert not {oldest, second} & set(left)
 
 
+def test_what_a_killed_process_left_goes(place: Path) -> None:
+    place.mkdir(parents=True)
+    for name, age in (("old", 2 * 86400), ("young", 60)):
+        left = place / f".x.arrow.{name}.tmp"
+        left.write_bytes(b"half")
+        os.utime(left, (time.time() - age, time.time() - age))
+    prepare(rows(), tokenizer(), DataOptions())
+    assert [path.name for path in place.glob(".*.tmp")] == [".x.arrow.young.tmp"]
+
+
+def test_tokens_are_their_owners_alone(place: Path) -> None:
+    prepare(rows(), tokenizer(), DataOptions())
+    assert place.stat().st_mode & 0o077 == 0
+
+
 def test_a_file_in_use_counts_as_used(place: Path) -> None:
     prepare(rows(), tokenizer(), DataOptions())
     (file,) = kept.files()

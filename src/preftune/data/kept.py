@@ -38,6 +38,8 @@ MIN_ROWS = 2000
 MOST_BYTES = 20 * 10**9
 #: Files unused for this many seconds go whenever one is written.
 LONGEST_UNUSED = 30 * 86400
+#: A file that has been written for so many seconds will not be finished.
+LONGEST_WRITING = 86400
 #: Options that change how long preparing takes, or whether it goes on, but no token.
 _WITHOUT_TOKENS: dict[str, Any] = {"num_proc": None, "worker_timeout": 0.0, "max_dropped_share": None}
 #: What a tokenizer notes down while it is used.
@@ -124,6 +126,8 @@ def _write(path: Path, table: pa.Table) -> None:
     import pyarrow as pa
 
     try:
+        # They say as much as the data themselves.
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (
             replacing(path) as beside,
             pa.OSFile(str(beside), "wb") as sink,
@@ -140,6 +144,8 @@ def _tidy(newest: Path) -> None:
     """Keep the files that are in use, within :data:`MOST_BYTES`."""
     others = [path for path in files() if path != newest]
     stale = [path for path in others if _used(path) < time.time() - LONGEST_UNUSED]
+    # What a killed process was writing.
+    stale += [path for path in newest.parent.glob(".*.tmp") if _used(path) < time.time() - LONGEST_WRITING]
     kept = [path for path in others if path not in stale]
     total = sum(map(_size, [newest, *kept]))
     while kept and total > MOST_BYTES:
