@@ -206,15 +206,15 @@ def _tokenizer_key(tokenizer: Any) -> str:
     """Digest of a tokenizer's content, whatever it noted down in earlier calls."""
     from datasets.fingerprint import Hasher
 
-    backend = getattr(tokenizer, "_tokenizer", None)
-    content = None
+    backend, content = getattr(tokenizer, "_tokenizer", None), ""
     if backend is not None:
-        content = json.loads(backend.to_str())
+        parts = json.loads(backend.to_str())
         # Set anew by every call.
-        content.pop("truncation", None)
-        content.pop("padding", None)
+        parts.pop("truncation", None)
+        parts.pop("padding", None)
+        content = hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
     state = {name: copy.copy(value) for name, value in vars(tokenizer).items() if name not in _NOTES}
-    return f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} {Hasher.hash([content, state])}"
+    return f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} {content} {Hasher.hash(state)}"
 
 
 @cache
