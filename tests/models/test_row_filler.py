@@ -79,7 +79,7 @@ def test_the_head_scores_filled_up_targets_and_returns_the_true_ones(
     scored.clear()
     row = _row()
     with torch.autocast("cpu", torch.bfloat16, enabled=half), forward.active():
-        scores = forward(row, with_stats=True, with_log_sum_sq=True)[0]
+        scores = forward(row, with_stats=True, with_log_sum_sq=True, with_tail=True)[0]
     number = 11 + 6 + 3 + 17
     assert scored == [ROW_MULTIPLE if half else number]
     assert {len(column) for column in vars(scores).values()} == {number}
