@@ -359,7 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.demo:
         report = run_demo(given.seeds, given.out or RESULTS / "demo.json", given.quick)
         return 0 if report["num_within"] == len(report["seeds"]) else 1
-    name = "against-trl-lora.json" if given.lora else "against-trl.json"
+    size = "" if given.model == "llama-19m" else given.model.replace("llama", "")
+    name = f"against-trl{size}{'-lora' if given.lora else ''}.json"
     given.work.mkdir(parents=True, exist_ok=True)
     out = given.out or RESULTS / name
     run_against_trl(out, given.rows, given.model, given.work, given.lora, given.threads, given.quick)
