@@ -109,8 +109,8 @@ class PairTrials:
     def run(self, trials: Sequence[TrialSpec], observer: Observer) -> list[Outcome]:
         """Run trials."""
         if not self._num_done:
-            # What the libraries made while they were imported outlives every trial; looking through it for garbage takes
-            # a tenth of a small one.
+            # What the libraries made while they were imported outlives every trial. Looking through that
+            # for garbage takes a tenth of a small one.
             gc.collect()
             gc.freeze()
         return [self._run_one(trial, observer) for trial in trials]
