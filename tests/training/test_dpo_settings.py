@@ -93,6 +93,8 @@ def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
     ("options", "error", "match"),
     [
         ({"optim": "galore_adamw"}, SetupError, "^optim: .*galore_torch"),
+        ({"optim": "adalomo"}, ConfigError, "^optim: .*inside the backward pass"),
+        ({"optim": "galore_adamw_layerwise"}, ConfigError, "^optim: .*backward pass.*galore_adamw, or another"),
         ({"optim": "sgd", "optim_args": "momentum"}, ConfigError, r"^optim_args: .*'momentum'.*key=value"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, ConfigError, "^lr_scheduler_type: .*num_decay_steps"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, ConfigError, "^lr_scheduler_type: .*min_lr"),

@@ -7,7 +7,6 @@ that no stale one is ever found. Files are written whole or not at all, and read
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -213,7 +212,7 @@ def _tokenizer_key(tokenizer: Any) -> str:
         parts.pop("truncation", None)
         parts.pop("padding", None)
         content = hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
-    state = {name: copy.copy(value) for name, value in vars(tokenizer).items() if name not in _NOTES}
+    state = {name: value for name, value in vars(tokenizer).items() if name not in _NOTES}
     return f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} {content} {Hasher.hash(state)}"
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from preftune.errors import ConfigError, DataError
+from preftune.kernels.head import scores_from_logits
 
 # (prompt ids, completion ids)
 Tokens = tuple[Sequence[int], Sequence[int]]
@@ -208,11 +209,9 @@ def tail_probabilities(
     results = [(empty, empty)] * len(sequences)
     with _evaluating(model):
         for index, logits, targets in _completion_logits(model, sequences, batch_size):
-            logps = _target_logps(logits, targets)
-            probs = logits.softmax(-1)
-            # Compared as logits: the same token's probability may differ from itself in the last bit.
-            far = logits <= logits.gather(1, targets[:, None])
-            results[index] = _numpy(logps), _numpy((probs * far).sum(-1))
+            scores = scores_from_logits(logits, targets, with_tail=True)
+            assert scores.tail is not None
+            results[index] = _numpy(scores.logps), _numpy(scores.tail)
     return results
 
 

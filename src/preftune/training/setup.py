@@ -237,6 +237,11 @@ def _check_optimizer_choice(choose: Callable[..., Any], args: PackedConfig, mode
     given = [part.strip() for part in (args.optim_args or "").split(",") if part.strip()]
     if not all(re.fullmatch(r"[^=]+=[^=]+", part) for part in given):
         raise ConfigError("not a list of settings", where="optim_args", value=args.optim_args, allowed="key=value,...")
+    # Optimizers that step inside the backward pass, and what can stand for them: a packed step has a backward per row.
+    instead = "adafactor" if name in ("lomo", "adalomo") else name.removesuffix("_layerwise")
+    if instead != name:
+        what = "steps inside the backward pass, and a packed step has one for every row"
+        raise ConfigError(what, where="optim", value=name, remedy=f"{instead}, or another")
     try:
         chosen = choose(args, model)
         make, options = chosen
