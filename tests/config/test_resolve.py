@@ -126,8 +126,12 @@ def test_trls_list_of_datasets_becomes_a_mixture(tmp_path: Path) -> None:
     file.write_text("datasets:\n  - {path: a, name: c, split: 'train[:5]'}\n  - {path: b}\ntest_split_size: 0.1\n")
     assert dpo("--config", str(file)).script.dataset_mixture == {
         "datasets": [{"id": "a", "config": "c", "split": "train[:5]"}, {"id": "b"}],
+        "shuffle": False,
         "test_split_size": 0.1,
     }
+    found = dpo("--config", str(file), "--test_split_size", "20").script.dataset_mixture
+    assert found is not None
+    assert found["test_split_size"] == 20
 
 
 @pytest.mark.parametrize(
@@ -195,6 +199,7 @@ typo = st.builds(
 )
 
 
+@pytest.mark.filterwarnings("ignore:.* has no effect:UserWarning")
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.sampled_from(names) | typo | st.text(max_size=8), max_size=4), st.lists(st.text(max_size=6), max_size=4)

@@ -175,7 +175,6 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("preference", {"prompt": 3, "chosen": "c", "rejected": "r"}, "not_text", "prompt"),
     ("preference", {"prompt": [], "chosen": "c", "rejected": "r"}, "empty_messages", "prompt"),
     ("preference", {"prompt": [{"text": "x"}], "chosen": "c", "rejected": "r"}, "malformed_message", "prompt"),
-    ("preference", {"prompt": "p", "chosen": "c", "rejected": "r", "margin": "wide"}, "not_a_number", "margin"),
     ("preference", {"prompt": "p", "chosen": "c", "rejected": "r", "weight": float("nan")}, "not_a_number", "weight"),
     (
         "preference",
@@ -223,7 +222,8 @@ def test_named_format_needs_its_columns() -> None:
 def test_named_format_wins_over_detection() -> None:
     row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
     assert resolve("auto", list(row), row, where="x").name == "hh"
-    assert resolve("auto", list(row), row, where="x", skip=("hh",)).name == "implicit_preference"
+    rule = "common_prefix"
+    assert resolve("auto", list(row), row, where="x", implicit_prompt=rule).name == "implicit_preference"
     assert resolve("implicit_preference", list(row), row, where="x").name == "implicit_preference"
 
 

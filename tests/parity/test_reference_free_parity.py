@@ -129,6 +129,40 @@ def test_conversations(world: worlds.World, tmp_path: Path, method: str) -> None
 
 
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
+def test_prompts_that_end_with_the_begin_of_an_answer(world: worlds.World, tmp_path: Path, method: str) -> None:
+    world.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "it was"}],
+            "chosen": [{"role": "assistant", "content": row["chosen"].strip()}],
+            "rejected": [{"role": "assistant", "content": row["rejected"].strip()}],
+        }
+        for row in worlds.pair_rows(20)
+    ]
+    theirs, ours = compare(method, world, rows, tmp_path, FIGURES)
+    for a, b in zip(theirs.train_dataset, ours.train_dataset, strict=True):
+        assert a["chosen_input_ids"] == b["prompt_ids"] + b["chosen_ids"]
+
+
+@pytest.mark.parametrize("method", ["orpo", "cpo"])
+def test_a_tokenizer_that_ends_texts_itself(tmp_path: Path, method: str) -> None:
+    from tokenizers import processors
+
+    own = worlds.World(tmp_path / "own")
+    eos, number = own.tokenizer.eos_token, own.tokenizer.eos_token_id
+    own.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, number)]
+    )
+    assert own.tokenizer("the a")["input_ids"][-1] == number
+    theirs, ours = compare(method, own, worlds.pair_rows(20), tmp_path, FIGURES)
+    for a, b in zip(theirs.train_dataset, ours.train_dataset, strict=True):
+        assert a["chosen_input_ids"] == b["prompt_ids"] + b["chosen_ids"]
+
+
+@pytest.mark.parametrize("method", ["orpo", "cpo"])
 def test_real_rows(shared_data: Path, tmp_path: Path, method: str) -> None:
     from tests.parity.conftest import Setting
 

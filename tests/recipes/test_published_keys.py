@@ -78,7 +78,7 @@ def test_values_arrive(tmp_path: Path) -> None:
 def test_datasets_of_trl_become_a_mixture(tmp_path: Path) -> None:
     found = from_file(tmp_path, {name: VALUES[name] for name in ("datasets", "test_split_size")}, DPOConfig)
     entry = {"id": "c/d", "config": "e", "split": "train", "columns": ["chosen", "rejected"]}
-    assert found.script.dataset_mixture == {"datasets": [entry], "test_split_size": 0.1}
+    assert found.script.dataset_mixture == {"datasets": [entry], "shuffle": False, "test_split_size": 0.1}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 
 from preftune.errors import SetupError
 from preftune.sweep import board as board_module
-from preftune.sweep import liveness, runner
+from preftune.sweep import liveness, locks, runner
 from preftune.sweep.board import MAX_DEATHS, Board, Claim, open_storage
 from preftune.sweep.runner import Outcome, TrialSpec
 from preftune.sweep.scores import ACCURACY
@@ -296,3 +296,46 @@ def test_pruning_asks_the_study(tmp_path: Path) -> None:
     assert evaluating.told[:8] == [""] * 8
     assert "behind other trials" in evaluating.told[8]
     assert board_module.JOURNAL_NAME in os.listdir(tmp_path)
+
+
+_KILLED_WITH_THE_LOCK = """
+import os, signal
+from pathlib import Path
+from preftune.sweep.board import open_storage
+storage = open_storage(None, Path("out"))
+storage._backend._lock.acquire()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+_NEXT = """
+from pathlib import Path
+from preftune.sweep.board import Board
+from tests.sweep.helpers import make_plan
+print(Board(make_plan(), Path("out")).claim() is not None)
+"""
+
+
+def test_a_process_killed_while_it_writes_leaves_no_lock_behind(tmp_path: Path) -> None:
+    """From a relative folder, as on the command line; Optuna's own lock waits for ever there."""
+    (tmp_path / "out").mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=tmp_path, env=environment, timeout=120, capture_output=True, text=True)
+
+    assert run(_KILLED_WITH_THE_LOCK).returncode == -signal.SIGKILL
+    after = run(_NEXT)
+    assert (after.returncode, after.stdout.strip()) == (0, "True"), after.stderr
+
+
+def test_without_file_locks_an_old_link_can_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(locks, "has_locks", lambda path: False)
+    lock = locks.journal_lock(Path("study.journal"))
+    Path("study.journal").touch()
+    assert lock.acquire()
+    (link,) = [path for path in tmp_path.iterdir() if path.is_symlink()]
+    # Its age is that of the journal, by which Optuna tells a lock that nobody holds any more.
+    assert link.stat().st_mtime == Path("study.journal").stat().st_mtime
+    lock.release()
+    assert not link.is_symlink()

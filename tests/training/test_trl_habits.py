@@ -309,3 +309,70 @@ def test_predictions_that_are_not_kept_are_told(
     trainer = make(preftune, "SFT", world, tmp_path, data)
     assert trainer.predict(trainer.train_dataset).predictions is None
     assert "no predictions" in caplog.text
+
+
+def test_a_stream_is_read_until_enough_rows_are_left(world: worlds.World, tmp_path: Path) -> None:
+    """Three rows of four are too long; as in TRL, later rows take their place."""
+    long = "the a " * 60
+    rows = [{"prompt": long if n % 4 else "the", "completion": f" film {n}"} for n in range(400)]
+    visited = 5 * worlds.DEFAULTS["per_device_train_batch_size"]
+    pairs: list[Any] = list(worlds.pair_rows(400, seed=3))
+    pairs = [{**row, "prompt": (long if n % 4 else "") + row["prompt"]} for n, row in enumerate(pairs)]
+    stream = Dataset.from_list(pairs).to_iterable_dataset()
+    trainer = make(preftune, "DPO", world, tmp_path, stream, max_length=40)
+    assert len(trainer.train_dataset) >= visited
+    assert trainer.reports["train"].rows_read > 4 * visited
+    assert not any("completely" in line for line in trainer.reports["train"].warnings)
+    sft = make(preftune, "SFT", world, tmp_path, Dataset.from_list(rows).to_iterable_dataset(), max_length=40)
+    assert len(sft.train_dataset) >= visited
+
+
+def test_sft_shuffles_what_is_left(world: worlds.World, tmp_path: Path) -> None:
+    rows = rows_of("SFT", 12)
+    pairs = [{"prompt": "the " * (50 if n == 3 else 2), "completion": row["text"]} for n, row in enumerate(rows)]
+    theirs, ours = both("SFT", world, tmp_path, Dataset.from_list(pairs), max_length=30, shuffle_dataset=True)
+    assert len(theirs.train_dataset) == 11
+    assert [row["input_ids"] for row in ours.train_dataset] == [row["input_ids"] for row in theirs.train_dataset]
+    trainer_log = [both_trainers.train().training_loss for both_trainers in (theirs, ours)]
+    assert trainer_log[1] == pytest.approx(trainer_log[0], rel=TOLERANCE)
+
+
+def test_templates_are_text_or_files_that_exist(world: worlds.World, tmp_path: Path) -> None:
+    line = "{% for m in messages %}" + "{{ m['content'] }} " * 20 + "{% endfor %}"
+    rows = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "a"}]}]
+    )
+    trainer = make(preftune, "SFT", world, tmp_path, rows, chat_template=line)
+    assert trainer.processing_class.chat_template == line
+    with pytest.raises(ConfigError, match=r"cannot read the chat template; got 'typo\.jinja'"):
+        make(preftune, "SFT", world, tmp_path, rows, chat_template="typo.jinja")
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_tokens_beyond_the_embeddings_are_named(world: worlds.World, tmp_path: Path, part: str) -> None:
+    good, bad = ({"input_ids": [5, 6, 7]}, {"input_ids": [5, 6, 4000]})
+    args = preftune.SFTConfig(str(tmp_path), **worlds.DEFAULTS)
+    data = {"train": [good, good], "eval": [good, good], part: [good, bad]}
+    train, held_out = (Dataset.from_list(data[name]) for name in ("train", "eval"))
+    with pytest.raises(ModelError, match=f"{part} data set, row 1, input_ids: a token that the model .*; got 4000"):
+        preftune.SFTTrainer(
+            world.path, args, train_dataset=train, eval_dataset=held_out, processing_class=world.tokenizer
+        )
+
+
+def test_a_pair_without_its_weight_changes_no_other(world: worlds.World, tmp_path: Path) -> None:
+    rows = [{**row, "weight": 0.0 if n else None} for n, row in enumerate(worlds.pair_rows(4))]
+    for budget in (None, 8):
+        trainer = make(
+            preftune, "DPO", world, tmp_path, Dataset.from_list(rows), max_tokens_per_row=budget, max_steps=1
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2) / 4, rel=1e-4)
+
+
+def test_odpo_says_whose_score_gap_is_missing(world: worlds.World, tmp_path: Path) -> None:
+    rows = [{**row, "margin": None if n == 2 else 1.0} for n, row in enumerate(worlds.pair_rows(4))]
+    with pytest.raises(DataError, match="margin of row 2: this score gap cannot be used"):
+        make(preftune, "DPO", world, tmp_path, Dataset.from_list(rows), loss_type="odpo")
+    with pytest.raises(DataError, match="train data set: odpo needs a score gap for every pair"):
+        make(preftune, "DPO", world, tmp_path, Dataset.from_list(worlds.pair_rows(4)), loss_type="odpo")

@@ -163,6 +163,7 @@ def _options(settings: Resolved[Any]) -> Any:
 
 def _load(settings: Resolved[Any]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Training data, the test split if there is one, and where the bad rows were."""
+    from preftune.cli.training import reading_of
     from preftune.data import load
 
     script, args = settings.script, settings.trainer
@@ -173,6 +174,7 @@ def _load(settings: Resolved[Any]) -> tuple[dict[str, Any], list[dict[str, str]]
         "pairing": script.pairing,
         "on_bad_rows": args.on_bad_rows,
         "seed": args.seed,
+        **reading_of(args),
     }
     with tempfile.TemporaryDirectory() as folder:
         path = args.quarantine_path

@@ -129,11 +129,17 @@ def settings_classes(verb: str) -> tuple[type[Any], type[Any]]:
 def cli_defaults() -> dict[str, Any]:
     """Where the command line refuses, while the Python classes, like TRL's, warn and go on.
 
-    On a machine without accelerator the processor is meant, so that nobody has to say so.
+    Transcripts of the HH kind are answered after their last shared ``Assistant:``, not after the first letters that two
+    answers happen to share. On a machine without accelerator the processor is meant, so that nobody has to say so.
     """
     import torch
 
-    return {"on_bad_rows": "error", "max_dropped_share": 0.1, "use_cpu": not torch.accelerator.is_available()}
+    return {
+        "on_bad_rows": "error",
+        "max_dropped_share": 0.1,
+        "implicit_prompt": "transcript",
+        "use_cpu": not torch.accelerator.is_available(),
+    }
 
 
 def _other_verb(verb: str, name: str) -> str | None:
@@ -268,6 +274,13 @@ def dataset_names(script: ScriptConfig) -> list[str]:
     return [*(script.dataset_mixer or {}), *([script.dataset_name] if script.dataset_name else [])]
 
 
+def reading_of(args: Any) -> dict[str, Any]:
+    """How a verb's settings want the columns of its data to be read."""
+    if isinstance(args, settings_classes("sft")[0]):
+        return {"for_sft": True}
+    return {"implicit_prompt": args.implicit_prompt}
+
+
 def load_splits(settings: Resolved[Any], *, with_test: bool) -> dict[str, Any]:
     """Load the data that the settings name.
 
@@ -291,6 +304,8 @@ def load_splits(settings: Resolved[Any], *, with_test: bool) -> dict[str, Any]:
         "pairing": script.pairing,
         "on_bad_rows": args.on_bad_rows,
         "seed": args.seed,
+        "with_test": with_test,
+        **reading_of(args),
     }
     name, quarantine = script.dataset_name, args.quarantine_path
     if name is None:
@@ -304,9 +319,7 @@ def load_splits(settings: Resolved[Any], *, with_test: bool) -> dict[str, Any]:
         splits = load(name, split=script.dataset_train_split, quarantine_path=quarantine, **common)
         if with_test and ("test" not in splits or settings.origins["dataset_test_split"].kind != "default"):
             splits["test"] = load(name, split=script.dataset_test_split, **common)["train"]
-    if not with_test:
-        splits.pop("test", None)
-    elif "test" not in splits:
+    if with_test and "test" not in splits:
         raise ConfigError(
             "evaluation is switched on, and the data have no test split",
             where="eval_strategy",

@@ -117,8 +117,8 @@ def _merge(
     """Translate old names and let later layers win; report all unknown names in one line."""
     merged: dict[str, Setting] = {}
     unknown: list[Setting] = []
-    for layer in layers:
-        for setting in _mixture_from_trl(layer):
+    for layer in _mixtures_from_trl(layers):
+        for setting in layer:
             current: Setting | None = setting
             if setting.name not in fields:
                 current = _translated(setting, fields, notes, unknown)
@@ -152,12 +152,22 @@ def _as_written(setting: Setting) -> str:
     return setting.translated_from or setting.name
 
 
-def _mixture_from_trl(layer: list[Setting]) -> list[Setting]:
-    """Fold TRL's ``datasets``, ``test_split_size`` and ``streaming`` into one ``dataset_mixture``."""
-    by_name = {setting.name: setting for setting in layer}
-    if "datasets" not in by_name:
-        return layer
-    datasets = by_name["datasets"]
+def _mixtures_from_trl(layers: list[list[Setting]]) -> list[list[Setting]]:
+    """Fold TRL's ``datasets``, and the ``test_split_size`` of any layer, into one ``dataset_mixture``."""
+    sizes = [setting for layer in layers for setting in layer if setting.name == "test_split_size"]
+    if not any(setting.name == "datasets" for layer in layers for setting in layer):
+        return layers
+    return [
+        [
+            setting.renamed("dataset_mixture", _mixture(setting, sizes[-1:])) if setting.name == "datasets" else setting
+            for setting in layer
+            if setting.name != "test_split_size"
+        ]
+        for layer in layers
+    ]
+
+
+def _mixture(datasets: Setting, sizes: list[Setting]) -> dict[str, Any]:
     try:
         entries = coerce(datasets.value, list[dict[str, Any]], text=datasets.is_text)
     except Mismatch as reason:
@@ -165,7 +175,8 @@ def _mixture_from_trl(layer: list[Setting]) -> list[Setting]:
             reason.why, where=f"{datasets.where} (datasets)", value=datasets.value, allowed="a list of mappings"
         ) from reason
     rename = {"path": "id", "name": "config"}
-    mixture: dict[str, Any] = {"datasets": []}
+    # TRL joins the sets as they are, and leaves the order to the sampler.
+    mixture: dict[str, Any] = {"datasets": [], "shuffle": False}
     for number, entry in enumerate(entries):
         for key in ("fraction", "data_dir", "data_files"):
             if entry.get(key) is not None:
@@ -176,10 +187,13 @@ def _mixture_from_trl(layer: list[Setting]) -> list[Setting]:
                     remedy="use dataset_mixture with id, split and weight; id may be a file",
                 )
         mixture["datasets"].append({rename.get(key, key): value for key, value in entry.items() if value is not None})
-    if (size := by_name.get("test_split_size")) is not None:
-        mixture["test_split_size"] = size.value
-    kept = [setting for setting in layer if setting.name not in ("datasets", "test_split_size")]
-    return [*kept, datasets.renamed("dataset_mixture", mixture)]
+    for size in sizes:
+        try:
+            # A flag is text; sizes are shares or numbers of rows.
+            mixture["test_split_size"] = coerce(size.value, float | int, text=True) if size.is_text else size.value
+        except Mismatch as reason:
+            raise ConfigError(reason.why, where=size.where, value=size.value, allowed="a share or a number") from reason
+    return mixture
 
 
 def _checked(setting: Setting, field: Field) -> Any:

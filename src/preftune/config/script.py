@@ -18,7 +18,7 @@ class ScriptConfig:
         dataset_train_split: Split to train on.
         dataset_test_split: Split to evaluate on, when evaluation is switched on.
         dataset_mixture: Several datasets, in the form ``{datasets: [{id, config, split, columns, weight}], seed,
-            test_split_size}``.
+            test_split_size, shuffle}``.
         dataset_mixer: Several datasets, in the older form ``{id: share}``.
         dataset_splits: Splits for ``dataset_mixer``; names that contain ``test`` are evaluated on.
         dataset_format: Name of the row format, when the columns alone mislead; ``auto`` recognises it.
@@ -42,7 +42,8 @@ class ScriptConfig:
     dataset_mixture: dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "Several datasets: {datasets: [{id, config, split, columns, weight}], seed, test_split_size}."
+            "help": "Several datasets: {datasets: [{id, config, split, columns, weight}], seed, test_split_size,"
+            " shuffle}."
         },
     )
     dataset_mixer: dict[str, float] | None = field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
@@ -116,6 +116,10 @@ def run(dataset: Dataset, worker: Worker, options: DataOptions, desc: str) -> tu
     tally = _tally(table)
     kept = table.filter(pc.equal(table["_status"], "")) if tally.dropped or tally.num_bad_left_out else table
     names = [name for name in worker.columns + worker.floats if not _all_null(kept, name, worker)]
+    if "weight" in names:
+        # A row without a weight among rows that have one counts as one row.
+        filled = pc.fill_null(kept["weight"], 1.0)
+        kept = kept.set_column(kept.column_names.index("weight"), "weight", filled)
     return HFDataset(kept.select(names).combine_chunks()), tally
 
 
@@ -204,7 +208,7 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
         rows = list(dataset)
         if rows:
             dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
-            notes.append(f"the streamed data set was read completely ({len(rows)} rows), because packing needs lengths")
+            notes.append(f"{len(rows)} rows of the stream were read ahead, because packing needs lengths")
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         splits = isinstance(dataset, dict) and ", ".join(map(str, dataset))
         raise DataError(
@@ -223,17 +227,44 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
         )
     if isinstance(dataset, datasets.IterableDataset) or len(dataset) == 0:
         raise DataError("the data set holds no rows", where=name, remedy="check the split and the file")
+    refuse_images(dataset.column_names, f"{name} data set")
     return dataset, notes
 
 
-def check_share(tally: Tally, rows_read: int, num_lost_before: int, max_share: float | None, name: str) -> None:
+def refuse_images(columns: Collection[str], where: str) -> None:
+    """Text alone is trained on, and never text without the images that belong to it.
+
+    Raises:
+        DataError: There is a column of images.
+    """
+    found = sorted({"image", "images"} & set(columns))
+    if found:
+        raise DataError(
+            "vision-language data are not supported",
+            where=where,
+            value=found,
+            remedy="remove the image column (or select others with `columns`) to train on the text alone",
+        )
+
+
+def check_share(
+    tally: Tally, rows_read: int, lost_before: Mapping[str, int], max_share: float | None, name: str
+) -> None:
     """Refuse to go on after losing too much, or everything.
+
+    Args:
+        tally: Sums over the rows.
+        rows_read: Rows found at the source.
+        lost_before: Rows that earlier stages left out, by reason.
+        max_share: Most that may be lost; ``None`` for any share.
+        name: Name of the data set, for messages.
 
     Raises:
         DataError: More than ``max_share`` of the rows was lost, or no row is left.
     """
-    lost = num_lost_before + tally.num_bad_left_out + sum(tally.dropped.values())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in {**tally.bad, **tally.dropped}.items())
+    lost = sum(lost_before.values()) + tally.num_bad_left_out + sum(tally.dropped.values())
+    by_reason = Counter(lost_before) + Counter(tally.bad) + Counter(tally.dropped)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in by_reason.items())
     remedy = "raise max_length, set truncation_mode: keep_end, or correct the data"
     if lost >= rows_read:
         raise DataError(f"no row is left of {rows_read}: {reasons}", where=name, remedy=remedy)

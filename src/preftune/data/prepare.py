@@ -90,7 +90,7 @@ class PairWorker:
         """One outcome per row."""
         handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
         outcomes, positions, canonical = self.canonical(rows, indices, handler)
-        results = tokenise_pairs(self.encoder, canonical, self.options.append_eos)
+        results = tokenise_pairs(self.encoder, canonical, self.options.append_eos, enclosed=self.options.enclose)
         for position, row, result in zip(positions, canonical, results, strict=True):
             if isinstance(result, BadRow):
                 handler.keep(result, place_of(self.name, indices[position]), rows[position], converted=False)
@@ -206,14 +206,15 @@ def prepare(
     else:
         spec = pair_format(dataset, options, name)
         format_name = spec.name
+        if spec.name in ("orca", "alpaca_preference"):
+            notes.append(f"the prompt is the column {spec.required[0]!r}, not what both answers begin with")
         dataset, spec, bad_before, more = pair_rows(dataset, spec, options, name)
         notes += more
         worker = PairWorker(tokenizer, options, spec, name)
     result, tally = batches.run(dataset, worker, options, f"Preparing {name}")
-    bad = sum_counts(bad_before, tally.bad, loaded.bad_rows if loaded else {})
-    lost_before = (sum(bad_before.values()) if options.on_bad_rows == "skip" else 0) + (
-        loaded.num_lost if loaded else 0
-    )
+    left_out = loaded.bad_rows if loaded else {}
+    bad = sum_counts(bad_before, tally.bad, left_out)
+    lost_before = sum_counts(left_out, bad_before if options.on_bad_rows == "skip" else {})
     rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
     batches.check_share(tally, rows_read, lost_before, options.max_dropped_share, name)
     lengths, tokens = _lengths(result)
@@ -270,9 +271,14 @@ def pair_format(dataset: Dataset, options: DataOptions, name: str) -> FormatSpec
     Raises:
         DataError: The format is unknown, or holds no preferences.
     """
-    skip = ("hh",) if options.implicit_prompt == "common_prefix" else ()
     example = from_dataset(name, dataset).example()
-    spec = resolve(options.dataset_format, dataset.column_names, example, where=f"{name} data set", skip=skip)
+    spec = resolve(
+        options.dataset_format,
+        dataset.column_names,
+        example,
+        where=f"{name} data set",
+        implicit_prompt=options.implicit_prompt,
+    )
     if spec.kind == "sft":
         raise DataError(
             f"preference tuning needs chosen and rejected answers, and this is SFT data ({spec.name})",

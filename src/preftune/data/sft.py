@@ -10,8 +10,9 @@ from preftune.data import batches
 from preftune.data.assistant import assistant_masks, has_markers
 from preftune.data.batches import Outcome
 from preftune.data.files import from_dataset
-from preftune.data.formats import FORMATS, FormatSpec, Row, resolve
-from preftune.data.formats.base import BadRow, common_prefix
+from preftune.data.formats import FORMATS, FormatSpec, Row, detect, resolve
+from preftune.data.formats.alpaca import ALPACA
+from preftune.data.formats.base import FLOAT_EXTRAS, BadRow, common_prefix
 from preftune.data.options import DataOptions
 from preftune.data.prepare import canonical_batch, place_of, sum_counts
 from preftune.data.report import PrepareReport, build_report
@@ -49,7 +50,7 @@ def _with_chosen(spec: FormatSpec) -> FormatSpec:
     """The format of preference rows, read as examples of the chosen answer."""
 
     def convert(row: Mapping[str, Any]) -> Row:
-        pair = spec.convert(row)
+        pair = spec.convert({key: value for key, value in row.items() if key not in FLOAT_EXTRAS})
         pair.pop("rejected")
         return {"prompt": pair.pop("prompt"), "completion": pair.pop("chosen"), **pair}
 
@@ -209,32 +210,70 @@ class TokenisedSftWorker:
 
     Args:
         options: Data options.
-        completion_only_loss: Whether a ``completion_mask`` column counts.
+        name: Name of the data set, for messages.
+        mask_columns: Columns of zeros and ones that all have to be 1 where a token is trained on.
     """
 
     columns = SFT_COLUMNS
     floats: tuple[str, ...] = ()
 
-    def __init__(self, options: DataOptions, completion_only_loss: bool | None) -> None:
+    def __init__(self, options: DataOptions, name: str, mask_columns: Sequence[str]) -> None:
         self.options = options
-        self.mask_columns = ("assistant_masks", "completion_mask") if completion_only_loss else ("assistant_masks",)
+        self.name = name
+        self.mask_columns = tuple(mask_columns)
 
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
         out = []
-        for row in rows:
-            ids = row["input_ids"]
-            if row.get("loss_mask") is not None:
-                mask = list(row["loss_mask"])
-            elif row.get("labels") is not None:
-                mask = [int(label != -100) for label in row["labels"]]
-            else:
-                masks = [row[column] for column in self.mask_columns if row.get(column) is not None]
-                mask = [int(all(bits)) for bits in zip(*masks, strict=True)] if masks else [1] * len(ids)
+        for row, index in zip(rows, indices, strict=True):
             outcome = Outcome()
-            enter(outcome, ids, mask, self.options)
+            enter(
+                outcome, row["input_ids"], given_mask(row, place_of(self.name, index), self.mask_columns), self.options
+            )
             out.append(outcome)
         return out
+
+
+def given_mask(row: Mapping[str, Any], place: str, mask_columns: Sequence[str] = ()) -> list[int]:
+    """The loss mask of a row of token ids.
+
+    Args:
+        row: ``input_ids``, and ``loss_mask``, ``labels`` or other columns of zeros and ones.
+        place: How messages call the row.
+        mask_columns: Such other columns, which all have to be 1 where a token is trained on.
+
+    Raises:
+        DataError: A column holds no list of the right length, or a label is another token than the one that is there.
+    """
+    lists: dict[str, list[int]] = {}
+    for column in ("input_ids", "loss_mask", "labels", *mask_columns):
+        value = row.get(column)
+        if value is None and column != "input_ids":
+            continue
+        if not isinstance(value, list):
+            raise DataError("no list of numbers", where=f"{place}, field {column!r}", value=value)
+        lists[column] = value
+        if len(value) != len(lists["input_ids"]):
+            what = f"{len(value)} entries for {len(lists['input_ids'])} tokens"
+            raise DataError(what, where=f"{place}, field {column!r}", remedy="give one for every token")
+    ids = lists.pop("input_ids")
+    if "loss_mask" in lists:
+        return list(lists["loss_mask"])
+    if "labels" in lists:
+        return _label_mask(ids, lists["labels"], place)
+    return [int(all(bits)) for bits in zip(*lists.values(), strict=True)] if lists else [1] * len(ids)
+
+
+def _label_mask(ids: Sequence[int], labels: Sequence[int], place: str) -> list[int]:
+    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (-100, token):
+            raise DataError(
+                f"the label at position {position} is neither -100 nor the token that stands there ({token})",
+                where=f"{place}, field 'labels'",
+                value=label,
+                remedy="give unshifted labels: copies of input_ids with -100 for what is not trained on",
+            )
+    return [int(label != -100) for label in labels]
 
 
 def enter(outcome: Outcome, ids: Ids, mask: list[int], options: DataOptions) -> None:
@@ -295,7 +334,11 @@ def prepare_sft(
     worker: SftWorker | TokenisedSftWorker
     if "input_ids" in dataset.column_names:
         format_name = "tokenised"
-        worker = TokenisedSftWorker(options, completion_only_loss)
+        if completion_only_loss is None:
+            completion_only_loss = {"prompt", "completion"} <= set(dataset.column_names)
+        worker = TokenisedSftWorker(
+            options, name, ("assistant_masks", *(["completion_mask"] if completion_only_loss else []))
+        )
         if "completion_mask" in dataset.column_names and not completion_only_loss:
             notes.append("completion_mask is not used, as in TRL, unless completion_only_loss is true")
     else:
@@ -310,11 +353,12 @@ def prepare_sft(
             completion_only_loss=completion_only_loss,
             assistant_only_loss=assistant_only_loss,
         )
-        notes += _setting_notes(spec, worker)
+        notes += _setting_notes(spec, worker, dataset.column_names)
     result, tally = batches.run(dataset, worker, options, f"Preparing {name}")
     rows_read = len(dataset) + (loaded.num_lost if loaded else 0)
-    batches.check_share(tally, rows_read, loaded.num_lost if loaded else 0, options.max_dropped_share, name)
-    bad = sum_counts(tally.bad, loaded.bad_rows if loaded else {})
+    left_out = loaded.bad_rows if loaded else {}
+    batches.check_share(tally, rows_read, left_out, options.max_dropped_share, name)
+    bad = sum_counts(tally.bad, left_out)
     lengths, num_trained = _lengths(result)
     return result, build_report(
         name=name,
@@ -347,10 +391,17 @@ def sft_format(dataset: Dataset, options: DataOptions, name: str, text_field: st
     """
     columns = list(dataset.column_names)
     example = from_dataset(name, dataset).example()
-    if text_field != "text" and text_field in columns:
-        columns, example = [*columns, "text"], {**example, "text": example[text_field]}
-    skip = ("hh",) if options.implicit_prompt == "common_prefix" else ()
-    spec = resolve(options.dataset_format, columns, example, where=f"{name} data set", skip=skip)
+    if text_field != "text":
+        # The named column takes the place of one that happens to be called text.
+        columns = [column for column in columns if column != "text"]
+        if text_field in columns:
+            columns, example = [*columns, "text"], {**example, "text": example[text_field]}
+        elif detect(columns, example, for_sft=True) is None:
+            raise ConfigError(
+                "no such column", where="dataset_text_field", value=text_field, allowed=", ".join(dataset.column_names)
+            )
+    where, rule = f"{name} data set", options.implicit_prompt
+    spec = resolve(options.dataset_format, columns, example, where=where, for_sft=True, implicit_prompt=rule)
     if spec.kind in ("ranked", "unpaired"):
         raise DataError(
             f"rows of the format {spec.name} do not say which answer to learn",
@@ -361,10 +412,12 @@ def sft_format(dataset: Dataset, options: DataOptions, name: str, text_field: st
     return spec
 
 
-def _setting_notes(spec: FormatSpec, worker: SftWorker) -> list[str]:
+def _setting_notes(spec: FormatSpec, worker: SftWorker, columns: Sequence[str]) -> list[str]:
     notes = []
     if spec.kind == "preference":
         notes.append("these are preference pairs: their chosen answers are trained on")
+    if spec.name == "text" and ALPACA.detect(columns, {}):
+        notes.append("the column of text is trained on; dataset_format: alpaca reads instruction and output instead")
     if worker.completion_only_loss and spec.name in ("text", "messages", "sharegpt"):
         notes.append(
             f"completion_only_loss has no effect on rows without a completion ({spec.name}): every token is trained on"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from preftune.data import files
+from preftune.data.batches import refuse_images
 from preftune.data.convert import canonical_rows, to_dataset
 from preftune.data.files import RawTable
 from preftune.data.formats import Row, check_format_name, resolve
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _ENTRY_KEYS = ("id", "config", "split", "columns", "weight")
-_MIXTURE_KEYS = ("datasets", "seed", "test_split_size")
+_MIXTURE_KEYS = ("datasets", "seed", "test_split_size", "shuffle")
 
 # Datasets carry no room for such facts; `prepare` looks for this attribute to report on both stages together.
 _REPORT_ATTRIBUTE = "_preftune_load_report"
@@ -32,17 +33,20 @@ class LoadReport:
 
     Attributes:
         rows_read: Rows that were found.
-        bad_rows: Number of bad rows by reason, whether left out or kept.
-        num_lost: Rows that were left out.
+        bad_rows: Rows that were left out, by reason. Bad rows that stay are found again when they are prepared.
         formats: Format of each source.
         notes: Lines for the user.
     """
 
     rows_read: int
     bad_rows: dict[str, int]
-    num_lost: int
     formats: dict[str, str]
     notes: tuple[str, ...] = ()
+
+    @property
+    def num_lost(self) -> int:
+        """Rows that were left out."""
+        return sum(self.bad_rows.values())
 
 
 def load_report(dataset: Any) -> LoadReport | None:
@@ -56,23 +60,43 @@ class _Loader:
     dataset_format: str
     pairing: str
     handler: BadRowHandler
+    for_sft: bool
+    implicit_prompt: str
     rows_read: int = 0
-    rows_made: int = 0
     formats: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def rows(self, table: RawTable) -> list[Row]:
-        spec = resolve(self.dataset_format, table.columns(), table.example(), where=table.name)
+        refuse_images(table.columns(), table.name)
+        spec = resolve(
+            self.dataset_format,
+            table.columns(),
+            table.example(),
+            where=table.name,
+            for_sft=self.for_sft,
+            implicit_prompt=self.implicit_prompt,
+        )
         rows, notes = canonical_rows(table, spec, self.handler, self.pairing)
         self.rows_read += len(table)
         self.formats[table.name] = spec.name
         self.notes += [f"{table.name}: {note}" for note in notes]
         return rows
 
-    def report(self) -> LoadReport:
-        # In "warn" nothing is left out; "error" does not get this far with a bad row.
-        lost = sum(self.handler.counts.values()) if self.handler.policy == "skip" else 0
-        return LoadReport(self.rows_read, dict(self.handler.counts), lost, dict(self.formats), tuple(self.notes))
+    def another(self) -> _Loader:
+        """A loader of the same settings with counts of its own."""
+        handler = BadRowHandler(self.handler.policy, self.handler.quarantine_path)
+        return _Loader(self.dataset_format, self.pairing, handler, self.for_sft, self.implicit_prompt)
+
+    def dataset(self, rows: list[Row], where: str) -> Dataset:
+        """Rows as a data set that carries the report of this loader."""
+        return self.signed(to_dataset(rows, where))
+
+    def signed(self, dataset: Dataset) -> Dataset:
+        """The data set with the report of this loader."""
+        left_out = dict(self.handler.counts) if self.handler.policy == "skip" else {}
+        report = LoadReport(self.rows_read, left_out, dict(self.formats), tuple(self.notes))
+        setattr(dataset, _REPORT_ATTRIBUTE, report)
+        return dataset
 
 
 def load(
@@ -90,6 +114,9 @@ def load(
     quarantine_path: str | None = None,
     seed: int = 42,
     streaming: bool = False,
+    with_test: bool = True,
+    for_sft: bool = False,
+    implicit_prompt: str = "transcript",
 ) -> dict[str, Dataset]:
     """Load data as canonical rows.
 
@@ -102,7 +129,8 @@ def load(
         split: Split to train on, with ``datasets`` slicing such as ``train[:1000]``. Where a data set has the same
             name with ``test`` for ``train``, that becomes the test split.
         dataset_mixture: ``{"datasets": [{"id", "config", "split", "columns", "weight"}], "seed", "test_split_size"}``,
-            as in the alignment handbook: each set is shuffled and cut to its weight, then all are joined and shuffled.
+            as in the alignment handbook: each set is shuffled and cut to its weight, then all are joined and shuffled
+            (unless ``shuffle`` is false, as where TRL's ``datasets`` are meant).
         dataset_mixer: ``{id: fraction}``, the handbook's older form: the first fraction of each training split, and
             all of each test split, joined and shuffled.
         dataset_splits: Splits that ``dataset_mixer`` loads, each with ``train`` or ``test`` in its name; otherwise
@@ -115,6 +143,9 @@ def load(
         quarantine_path: JSON-lines file for skipped rows. It is begun anew here and continued by ``prepare``.
         seed: Seed of the mixer's shuffle, and of a mixture that names none.
         streaming: Not supported; refused.
+        with_test: Whether the test split is read where there is one.
+        for_sft: Prefer what supervised fine-tuning reads where the columns hold a pair as well.
+        implicit_prompt: How the prompt is found where rows have none; see :class:`preftune.data.DataOptions`.
 
     Returns:
         ``{"train": ..., "test": ...}``; ``test`` only where there is one.
@@ -143,17 +174,17 @@ def load(
         )
     if quarantine_path is not None and os.path.exists(quarantine_path) and os.environ.get("RANK", "0") == "0":
         os.remove(quarantine_path)
-    loader = _Loader(dataset_format, pairing, BadRowHandler(on_bad_rows, quarantine_path))
+    handler = BadRowHandler(on_bad_rows, quarantine_path)
+    loader = _Loader(dataset_format, pairing, handler, for_sft, implicit_prompt)
     if dataset_mixture is not None:
         _refuse_beside("dataset_mixture", dataset_config=dataset_config, columns=columns)
         result = _load_mixture(dataset_mixture, loader, seed)
     elif dataset_mixer is not None:
         _refuse_beside("dataset_mixer", dataset_config=dataset_config)
-        result = _load_mixer(dataset_mixer, dataset_splits, columns, loader, seed)
+        result = _load_mixer(dataset_mixer, dataset_splits, columns, loader, seed, with_test)
     else:
         assert dataset_name is not None
-        result = _load_one(dataset_name, dataset_config, split, columns, loader)
-    setattr(result["train"], _REPORT_ATTRIBUTE, loader.report())
+        result = _load_one(dataset_name, dataset_config, split, columns, loader, with_test)
     return result
 
 
@@ -185,15 +216,23 @@ def _refuse_beside(form: str, **values: Any) -> None:
 
 
 def _load_one(
-    name: str, config: str | None, split: str, columns: Sequence[str] | Mapping[str, str] | None, loader: _Loader
+    name: str,
+    config: str | None,
+    split: str,
+    columns: Sequence[str] | Mapping[str, str] | None,
+    loader: _Loader,
+    with_test: bool,
 ) -> dict[str, Dataset]:
     origin = files.find(name, config)
-    result = {"train": to_dataset(loader.rows(_shape(origin.read(split), columns)), name)}
+    result = {"train": loader.dataset(loader.rows(_shape(origin.read(split), columns)), name)}
+    if not with_test:
+        return result
     base = split.partition("[")[0]
     test = base.replace("train", "test")
     known = files.hub_splits(name, config) if origin.splits is None else origin.splits
     if test != base and test in known:
-        result["test"] = to_dataset(loader.rows(_shape(origin.read(test), columns)), f"{name} ({test})")
+        other = loader.another()
+        result["test"] = other.dataset(other.rows(_shape(origin.read(test), columns)), f"{name} ({test})")
     return result
 
 
@@ -239,13 +278,15 @@ def _load_mixture(mixture: Mapping[str, Any], loader: _Loader, seed: int) -> dic
             _pick(table, _permutation(len(table), used_seed)[: int(len(table) * weight)])
         if len(table):
             rows += loader.rows(table)
-    dataset = to_dataset(rows, "dataset_mixture").shuffle(seed=used_seed).flatten_indices()
+    dataset = to_dataset(rows, "dataset_mixture")
+    if mixture.get("shuffle", True):
+        dataset = dataset.shuffle(seed=used_seed).flatten_indices()
     size = mixture.get("test_split_size")
     if size is None:
-        return {"train": dataset}
+        return {"train": loader.signed(dataset)}
     _check_test_size(size, len(dataset))
     parts = dataset.train_test_split(test_size=size, seed=used_seed)
-    return {name: parts[name].flatten_indices() for name in ("train", "test")}
+    return {"train": loader.signed(parts["train"].flatten_indices()), "test": parts["test"].flatten_indices()}
 
 
 def _check_test_size(size: Any, num_rows: int) -> None:
@@ -265,26 +306,31 @@ def _load_mixer(
     columns: Sequence[str] | Mapping[str, str] | None,
     loader: _Loader,
     seed: int,
+    with_test: bool,
 ) -> dict[str, Dataset]:
     for split in splits or ():
         if ("train" in split) == ("test" in split):
             raise ConfigError("a split's name must contain either train or test", where="dataset_splits", value=split)
     rows: dict[str, list[Row]] = {}
+    loaders = {"train": loader, "test": loader.another()}
     for name, fraction in mixer.items():
         share = _share(fraction, f"dataset_mixer[{name!r}]")
         origin = files.find(name)
         known = files.hub_splits(name, None) if origin.splits is None else origin.splits
         # Unless told, the handbook takes train and test; here a data set without a test split is no error.
         for split in splits or [split for split in ("train", "test") if split == "train" or split in known]:
+            part = "train" if "train" in split else "test"
+            if part == "test" and not with_test:
+                continue
             table = _shape(origin.read(split), columns)
-            if "train" in split:
+            if part == "train":
                 _pick(table, range(int(share * len(table))))
             if len(table):
-                rows.setdefault("train" if "train" in split else "test", []).extend(loader.rows(table))
+                rows.setdefault(part, []).extend(loaders[part].rows(table))
     if "train" not in rows:
         raise ConfigError("nothing to train on", where="dataset_mixer", value=dict(mixer), remedy="raise a fraction")
     return {
-        part: to_dataset(some, f"dataset_mixer ({part})").shuffle(seed=seed).flatten_indices()
+        part: loaders[part].signed(to_dataset(some, f"dataset_mixer ({part})").shuffle(seed=seed).flatten_indices())
         for part, some in rows.items()
     }
 

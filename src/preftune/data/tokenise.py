@@ -226,13 +226,17 @@ def template_error(error: Exception) -> BadRow:
     )
 
 
-def sequences(encoder: Encoder, rows: Sequence[Row], fields: Sequence[str]) -> list[list[Ids] | BadRow]:
+def sequences(
+    encoder: Encoder, rows: Sequence[Row], fields: Sequence[str], *, enclosed: bool = False
+) -> list[list[Ids] | BadRow]:
     """Token ids of each row's prompt alone, and of the prompt followed by each of ``fields``.
 
     Args:
         encoder: Tokenizer and template.
         rows: Canonical rows with a ``prompt``; all text or all messages per row.
         fields: ``("chosen", "rejected")`` or ``("completion",)``.
+        enclosed: The sequences will be put between beginning- and end-of-sequence tokens: the tokenizer adds none of
+            its own, and a prompt that ends with an assistant turn is continued, as in TRL's ORPO and CPO trainers.
 
     Returns:
         ``[prompt, prompt + field, ...]`` per row, with no doubled BOS removed yet, or a :class:`BadRow`.
@@ -243,12 +247,12 @@ def sequences(encoder: Encoder, rows: Sequence[Row], fields: Sequence[str]) -> l
     flat = [rows[i]["prompt"] for i in texts]
     for field in fields:
         flat += [rows[i]["prompt"] + encoder.with_eos(rows[i][field]) for i in texts]
-    encoded = encoder.encode(flat, special=True)
+    encoded = encoder.encode(flat, special=not enclosed)
     for position, i in enumerate(texts):
         out[i] = encoded[position :: len(texts)]
     if chats:
         some = [rows[i] for i in chats]
-        columns = [encoder.conversations([row["prompt"] for row in some], some, generation_prompt=True)]
+        columns = [_opened(encoder, some, continued=enclosed)]
         for field in fields:
             whole = [[*row["prompt"], *row[field]] for row in some]
             columns.append(encoder.conversations(whole, some, generation_prompt=False))
@@ -257,7 +261,20 @@ def sequences(encoder: Encoder, rows: Sequence[Row], fields: Sequence[str]) -> l
     return out
 
 
-def tokenise_pairs(encoder: Encoder, rows: Sequence[Row], append_eos: bool = False) -> list[TokenisedPair | BadRow]:
+def _opened(encoder: Encoder, rows: Sequence[Row], *, continued: bool) -> list[Ids | BadRow]:
+    """Prompts that open an assistant turn; with ``continued``, those that have opened one already are left open."""
+    out = encoder.conversations([row["prompt"] for row in rows], rows, generation_prompt=True)
+    for i, row in enumerate(rows):
+        if continued and row["prompt"][-1].get("role") == "assistant":
+            arguments = {**(row.get("chat_template_kwargs") or {}), "continue_final_message": True}
+            one = {**row, "chat_template_kwargs": arguments}
+            out[i] = encoder.conversations([row["prompt"]], [one], generation_prompt=False)[0]
+    return out
+
+
+def tokenise_pairs(
+    encoder: Encoder, rows: Sequence[Row], append_eos: bool = False, *, enclosed: bool = False
+) -> list[TokenisedPair | BadRow]:
     """Tokenise canonical preference rows.
 
     The completion starts where the tokenised prompt and the tokenised prompt with answer part; the earlier of the two
@@ -267,12 +284,13 @@ def tokenise_pairs(encoder: Encoder, rows: Sequence[Row], append_eos: bool = Fal
         encoder: Tokenizer and template.
         rows: Checked canonical rows.
         append_eos: Append EOS to conversational completions whose template leaves it out.
+        enclosed: See :func:`sequences`.
 
     Returns:
         One result per row; a :class:`BadRow` where the chat template failed.
     """
     out: list[TokenisedPair | BadRow] = []
-    for row, parts in zip(rows, sequences(encoder, rows, ("chosen", "rejected")), strict=True):
+    for row, parts in zip(rows, sequences(encoder, rows, ("chosen", "rejected"), enclosed=enclosed), strict=True):
         if isinstance(parts, BadRow):
             out.append(parts)
             continue

@@ -198,21 +198,21 @@ def prepare_unpaired(
         if len(whole):
             whole = whole.add_column("rejected_ids", _exchanged(whole["chosen_ids"], block))
     rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
-    lost = sum(bad_before.values()) if options.on_bad_rows == "skip" else 0
+    left_out = loaded.bad_rows if loaded else {}
+    lost = sum_counts(left_out, bad_before if options.on_bad_rows == "skip" else {})
     if first is not None:
-        batches.check_share(
-            first, rows_read, lost + (loaded.num_lost if loaded else 0), options.max_dropped_share, name
-        )
+        batches.check_share(first, rows_read, lost, options.max_dropped_share, name)
+        lost = sum_counts(lost, first.dropped, first.bad if first.num_bad_left_out else {})
     cutting = _TruncatingWorker(options, name)
     result, tally = batches.run(whole, cutting, options, f"Truncating {name}")
-    batches.check_share(tally, rows_read, rows_read - len(whole), options.max_dropped_share, name)
+    batches.check_share(tally, rows_read, lost, options.max_dropped_share, name)
     return result, build_report(
         name=name,
         format_name=format_name,
         rows_read=rows_read,
         rows_kept=len(result),
         tally=tally if first is None else _with_truncation(first, tally),
-        bad_rows=sum_counts(bad_before, first.bad if first else {}, loaded.bad_rows if loaded else {}),
+        bad_rows=sum_counts(bad_before, first.bad if first else {}, left_out),
         options=options,
         notes=[*(loaded.notes if loaded else ()), *notes],
         **_lengths(result),
@@ -230,9 +230,14 @@ def labelled_rows(dataset: Dataset, options: DataOptions, name: str) -> tuple[Da
     Raises:
         DataError: Bad rows that the policy does not allow, or data for supervised fine-tuning.
     """
-    skip = ("hh",) if options.implicit_prompt == "common_prefix" else ()
     example = from_dataset(name, dataset).example()
-    spec = resolve(options.dataset_format, dataset.column_names, example, where=f"{name} data set", skip=skip)
+    spec = resolve(
+        options.dataset_format,
+        dataset.column_names,
+        example,
+        where=f"{name} data set",
+        implicit_prompt=options.implicit_prompt,
+    )
     if spec.kind == "unpaired":
         return dataset, spec.name, {}, []
     if spec.kind == "sft":

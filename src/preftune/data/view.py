@@ -153,7 +153,7 @@ class Viewer:
             label = DESIRABLE if row["label"] else UNDESIRABLE
             tokens, reason = label_answer(answer.prompt, answer.completion, label, self.options)
             return Shown({label: tokens}, dropped=reason, merged=tuple(answer.merged))
-        (pair,) = tokenise_pairs(worker.encoder, [row], self.options.append_eos)
+        (pair,) = tokenise_pairs(worker.encoder, [row], self.options.append_eos, enclosed=self.options.enclose)
         if isinstance(pair, BadRow):
             return pair
         if self.options.enclose:

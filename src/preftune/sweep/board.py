@@ -20,7 +20,7 @@ from preftune.config import redact
 from preftune.errors import SetupError
 from preftune.sweep import runner
 from preftune.sweep.liveness import Watcher, identity
-from preftune.sweep.locks import one_at_a_time
+from preftune.sweep.locks import journal_lock, one_at_a_time
 from preftune.sweep.plan import Plan
 from preftune.sweep.runner import Outcome
 from preftune.sweep.space import Cell
@@ -93,7 +93,8 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         if url is None:
             from optuna.storages.journal import JournalFileBackend
 
-            backend = JournalFileBackend(str(folder / JOURNAL_NAME))
+            journal = folder / JOURNAL_NAME
+            backend = JournalFileBackend(str(journal), lock_obj=journal_lock(journal))
             return optuna.storages.JournalStorage(backend)
         return optuna.storages.RDBStorage(url)
     except (ImportError, ValueError, OSError, RuntimeError) as error:

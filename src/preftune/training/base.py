@@ -107,6 +107,9 @@ class PackedTrainer(RecoveringTrainer):
                 remedy="start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU",
             )
         setup.check_optimizer(self)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluated}.items():
+            setup.check_token_ids(self.model, dataset, self.example_columns, name)
         self.lengths = self.example_lengths(self.train_dataset)
         self._eval_sums = MetricSums(self.args.device)
         self._train_sums = MetricSums(self.args.device)

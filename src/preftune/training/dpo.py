@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from preftune.data import PrepareReport, prepare
-from preftune.errors import ConfigError, ModelError, TrainingError
+from preftune.errors import ConfigError, DataError, ModelError, TrainingError
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.objectives import Objective, ObjectiveResult, PairLogps
@@ -98,7 +98,6 @@ class DPOTrainer(PackedTrainer):
             )
         set_seed(args.seed)
         model, processing_class = setup.load(model, processing_class, args, quantization_config)
-        setup.refuse_images(train_dataset)
         model = setup.wrap_peft(model, peft_config, args)
         choose_adapters(model, args)
         self.objective: Objective = args.build_objective()
@@ -112,7 +111,9 @@ class DPOTrainer(PackedTrainer):
         )
         self.running_delta = RunningDelta() if self.objective.uses_running_delta else None
         self.needs_log_sum_sq = args.use_weighting
-        train_dataset = self._prepared(setup.bounded_stream(train_dataset, args), processing_class, "train")
+        train_dataset = setup.prepared_train(
+            train_dataset, args, lambda rows: self._prepared(rows, processing_class, "train")
+        )
         eval_dataset = self._prepared_eval(eval_dataset, processing_class)
         super().__init__(
             model=model,
@@ -153,7 +154,20 @@ class DPOTrainer(PackedTrainer):
             warnings.warn(f"columns {stale} of the data are not used", UserWarning, stacklevel=4)
             dataset = dataset.remove_columns(stale)
         prepared, self.reports[name] = prepare(dataset, tokenizer, self._data_options, name)
+        if "margins" in self.objective.requires:
+            self._check_margins(prepared, name)
         return prepared
+
+    def _check_margins(self, prepared: Any, name: str) -> None:
+        if "margin" not in prepared.column_names:
+            raise DataError(
+                f"{', '.join(self.objective.names)} needs a score gap for every pair",
+                where=f"{name} data set",
+                value=prepared.column_names,
+                remedy="give the data a `margin` column, or scores for both completions",
+            )
+        # A row without a gap becomes NaN, which the check names.
+        self.objective.check_margins(torch.from_numpy(prepared.data.table["margin"].to_numpy()))
 
     def _prepared_eval(self, dataset: Any, tokenizer: Any) -> Any:
         if dataset is None:
@@ -339,8 +353,8 @@ class DPOTrainer(PackedTrainer):
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=chosen.dtype).to(device, non_blocking=True)
 
-        weights = [e["weight"] for e in examples if e.get("weight") is not None]
-        margins = [e["margin"] for e in examples if e.get("margin") is not None]
+        weights = [e["weight"] for e in examples if "weight" in e]
+        margins = [e["margin"] for e in examples] if "margins" in self.objective.requires else []
         return PairLogps(
             chosen_logps=chosen,
             rejected_logps=rejected,
@@ -350,8 +364,8 @@ class DPOTrainer(PackedTrainer):
             rejected_lengths=column([len(e["rejected_ids"]) for e in examples]),
             chosen_sum_logps=plain,
             chosen_scored=column([len(e["chosen_ids"]) - (len(e["prompt_ids"]) == 0) for e in examples]),
-            margins=column(margins) if len(margins) == len(examples) else None,
-            weights=column(weights) if len(weights) == len(examples) else None,
+            margins=column(margins) if margins else None,
+            weights=column(weights) if weights else None,
             wpo_weights=wpo_weights(row, scores) if self.args.use_weighting else None,
             mean_chosen_scored=totals[1] / totals[0],
         )

@@ -205,13 +205,13 @@ class KTOTrainer(DPOTrainer):
         """Objective and TRL's metrics of one row."""
         policy = _sums(row, scores.logps)
         reference = self._reference_sums(row, examples, policy)[0]
-        weights = [e["weight"] for e in examples if e.get("weight") is not None]
+        weights = [e["weight"] for e in examples if "weight" in e]
         desirable = torch.tensor([e["label"] > 0 for e in examples], device=policy.device)
         logps = UnpairedLogps(
             logps=policy,
             ref_logps=reference,
             labels=desirable,
-            weights=policy.new_tensor(weights) if len(weights) == len(examples) else None,
+            weights=policy.new_tensor(weights) if weights else None,
         )
         if not self._checked_first_step and self.model.training:
             self._check_policy_is_reference(logps, examples)

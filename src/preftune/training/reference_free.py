@@ -135,7 +135,7 @@ class ReferenceFreeTrainer(DPOTrainer):
         size = _SLOTS * len(examples)
         chosen, rejected, prompt = logps.new_zeros(size).index_add(0, slots, logps).view(-1, _SLOTS).unbind(1)
         num_chosen, num_rejected, num_prompt = torch.bincount(slots, minlength=size).view(-1, _SLOTS).unbind(1)
-        weights = [e["weight"] for e in examples if e.get("weight") is not None]
+        weights = [e["weight"] for e in examples if "weight" in e]
         return PairLogps(
             chosen_logps=chosen,
             rejected_logps=rejected,
@@ -143,7 +143,7 @@ class ReferenceFreeTrainer(DPOTrainer):
             rejected_lengths=num_rejected,
             chosen_sum_logps=chosen + prompt,
             chosen_scored=num_chosen + num_prompt,
-            weights=chosen.new_tensor(weights) if len(weights) == len(examples) else None,
+            weights=chosen.new_tensor(weights) if weights else None,
             mean_chosen_scored=totals[1] / totals[0],
         )
 

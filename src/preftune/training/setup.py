@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from preftune.data import DataOptions
 from preftune.errors import ConfigError, DataError, ModelError, SetupError
 from preftune.models.compiled import COMPILE_BACKENDS, CompiledLayers
+from preftune.models.loading import read_chat_template
 from preftune.models.trust import TOKENIZER_FILES, load_adapter, pinned
 from preftune.training.config import PackedConfig
 
@@ -62,33 +64,60 @@ def require_dataset(dataset: Any) -> None:
         raise DataError("training data are missing", where="train_dataset", remedy="pass train_dataset")
 
 
-def bounded_stream(dataset: Any, args: PackedConfig) -> Any:
-    """Of streamed training data, as many rows as the run visits and a quarter more for those that are left out.
+def prepared_train(dataset: Any, args: PackedConfig, prepare: Callable[[Any], Any]) -> Any:
+    """Prepare training data; of a stream, as many rows as the run visits.
 
     A stream is visited in its own order, never shuffled, as in TRL; ``args`` is changed to say so. Without
-    ``max_steps`` the stream is read to its end.
+    ``max_steps`` it is read to its end. With them it is read until enough rows are left after those that cannot be
+    used; what was read is then prepared again as a whole, so that the report tells of all of it.
     """
     import datasets
 
     if not isinstance(dataset, datasets.IterableDataset):
-        return dataset
+        return prepare(dataset)
     args.train_sampling_strategy = "sequential"
     if args.max_steps <= 0:
-        return dataset
+        return prepare(dataset)
     visited = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return dataset.take(visited + max(visited // 4, 16))
+    rows: list[Any] = []
+    stream, block = iter(dataset), visited + max(visited // 4, 16)
+    while True:
+        more = list(islice(stream, block))
+        rows += more
+        prepared = prepare(datasets.Dataset.from_list(rows, on_mixed_types="use_json"))
+        if len(prepared) >= visited or len(more) < block:
+            return prepared
+        block = len(rows)
 
 
-def refuse_images(dataset: Any) -> None:
-    """Text alone is trained on."""
-    names = set(getattr(dataset, "column_names", None) or ())
-    if names & {"image", "images"}:
-        raise ModelError(
-            "vision-language data are not supported",
-            where="train_dataset",
-            value=sorted(names & {"image", "images"}),
-            remedy="remove the image column to train on the text alone",
-        )
+def check_token_ids(model: nn.Module, dataset: Any, columns: Sequence[str], name: str) -> None:
+    """Refuse tokens that the model has no embedding for, before one of them ends a long run with an index error.
+
+    Raises:
+        ModelError: Names the first such row.
+    """
+    import datasets
+    import pyarrow.compute as pc
+
+    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    embedding = None if get_embeddings is None else get_embeddings()
+    num_embeddings = getattr(embedding, "num_embeddings", None)
+    if not isinstance(dataset, datasets.Dataset) or num_embeddings is None:
+        return
+    for column in set(columns) & set(dataset.column_names):
+        if not column.endswith("_ids"):
+            continue
+        values = dataset.with_format("arrow")[:][column]
+        tokens = pc.list_flatten(values)
+        if len(tokens) and not 0 <= (bounds := pc.min_max(tokens).as_py())["min"] <= bounds["max"] < num_embeddings:
+            wrong = pc.index(pc.or_(pc.less(tokens, 0), pc.greater_equal(tokens, num_embeddings)), True).as_py()
+            raise ModelError(
+                "a token that the model has no embedding for",
+                where=f"{name} data set, row {pc.list_parent_indices(values)[wrong]}, {column}",
+                value=tokens[wrong].as_py(),
+                allowed=f"0 to {num_embeddings - 1}",
+                remedy="use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) before",
+            )
 
 
 def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: Any) -> tuple[Any, Any]:
@@ -137,9 +166,7 @@ def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: An
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if args.chat_template is not None:
-        path = Path(args.chat_template)
-        is_file = len(args.chat_template) < 4096 and "\n" not in args.chat_template and path.is_file()
-        tokenizer.chat_template = path.read_text() if is_file else args.chat_template
+        tokenizer.chat_template = read_chat_template(args.chat_template)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id

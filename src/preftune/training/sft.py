@@ -11,6 +11,8 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from preftune.data import PrepareReport, prepare_sft
+from preftune.data.prepare import place_of
+from preftune.data.sft import given_mask
 from preftune.errors import ConfigError, DataError, ModelError
 from preftune.kernels.head import TokenScores
 from preftune.packing import Branch, PackedRow, Tree
@@ -97,9 +99,15 @@ class SFTTrainer(PackedTrainer):
                 UserWarning,
                 stacklevel=2,
             )
-        if args.shuffle_dataset:
+        streamed = isinstance(train_dataset, datasets.IterableDataset)
+        if args.shuffle_dataset and streamed:
             train_dataset = train_dataset.shuffle(seed=args.seed)
-        train_dataset = self._prepared(setup.bounded_stream(train_dataset, args), processing_class, args, "train")
+        train_dataset = setup.prepared_train(
+            train_dataset, args, lambda rows: self._prepared(rows, processing_class, args, "train")
+        )
+        if args.shuffle_dataset and not streamed:
+            # As in TRL, once rows without anything to learn from are gone.
+            train_dataset = train_dataset.shuffle(seed=args.seed).flatten_indices()
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._prepared(each, processing_class, args, k) for k, each in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -134,14 +142,14 @@ class SFTTrainer(PackedTrainer):
             dataset = dataset.map(
                 lambda row: {"text": function(row)}, remove_columns=names or list(next(iter(dataset)))
             )
-        elif args.dataset_text_field != "text" and args.dataset_text_field in names:
-            dataset = dataset.rename_column(args.dataset_text_field, "text")
+        text_field = "text" if self._formatting_func is not None else args.dataset_text_field
         prepared, self.reports[name] = prepare_sft(
             dataset,
             tokenizer,
             self._data_options,
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
+            dataset_text_field=text_field,
             name=name,
         )
         return prepared
@@ -152,16 +160,14 @@ class SFTTrainer(PackedTrainer):
             raise ModelError("skip_prepare_dataset needs a dataset with input_ids", where=name)
         if "loss_mask" in dataset.column_names:
             return dataset
-        if "labels" in dataset.column_names:
-            return dataset.map(lambda row: {"loss_mask": [int(label != -100) for label in row["labels"]]})
         masks = sorted({"assistant_masks", "completion_mask"} & set(dataset.column_names))
-        if masks:
+        if masks and "labels" not in dataset.column_names:
             raise DataError(
                 f"{', '.join(masks)} would not be read with skip_prepare_dataset, and every token be trained on",
                 where=name,
                 remedy="add a labels column (-100 for what is not trained on), or drop skip_prepare_dataset",
             )
-        return dataset.map(lambda row: {"loss_mask": [1] * len(row["input_ids"])})
+        return dataset.map(lambda row, index: {"loss_mask": given_mask(row, place_of(name, index))}, with_indices=True)
 
     def evaluation_data(self, dataset: Any, name: str) -> Any:
         """Tokenised examples."""

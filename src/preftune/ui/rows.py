@@ -84,24 +84,25 @@ def _load(folder: Path) -> tuple[str, Viewer]:
         known.pop("max_prompt_length", None)
     known["max_length"] = values.get("max_length", DataOptions.max_length)
     options = DataOptions(on_bad_rows="skip", enclose=verb in ENCLOSING, **known)
-    return verb, Viewer(_rows(values, folder), tokenizer, options, VERBS[verb], **masks)
+    return verb, Viewer(_rows(values, verb, folder), tokenizer, options, VERBS[verb], **masks)
 
 
-def _rows(values: dict[str, Any], folder: Path) -> Any:
+def _rows(values: dict[str, Any], verb: str, folder: Path) -> Any:
     """The training split, from the places that the settings name."""
     from preftune.data import load
 
     name = values.get("dataset_name")
-    common = _given(values, ("dataset_config", "dataset_format", "pairing", "seed"))
+    common = _given(values, ("dataset_config", "dataset_format", "pairing", "seed", "implicit_prompt"))
+    common |= {"on_bad_rows": "warn", "with_test": False, "for_sft": verb == "sft"}
     text = values.get("dataset_text_field") or "text"
     if values.get("dataset_columns") or text != "text":
         common["columns"] = values.get("dataset_columns") or {text: "text"}
     several = _given(values, _SOURCES)
     if isinstance(name, str):
         split = str(values.get("dataset_train_split") or "train")
-        return load(name, split=split, on_bad_rows="warn", **common)["train"]
+        return load(name, split=split, **common)["train"]
     if several:
-        return load(**several, on_bad_rows="warn", **common)["train"]
+        return load(**several, **common)["train"]
     raise DataError("the folder does not tell which data were used", where=folder.name, remedy="wait for the end")
 
 

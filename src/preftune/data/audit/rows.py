@@ -153,10 +153,10 @@ def _format(
             for column in ("prompt", "chosen", "rejected")
         }
         dataset = type(dataset).from_dict(decoded)
-    skip = ("hh",) if options.implicit_prompt == "common_prefix" else ()
     example = from_dataset(name, dataset).example()
     columns = dataset.column_names
-    return resolve(options.dataset_format, columns, example, where=f"{name} data set", skip=skip), dataset
+    where, rule = f"{name} data set", options.implicit_prompt
+    return resolve(options.dataset_format, columns, example, where=where, implicit_prompt=rule), dataset
 
 
 def _enter(out: Rows, number: int, row: Row) -> None:

@@ -95,7 +95,11 @@ def tokenise(
     out = Tokenised()
     for start in progress(range(0, len(rows), _BATCH), "tokens"):
         part = rows.rows[start : start + _BATCH]
-        results = tokenise_pairs(encoder, part, options.append_eos) if rows.paired else _single(encoder, part, options)
+        results = (
+            tokenise_pairs(encoder, part, options.append_eos, enclosed=options.enclose)
+            if rows.paired
+            else _single(encoder, part, options)
+        )
         for i, row, result in zip(range(start, start + len(part)), part, results, strict=True):
             if isinstance(result, BadRow):
                 out.failed[i] = result.what

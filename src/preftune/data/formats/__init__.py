@@ -42,6 +42,11 @@ _IN_ORDER = (
     TEXT,
 )
 
+# For supervised fine-tuning TRL's own columns go first: a row may hold a conversation beside a pair, or a text beside
+# the fields that it was made of.
+_SFT_FIRST = (PROMPT_COMPLETION, MESSAGES, SHAREGPT, TEXT)
+_FOR_SFT = (*_SFT_FIRST, *(spec for spec in _IN_ORDER if spec not in _SFT_FIRST))
+
 FORMATS: Mapping[str, FormatSpec] = MappingProxyType({spec.name: spec for spec in _IN_ORDER})
 
 
@@ -62,18 +67,27 @@ def check_format_name(name: str) -> None:
         )
 
 
-def detect(columns: Collection[str], first_row: Mapping[str, Any], skip: Collection[str] = ()) -> FormatSpec | None:
+def detect(
+    columns: Collection[str],
+    first_row: Mapping[str, Any],
+    *,
+    for_sft: bool = False,
+    implicit_prompt: str = "transcript",
+) -> FormatSpec | None:
     """The first format of the table that recognises the columns and the first row.
 
     Args:
         columns: Names of the columns.
         first_row: The first row.
-        skip: Formats to leave out.
+        for_sft: Prefer what supervised fine-tuning reads where the columns hold a pair as well.
+        implicit_prompt: ``common_prefix`` leaves transcripts without a prompt column to TRL's rule.
 
     Returns:
         The format, or ``None``.
     """
-    return next((spec for spec in _IN_ORDER if spec.name not in skip and spec.detect(columns, first_row)), None)
+    skip = (HH,) if implicit_prompt == "common_prefix" else ()
+    order = _FOR_SFT if for_sft else _IN_ORDER
+    return next((spec for spec in order if spec not in skip and spec.detect(columns, first_row)), None)
 
 
 def resolve(
@@ -82,7 +96,8 @@ def resolve(
     first_row: Mapping[str, Any],
     *,
     where: str,
-    skip: Collection[str] = (),
+    for_sft: bool = False,
+    implicit_prompt: str = "transcript",
 ) -> FormatSpec:
     """The format to read a data set with.
 
@@ -91,7 +106,8 @@ def resolve(
         columns: Names of the columns.
         first_row: The first row.
         where: The data set, for messages.
-        skip: Formats that detection leaves out.
+        for_sft: See :func:`detect`.
+        implicit_prompt: See :func:`detect`.
 
     Returns:
         The format.
@@ -112,7 +128,7 @@ def resolve(
                 remedy="rename columns with `columns: {theirs: ours}`, or set dataset_format: auto",
             )
         return spec
-    found = detect(columns, first_row, skip)
+    found = detect(columns, first_row, for_sft=for_sft, implicit_prompt=implicit_prompt)
     if found is None:
         raise DataError(
             "the columns match no known data format",

@@ -15,6 +15,7 @@ from preftune.data.formats.base import (
     need_text,
     optional_text,
     system_turn,
+    template_extras,
 )
 
 
@@ -46,14 +47,16 @@ def convert_preference(row: Mapping[str, Any]) -> Row:
 
 def convert_sft(row: Mapping[str, Any]) -> Row:
     """Instruction and input are the user turn, the output is the assistant turn."""
-    return {"prompt": _prompt(row), "completion": _answer(row, "output"), **extras(row)}
+    return {"prompt": _prompt(row), "completion": _answer(row, "output"), **template_extras(row)}
 
 
 ALPACA_PREFERENCE = FormatSpec(
     name="alpaca_preference",
     kind="preference",
     required=("instruction", "chosen", "rejected"),
-    detect=lambda columns, row: has(columns, "instruction", "chosen", "rejected"),
+    detect=lambda columns, row: (
+        has(columns, "instruction", "chosen", "rejected") and isinstance(row.get("chosen"), str)
+    ),
     convert=convert_preference,
     summary="instruction, chosen, rejected; optional input, system, history",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -193,8 +194,8 @@ def _not_text(field: str, value: Any) -> BadRow:
     )
 
 
-def extras(row: Mapping[str, Any]) -> Row:
-    """Optional fields of a canonical row: tools, template arguments, score gap, weight, reference log-probs.
+def template_extras(row: Mapping[str, Any]) -> Row:
+    """Optional fields that a chat template is given: tools and further arguments.
 
     Tools become a JSON string: Arrow would otherwise merge the schemas of different tools into one.
     """
@@ -202,12 +203,13 @@ def extras(row: Mapping[str, Any]) -> Row:
     tools = row.get("tools")
     if tools not in (None, ""):
         out["tools"] = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+        if not isinstance(_parsed(out["tools"]), list):
+            raise BadRow(
+                "not_a_list", "tools", "'tools' is not a list of tools", value=tools, remedy="write it as a JSON list"
+            )
     kwargs = row.get("chat_template_kwargs")
     if isinstance(kwargs, str) and kwargs:
-        try:
-            kwargs = json.loads(kwargs)
-        except json.JSONDecodeError:
-            kwargs = [kwargs]
+        kwargs = _parsed(kwargs)
     if kwargs not in (None, ""):
         if not isinstance(kwargs, Mapping):
             raise BadRow(
@@ -218,15 +220,39 @@ def extras(row: Mapping[str, Any]) -> Row:
                 remedy="write it as {name: value}",
             )
         out["chat_template_kwargs"] = dict(kwargs)
-    for name in FLOAT_EXTRAS:
-        if row.get(name) not in (None, ""):
-            out[name] = need_number(row[name], name)
-    if "margin" not in out:
-        for better, worse in _SCORE_COLUMNS:
-            if row.get(better) not in (None, "") and row.get(worse) not in (None, ""):
-                out["margin"] = need_number(row[better], better) - need_number(row[worse], worse)
-                break
     return out
+
+
+def _parsed(text: str) -> Any:
+    """What JSON text holds, or the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def extras(row: Mapping[str, Any]) -> Row:
+    """Optional fields of a pair or a labelled answer: those of its template, score gap, weight, reference log-probs.
+
+    A score gap that is no number is left out: only some losses want one, and those that do say whose is missing.
+    """
+    out = template_extras(row)
+    for name in FLOAT_EXTRAS:
+        if name != "margin" and row.get(name) not in (None, ""):
+            out[name] = need_number(row[name], name)
+    for better, worse in _SCORE_COLUMNS:
+        if not {better, worse} - row.keys():
+            _enter_margin(out, row[better], row[worse])
+            break
+    if row.get("margin") not in (None, ""):
+        _enter_margin(out, row["margin"], 0.0)
+    return out
+
+
+def _enter_margin(out: Row, better: Any, worse: Any) -> None:
+    out.pop("margin", None)
+    with suppress(BadRow):
+        out["margin"] = need_number(better, "margin") - need_number(worse, "margin")
 
 
 def system_turn(row: Mapping[str, Any]) -> list[Message]:

@@ -22,7 +22,7 @@ ORCA = FormatSpec(
     name="orca",
     kind="preference",
     required=("question", "chosen", "rejected"),
-    detect=lambda columns, row: has(columns, "question", "chosen", "rejected"),
+    detect=lambda columns, row: has(columns, "question", "chosen", "rejected") and isinstance(row.get("chosen"), str),
     convert=convert,
     summary="question, chosen, rejected as text; optional system",
 )

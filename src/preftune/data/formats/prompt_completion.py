@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preftune.data.formats.base import FormatSpec, Row, extras, has, need_text_or_messages
+from preftune.data.formats.base import FormatSpec, Row, has, need_text_or_messages, template_extras
 
 
 def convert(row: Mapping[str, Any]) -> Row:
     """``{prompt, completion}`` as it stands."""
     fields = {name: need_text_or_messages(row, name) for name in ("prompt", "completion")}
-    return {**fields, **extras(row)}
+    return {**fields, **template_extras(row)}
 
 
 PROMPT_COMPLETION = FormatSpec(

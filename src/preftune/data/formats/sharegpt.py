@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preftune.data.formats.base import BadRow, FormatSpec, Message, Row, extras, has, need_messages, system_turn
+from preftune.data.formats.base import (
+    BadRow,
+    FormatSpec,
+    Message,
+    Row,
+    extras,
+    has,
+    need_messages,
+    system_turn,
+    template_extras,
+)
 
 
 def _conversation(row: Mapping[str, Any]) -> list[Message]:
@@ -33,7 +43,7 @@ def convert_preference(row: Mapping[str, Any]) -> Row:
 
 def convert_sft(row: Mapping[str, Any]) -> Row:
     """The conversation as messages."""
-    return {"messages": _conversation(row), **extras(row)}
+    return {"messages": _conversation(row), **template_extras(row)}
 
 
 SHAREGPT_PREFERENCE = FormatSpec(
