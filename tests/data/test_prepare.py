@@ -118,8 +118,8 @@ def test_raw_rows_of_other_formats(tokenizer: Any) -> None:
     assert any("1 of 3 labelled answers have no counterpart" in line for line in report.warnings)
 
 
-def test_streamed_rows_are_read_completely(tokenizer: Any) -> None:
+def test_streamed_rows_are_read_ahead(tokenizer: Any) -> None:
     stream = IterableDataset.from_generator(lambda: iter(PLAIN[:2]))
     dataset, report = prepare(stream, tokenizer, DataOptions())
     assert len(dataset) == 2
-    assert any("read completely" in line for line in report.warnings)
+    assert any("2 rows of the stream were read ahead" in line for line in report.warnings)

@@ -32,11 +32,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     "row",
     [
         {"instruction": "the cat", "input": "", "output": "sat", "text": "the cat sat"},
-        {"messages": TALK, "chosen": "sat", "rejected": "saw"},
         {"prompt": "the cat", "completion": " sat", "label": True},
         {"prompt": "the cat", "completion": " sat", "chosen": "x", "rejected": "y"},
     ],
-    ids=["alpaca with text", "conversation beside a pair", "labelled", "completion beside a pair"],
+    ids=["alpaca with text", "labelled", "completion beside a pair"],
 )
 def test_sft_reads_what_trl_reads(tokenizer: Any, tmp_path: Path, row: dict[str, Any]) -> None:
     ours, _ = prepare_sft(Dataset.from_list([row]), tokenizer, DataOptions(max_length=None))
@@ -44,6 +43,14 @@ def test_sft_reads_what_trl_reads(tokenizer: Any, tmp_path: Path, row: dict[str,
     loaded = load(write(tmp_path / "a.jsonl", [row]), for_sft=True, pairing="none")["train"]
     again, _ = prepare_sft(loaded, tokenizer, DataOptions(max_length=None))
     assert again.to_list() == ours.to_list()
+
+
+def test_a_conversation_beside_a_pair_is_what_sft_reads(tokenizer: Any) -> None:
+    row = {"messages": TALK, "chosen": "sat", "rejected": "saw"}
+    ours, report = prepare_sft(Dataset.from_list([row]), tokenizer, DataOptions(max_length=None))
+    expected = trl_labels([{"messages": TALK}], tokenizer)
+    assert [(one["input_ids"], one["loss_mask"]) for one in ours] == expected
+    assert report.format == "messages"
 
 
 def test_text_beside_the_fields_it_was_made_of_is_said(tokenizer: Any) -> None:
@@ -102,7 +109,7 @@ def test_numbers_that_nothing_reads_stop_nothing(tokenizer: Any) -> None:
 
 
 def test_a_missing_weight_is_one(tokenizer: Any) -> None:
-    rows = [{**PAIR, "weight": None}, {**PAIR, "weight": 0.0}, {**PAIR, "weight": 2.5}]
+    rows: list[dict[str, Any]] = [{**PAIR, "weight": None}, {**PAIR, "weight": 0.0}, {**PAIR, "weight": 2.5}]
     pairs, _ = prepare(Dataset.from_list(rows), tokenizer, DataOptions())
     assert pairs["weight"][:] == [1.0, 0.0, 2.5]
     pairs, _ = prepare(Dataset.from_list([{**row, "weight": None} for row in rows]), tokenizer, DataOptions())

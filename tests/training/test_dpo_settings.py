@@ -117,3 +117,35 @@ def test_options_that_optimizer_or_schedule_do_not_read_are_said(tmp_path: Path)
     assert not [w for w in seen if "momentum" in str(w.message)]
     with pytest.warns(UserWarning, match="lr_scheduler_kwargs has no effect with constant"):
         trainer_of(make_rows(4), tmp_path, lr_scheduler_type="constant", lr_scheduler_kwargs={"min_lr": 1e-7})
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"learning_rate": -1}, "^learning_rate: value too small; got -1; allowed: 0 or more"),
+        ({"per_device_eval_batch_size": 0}, "^per_device_eval_batch_size: value too small"),
+        ({"neftune_noise_alpha": -5.0}, "^neftune_noise_alpha: value too small"),
+        ({"max_length": "abc"}, "^max_length: not a number; got 'abc'"),
+        ({"dataset_num_proc": 0}, "^dataset_num_proc: value too small"),
+        ({"loss_weights": 0.5}, "^loss_weights: not a list of numbers; got 0.5"),
+        ({"loss_type": None}, "^loss_type: no loss is named"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_named(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"ref_model_mixup_alpha": 0.3}, "ref_model_mixup_alpha has no effect without sync_ref_model"),
+        ({"ref_model_sync_steps": 7}, "ref_model_sync_steps has no effect without sync_ref_model"),
+        ({"attention_backend": "sdpa", "packing_mode": "padded"}, "attention_backend has no effect"),
+    ],
+    ids=str,
+)
+def test_settings_that_need_another_are_told(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    with pytest.warns(UserWarning, match=match):
+        DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **options)

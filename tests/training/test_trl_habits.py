@@ -20,7 +20,7 @@ from preftune import ConfigError, DataError, ModelError
 from tests.models.tiny import tiny_model
 from tests.parity import worlds
 
-pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
+trl = pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 KINDS = ["DPO", "SFT", "KTO"]
@@ -231,7 +231,9 @@ def test_a_card_with_names_and_tags(world: worlds.World, tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["compute_loss", "prediction_step"])
+@pytest.mark.parametrize(
+    "method", ["compute_loss", "prediction_step", "_prepare_dataset", "compute_ref_log_probs", "get_batch_loss_metrics"]
+)
 def test_a_loss_that_would_not_be_called_is_refused(
     world: worlds.World, tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,3 +378,60 @@ def test_odpo_says_whose_score_gap_is_missing(world: worlds.World, tmp_path: Pat
         make(preftune, "DPO", world, tmp_path, Dataset.from_list(rows), loss_type="odpo")
     with pytest.raises(DataError, match="train data set: odpo needs a score gap for every pair"):
         make(preftune, "DPO", world, tmp_path, Dataset.from_list(worlds.pair_rows(4)), loss_type="odpo")
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_a_longer_run_after_a_short_one(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    losses = []
+    for trainer in both(kind, world, tmp_path, Dataset.from_list(rows_of(kind, 40)), max_steps=2):
+        trainer.train()
+        trainer.args.max_steps = 5
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert len(losses[0]) == 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_positions_that_depend_on_the_length(world: worlds.World, tmp_path: Path) -> None:
+    """Short and long pairs in turn: the factor of a pair's rotary embedding follows from that pair alone."""
+    short, long = worlds.pair_rows(4, seed=1), worlds.pair_rows(4, seed=2)
+    long = [{key: f"{text} the a film" * 8 for key, text in row.items()} for row in long]
+    rows = [row for both_kinds in zip(short, long, strict=True) for row in both_kinds]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = tiny_model(
+        "Phi3Config", len(world.tokenizer), rope_parameters=rope, max_position_embeddings=512, initializer_range=0.2,
+        original_max_position_embeddings=64,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"per_device_train_batch_size": 1, "max_length": 400, "model": str(tmp_path / "model")}
+    logs = []
+    for library in (trl, preftune):
+        trainer = make(library, "DPO", world, tmp_path, Dataset.from_list(rows), **options)
+        trainer.train()
+        logs.append(worlds.log_lines(trainer))
+    assert "longrope" in trainer.verdict.reason
+    for ours, theirs in zip(logs[1], logs[0], strict=True):
+        close(ours, theirs, ["loss", "logps/chosen", "logps/rejected", "grad_norm"])
+    # In one step with others, a pair is what it is alone.
+    options |= {"per_device_train_batch_size": 4, "max_steps": 1}
+    together = make(preftune, "DPO", world, tmp_path, Dataset.from_list(rows), **options)
+    together.train()
+    assert together.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_rows_longer_than_learned_positions_are_refused(world: worlds.World, tmp_path: Path) -> None:
+    model = tiny_model("GPT2Config", len(world.tokenizer), n_embd=32, n_layer=2, n_head=4, max_position_embeddings=16)
+    data = Dataset.from_list(worlds.pair_rows(8))
+    with pytest.raises(ConfigError, match=r"max_length: .*GPT2LMHeadModel learned 16 positions.*set max_length: 16"):
+        make(preftune, "DPO", world, tmp_path, data, model=model)
+    make(preftune, "DPO", world, tmp_path, data, model=model, max_length=16, max_steps=1).train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_tells_the_tokens_trained_on(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    figures = []
+    for trainer in both(kind, world, tmp_path, Dataset.from_list(rows_of(kind, 8)), max_steps=2):
+        trainer.train()
+        held_out = trainer.evaluate(Dataset.from_list(rows_of(kind, 8, 1)))
+        figures.append((held_out["eval_num_tokens"], trainer.state.log_history[0]["num_tokens"]))
+    assert figures[1] == figures[0]

@@ -244,6 +244,9 @@ def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, A
         raise ConfigError(f"{this.verb} has no reference model", where="ref_model_name_or_path", remedy="leave it out")
     # They are used up; the trainer would otherwise warn that they come too late.
     args.model_init_kwargs = None
+    if hasattr(args, "dataset_text_field"):
+        # Loading has given it this name.
+        args.dataset_text_field = "text"
     keywords: dict[str, Any] = {"ref_model": loaded.ref_model} if compares else {}
     with this.console.status("preparing data"), trainer_errors():
         trainer = trainer_class(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from preftune.errors import ModelError
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict, check_declared, probe
 from preftune.models.head import base_model, probe_head
-from preftune.packing import Branch, Tree, build_row, plan_rows
+from preftune.packing import Branch, Tree, build_row
 from preftune.references.fingerprint import model_weights_key, sequence_keys, trained_adapter
 from preftune.references.store import ReferenceStore
 
@@ -84,15 +85,16 @@ class Scorer:
         self._max_tokens = max_tokens or _MOST_TOKENS.get(self.device.type, 8192)
         self.verdict = self._verdict(packing_mode, backend, pad_token_id, max_length, like)
         head = like.forward.head if like is not None and like.model is model else probe_head(model)
-        self.forward: RowForward = RowForward(model, self.verdict.ok, backend, head, pad_token_id)
+        alone = self.verdict.alone
+        self.forward: RowForward = RowForward(model, self.verdict.ok, backend, head, pad_token_id, alone=alone)
 
     def _verdict(self, mode: str, backend: str, pad: int, max_length: int | None, like: Scorer | None) -> Verdict:
-        if mode == "padded":
-            return Verdict(False, "asked for by packing_mode: padded")
         if like is not None and _same_kind(like.model, self.model):
             return like.verdict
         verdict = check_declared(self.model, max_length=max_length)
-        if verdict.ok:
+        if mode == "padded":
+            verdict = replace(verdict, ok=False, reason="asked for by packing_mode: padded")
+        elif verdict.ok:
             verdict = probe(self.model, backend=backend, pad_token_id=pad)
         if mode == "packed" and not verdict.ok:
             raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
@@ -216,8 +218,8 @@ class Scorer:
         lengths = [sum(tree.num_tokens for tree in _trees(item, 0)) for item in items]
         if not items:
             return []
-        if self.forward.packed:
-            return plan_rows(lengths, self._max_tokens)
+        if self.forward.packed or self.forward.alone:
+            return self.forward.rows_of(lengths, self._max_tokens)
         # Padded rows hold items of like length, or most of them would be padding.
         rows: list[list[int]] = [[]]
         longest = [max(len(prompt) + len(completion) for prompt, completion in item) for item in items]

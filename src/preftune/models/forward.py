@@ -7,7 +7,7 @@ and is the oracle of the packed path's tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from preftune.kernels.head import HeadTransform, TokenScores, scores_from_logits
 from preftune.models.attention import KEYWORD, attention_configs, packed_attention
 from preftune.models.compiled import CompiledLayers
 from preftune.models.head import HeadProbe, base_model, find_head, head_parameters, probe_head, replaced_head
-from preftune.packing import PackedRow
+from preftune.packing import PackedRow, plan_rows
 
 #: Packed rows, and the tokens that the head scores, are filled up to a multiple of this in half precision on the CPU.
 #: For every shape of a matmul oneDNN compiles and keeps a kernel, a megabyte and a few milliseconds each; rows of any
@@ -42,6 +42,7 @@ class RowForward:
         pad_token_id: Fills padded batches; masked out everywhere.
         row_multiple: What half-precision rows and their targets are filled up to a multiple of on the CPU.
         compiled: Compiled parts of the model's layers, to be used in their place.
+        alone: Whether every example needs a row of its own, since others beside it would change its numbers.
         backends_used: Attention backends that have served so far.
     """
 
@@ -52,6 +53,7 @@ class RowForward:
     pad_token_id: int = 0
     row_multiple: int = ROW_MULTIPLE
     compiled: CompiledLayers | None = None
+    alone: bool = False
 
     def __post_init__(self) -> None:
         self.backends_used: set[str] = set()
@@ -61,6 +63,10 @@ class RowForward:
     def of(cls, model: nn.Module, *, packed: bool, backend: str = "auto", pad_token_id: int = 0) -> RowForward:
         """Probe the model's head and build the forward."""
         return cls(model, packed, backend, probe_head(model), pad_token_id)
+
+    def rows_of(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """Examples of so many tokens by row, as :func:`preftune.packing.plan_rows`, or each by itself."""
+        return [[n] for n in range(len(lengths))] if self.alone else plan_rows(lengths, max_tokens)
 
     @contextmanager
     def active(self) -> Iterator[None]:

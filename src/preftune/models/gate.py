@@ -7,6 +7,7 @@ declares, the *probe* runs a few short pairs packed and separately and compares 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +32,12 @@ class Verdict:
     Attributes:
         ok: Whether packed rows may be used.
         reason: Why, in one line fit for users.
+        alone: Whether every example needs a forward of its own, since others beside it would change its numbers.
     """
 
     ok: bool
     reason: str
+    alone: bool = False
 
 
 def check_declared(model: nn.Module, *, max_length: int | None = None) -> Verdict:
@@ -47,12 +50,15 @@ def check_declared(model: nn.Module, *, max_length: int | None = None) -> Verdic
     base = base_model(model)
     name = type(base).__name__
     config = base.config.get_text_config()
-    for reason in _refusals(model, base, config, max_length):
-        return Verdict(False, f"{name} {reason}")
+    rope = _rope_by_length(config, max_length)
+    for reason in _refusals(model, base, config):
+        return Verdict(False, f"{name} {reason}", alone=rope is not None)
+    if rope is not None:
+        return Verdict(False, f"{name} {rope}", alone=True)
     return Verdict(True, f"{name} declares attention that can be packed")
 
 
-def _refusals(model: Any, base: Any, config: Any, max_length: int | None) -> Any:
+def _refusals(model: Any, base: Any, config: Any) -> Any:
     if not getattr(base, "_supports_attention_backend", False):
         yield "does not accept other attention functions"
     if getattr(base, "_is_stateful", False):
@@ -68,12 +74,20 @@ def _refusals(model: Any, base: Any, config: Any, max_length: int | None) -> Any
     )
     if dropout or (getattr(config, "attention_dropout", 0.0) and _attention_dropout(base)):
         yield "uses dropout in its attention (set disable_dropout: true)"
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-    original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
-    original = original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    if rope_type in ("dynamic", "longrope") and max_length is not None and max_length > original:
-        yield f"changes its position encoding with the length ({rope_type}) and the data exceed {original} tokens"
+
+
+def _rope_by_length(config: Any, max_length: int | None) -> str | None:
+    """What is wrong with position encodings that the longest sequence of a batch decides about, if anything is."""
+    given = getattr(config, "rope_parameters", None)
+    given = given if isinstance(given, dict) else {}
+    # One set for all layers, or one for each kind of layer.
+    for rope in [each for each in given.values() if isinstance(each, dict)] or [given]:
+        kind, original = rope.get("rope_type", "default"), rope.get("original_max_position_embeddings")
+        original = original or getattr(config, "original_max_position_embeddings", None)
+        original = original or config.max_position_embeddings
+        if kind in ("dynamic", "longrope") and max_length is not None and max_length > original:
+            return f"changes its position encoding with the length ({kind}) and the data exceed {original} tokens"
+    return None
 
 
 def _inside_attention(base: nn.Module, dropout: nn.Module) -> bool:
@@ -103,13 +117,17 @@ def probe(model: nn.Module, *, backend: str = "auto", pad_token_id: int = 0) -> 
         with _requiring_grad(watched):
             expected = _values_and_grads(padded, row, watched)
             got = _values_and_grads(packed, row, watched)
+        _try_training(packed, row)
     except Exception as error:  # any failure of a foreign model means: not packable
         return Verdict(False, f"{name} fails on packed rows ({_one_line(error)})")
     finally:
         model.train(training)
-    layers = int(base_model(model).config.get_text_config().num_hidden_layers)
+    config = base_model(model).config.get_text_config()
+    layers = int(config.num_hidden_layers)
     if packed.last_context.calls != layers:
         return Verdict(False, f"{name} attends {packed.last_context.calls} times in {layers} layers on packed rows")
+    if packed.last_context.windowed < _num_windowed(base_model(model), config):
+        return Verdict(False, f"{name} has a sliding window that it does not tell its attention of")
     tolerance = PROBE_TOLERANCE.get(next(model.parameters()).dtype, 2e-4)
     # Some gradients are zero in exact arithmetic (a bias on the keys, without rotary positions): what rounding leaves
     # of them is measured against the largest gradient.
@@ -118,6 +136,15 @@ def probe(model: nn.Module, *, backend: str = "auto", pad_token_id: int = 0) -> 
     if not worst <= tolerance:
         return Verdict(False, f"{name} mixes sequences in packed rows (probe differs by {worst:.1e})")
     return Verdict(True, f"{name} passes the probe (packed and separate differ by {worst:.1e})")
+
+
+def _num_windowed(base: nn.Module, config: Any) -> int:
+    """Layers that the model masks by a sliding window: sequences as short as the probe's never fill one."""
+    makes_masks = hasattr(sys.modules.get(type(base).__module__), "create_sliding_window_causal_mask")
+    if not makes_masks or getattr(config, "sliding_window", None) is None:
+        return 0
+    kinds = getattr(config, "layer_types", None)
+    return 1 if kinds is None else list(kinds).count("sliding_attention")
 
 
 def _probe_row(vocab: int) -> PackedRow:
@@ -167,6 +194,15 @@ def _values_and_grads(forward: RowForward, row: PackedRow, watched: list[nn.Para
         scores.logps.detach(),
         *(torch.zeros_like(p) if g is None else g for p, g in zip(watched, grads, strict=True)),
     ]
+
+
+def _try_training(forward: RowForward, row: PackedRow) -> None:
+    """Run a row as in training, where an attention may turn out to have dropout; no random number is used up."""
+    model = forward.model
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), forward.active():
+        model.train()
+        forward(row)
 
 
 def _difference(got: Tensor, expected: Tensor, least: float) -> float:

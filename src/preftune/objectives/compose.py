@@ -279,7 +279,7 @@ def build_objective(
         preftune.errors.ConfigError: discopop_tau: nca_pair does not take this setting; got 0.1; allowed: 0.05; it \
 works with discopop
     """
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type or ())
     if not names:
         raise ConfigError("no loss is named", where="loss_type", value=loss_type, allowed=", ".join(METHODS))
     specs = tuple(find_method(name) for name in names)
@@ -304,6 +304,13 @@ works with discopop
 def _checked_weights(names: tuple[str, ...], loss_weights: Sequence[float] | None) -> tuple[float, ...]:
     if loss_weights is None:
         return (1.0,) * len(names)
+    if not isinstance(loss_weights, list | tuple):
+        raise ConfigError(
+            "not a list of numbers",
+            where="loss_weights",
+            value=loss_weights,
+            allowed="one number per entry of loss_type",
+        )
     weights = tuple(Knob("loss_weights", 1.0, "", low=0.0).check(weight) for weight in loss_weights)
     if len(weights) != len(names):
         raise ConfigError(

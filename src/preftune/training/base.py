@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict, check_declared, probe
 from preftune.models.head import base_model, probe_head
-from preftune.packing import PackedRow, Tree, build_row, plan_rows
+from preftune.packing import PackedRow, Tree, build_row
 from preftune.training import card, memory, setup
 from preftune.training.batch import Batch, Example
 from preftune.training.config import PackedConfig
@@ -116,6 +116,7 @@ class PackedTrainer(RecoveringTrainer):
         self._num_train_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
         coef = self.args.router_aux_loss_coef
         self.router = RouterLoss.of(self.model, coef, self.balances_experts)
+        setup.check_positions(self.model, self._longest())
         self.forward_policy, self.verdict = self._choose_path(self.model)
         self._measure_memory()
         # transformers' own hook would take a row for one sequence.
@@ -128,15 +129,21 @@ class PackedTrainer(RecoveringTrainer):
         """Packed or padded: what the user asked for, what the gate allows, what the probe shows."""
         pad = getattr(getattr(self.processing_class, "tokenizer", self.processing_class), "pad_token_id", None) or 0
         mode, backend = self.args.packing_mode, self.args.attention_backend
-        verdict = Verdict(False, "asked for by packing_mode: padded" if self.router is None else REASON)
-        if mode != "padded" and (self.router is None or mode == "packed"):
-            longest = self.lengths.longest_sequence if self.lengths else self.args.max_length
-            verdict = check_declared(model, max_length=longest)
-            if verdict.ok:
-                verdict = probe(model, backend=backend, pad_token_id=pad)
-            if mode == "packed" and not verdict.ok:
-                raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
-        return RowForward(model, verdict.ok, backend, probe_head(model), pad), verdict
+        verdict = check_declared(model, max_length=self._longest())
+        if mode == "padded" or (self.router is not None and mode != "packed"):
+            reason = REASON if self.router is not None and mode != "padded" else "asked for by packing_mode: padded"
+            verdict = replace(verdict, ok=False, reason=reason)
+        elif verdict.ok:
+            verdict = probe(model, backend=backend, pad_token_id=pad)
+        if mode == "packed" and not verdict.ok:
+            raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
+        return RowForward(model, verdict.ok, backend, probe_head(model), pad, alone=verdict.alone), verdict
+
+    def _longest(self) -> int | None:
+        """Tokens of the longest sequence that is known of."""
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        known = [self.lengths, *(self.example_lengths(each) for each in evaluated if each is not None)]
+        return max((each.longest_sequence for each in known if each is not None), default=self.args.max_length)
 
     def _measure_memory(self) -> None:
         device = self.args.device
@@ -165,7 +172,7 @@ class PackedTrainer(RecoveringTrainer):
         trees = [self.example_trees(example, 0) for example in batch.examples]
         lengths = [sum(tree.num_tokens for tree in each) for each in trees]
         rows = []
-        groups = batch.groups() if self.router else plan_rows(lengths, self.max_tokens_per_row)
+        groups = batch.groups() if self.router else self.forward_policy.rows_of(lengths, self.max_tokens_per_row)
         for numbers in groups:
             in_row = [self.example_trees(batch.examples[n], k) for k, n in enumerate(numbers)]
             rows.append(build_row([tree for each in in_row for tree in each], numbers))
@@ -336,6 +343,7 @@ class PackedTrainer(RecoveringTrainer):
                 predictions.append(found)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = self._eval_sums.pop(self._reduce)
+        metrics["num_tokens"] = self._tokens_trained()
         num_samples = int(self._sum_over_processes([float(len(dataloader.dataset))])[0])  # type: ignore[arg-type]
         stacked: Any = self.accelerator.gather(torch.cat(predictions)).cpu().numpy() if predictions else None
         output = EvalLoopOutput(predictions=stacked, label_ids=None, metrics=metrics, num_samples=num_samples)
@@ -382,12 +390,15 @@ class PackedTrainer(RecoveringTrainer):
         """Add the metrics since the last line to a training line."""
         if "loss" in logs and "eval_loss" not in logs:
             logs.update(self._train_sums.pop(self._reduce))
-            logs["num_tokens"] = float(self._sum_over_processes([float(self._num_train_tokens)])[0])
+            logs["num_tokens"] = self._tokens_trained()
         elif "train_loss" in logs:
             # The last steps of a run, where no line of their own was due.
             logs = {**logs, **self._train_sums.pop(self._reduce)}
         watch_line(self, logs)
         super().log(logs, start_time)
+
+    def _tokens_trained(self) -> float:
+        return float(self._sum_over_processes([float(self._num_train_tokens)])[0])
 
     def create_model_card(  # type: ignore[override]
         self,

@@ -43,8 +43,33 @@ def _choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
         raise ConfigError("unknown value", where=name, value=value, allowed=", ".join(filter(None, allowed)))
 
 
-def _at_least(name: str, value: int | float | None, least: int | float) -> None:
-    if value is not None and not value >= least:
+_LEAST = {
+    "max_length": 2,
+    "max_tokens_per_row": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "num_train_epochs": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "neftune_noise_alpha": 0,
+    "dataset_num_proc": 1,
+    "generation_steps": 0,
+    "num_generations": 2,
+    "generation_max_new_tokens": 1,
+    "max_skipped_steps": 0,
+}
+
+
+def _at_least(name: str, value: Any, least: int | float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError("not a number", where=name, value=value, allowed=f"{least} or more")
+    if not value >= least:
         raise ConfigError("value too small", where=name, value=value, allowed=f"{least} or more")
 
 
@@ -155,13 +180,9 @@ class PackedConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         parse_guards(self.guards)
-        _at_least("generation_steps", self.generation_steps, 0)
-        _at_least("max_skipped_steps", self.max_skipped_steps, 0)
         if not 0 <= self.worker_timeout < float("inf"):
             value = self.worker_timeout
             raise ConfigError("not a number of seconds", where="worker_timeout", value=value, allowed="0 or more")
-        _at_least("num_generations", self.num_generations, 2)
-        _at_least("generation_max_new_tokens", self.generation_max_new_tokens, 1)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and (self.use_cpu or _has_bf16_accelerator())
         _choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
@@ -171,12 +192,11 @@ class PackedConfig(TrainingArguments):
         _choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
         _choice("torch_compile_backend", self.torch_compile_backend, (None, *COMPILE_BACKENDS))
         _choice("torch_compile_mode", self.torch_compile_mode, (None, *COMPILE_MODES))
-        _at_least("max_length", self.max_length, 2)
-        _at_least("max_tokens_per_row", self.max_tokens_per_row, 1)
-        _at_least("weight_decay", self.weight_decay, 0)
-        _at_least("num_train_epochs", self.num_train_epochs, 0)
-        _at_least("per_device_train_batch_size", self.per_device_train_batch_size, 1)
-        _at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        for name, least in _LEAST.items():
+            _at_least(name, getattr(self, name), least)
+        if self.attention_backend != "auto" and self.packing_mode == "padded":
+            said = "attention_backend has no effect with packing_mode: padded, which runs the model's own attention"
+            warnings.warn(said, UserWarning, stacklevel=3)
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise ConfigError(
                 "there are no workers to keep",
@@ -291,6 +311,10 @@ class DPOConfig(PackedConfig):
             raise ConfigError("value out of range", where="ld_alpha", value=self.ld_alpha, allowed="0 to 1, or null")
         if self.sync_ref_model:
             self._check_sync()
+        else:
+            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+                if getattr(self, name) != getattr(DPOConfig, name):
+                    warnings.warn(f"{name} has no effect without sync_ref_model", UserWarning, stacklevel=3)
         if self.precompute_ref_log_probs and not self.reference_store:
             raise ConfigError(
                 "precomputed values are kept in the reference store, which is switched off",

@@ -167,7 +167,7 @@ class DPOTrainer(PackedTrainer):
                 remedy="give the data a `margin` column, or scores for both completions",
             )
         # A row without a gap becomes NaN, which the check names.
-        self.objective.check_margins(torch.from_numpy(prepared.data.table["margin"].to_numpy()))
+        self.objective.check_margins(torch.tensor(prepared.data.table["margin"].to_numpy()))
 
     def _prepared_eval(self, dataset: Any, tokenizer: Any) -> Any:
         if dataset is None:
@@ -239,19 +239,21 @@ class DPOTrainer(PackedTrainer):
         Called by :meth:`train` and :meth:`evaluate`; harmless to call again.
         """
         reference = self.reference
-        if reference is None or reference.policy_moved:
+        if reference is None:
             return
         if reference.store is None:
-            reference.keep_shadow()
+            if not reference.policy_moved:
+                reference.keep_shadow()
             return
         state = torch.get_rng_state()
+        # Also after training: a longer run after a short one visits pairs that are not known yet.
         self.train_dataset = self._with_reference(self.train_dataset, visited_rows(self), "train")
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {k: self._with_reference(each, None, k) for k, each in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
             self.eval_dataset = self._with_reference(self.eval_dataset, None, "eval")
         torch.set_rng_state(state)
-        if self._is_peft():
+        if self._is_peft() and not reference.policy_moved:
             # An adapter is small enough to keep, and lets new data be evaluated later.
             reference.keep_shadow()
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from preftune.errors import ConfigError, DataError
 from preftune.models.sampling import TAIL_LEVEL, Sample, continue_prompts
-from preftune.packing import Branch, PackedRow, Tree, build_row, plan_rows
+from preftune.packing import Branch, PackedRow, Tree, build_row
 from preftune.training.batch import Example, as_arrays
 from preftune.training.guards.alarm import up_to_step, write_lines
 from preftune.training.guards.evidence import Generation
@@ -181,7 +181,7 @@ class Generations(TrainerCallback):
         trees = [Tree(np.array(sample.prompt_ids), (Branch(np.array(sample.token_ids), 0),)) for sample in samples]
         policy, other, tails = np.zeros(len(samples)), np.full(len(samples), np.nan), np.full(len(samples), np.nan)
         reference = trainer.reference or self._reference
-        for numbers in plan_rows([tree.num_tokens for tree in trees], trainer.max_tokens_per_row):
+        for numbers in trainer.forward_policy.rows_of([tree.num_tokens for tree in trees], trainer.max_tokens_per_row):
             row = build_row([_in_slot(trees[n], k) for k, n in enumerate(numbers)], numbers)
             policy[list(numbers)] = _sums(row, self._policy_logps(row))
             if reference is not None:

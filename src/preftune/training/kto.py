@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from preftune.data.unpaired import prepare_unpaired
 from preftune.kernels.head import TokenScores
 from preftune.objectives import PairLogps, UnpairedLogps, check_kto_weights, kl_baseline_from_sum
-from preftune.packing import Branch, PackedRow, Tree, build_row, plan_rows
+from preftune.packing import Branch, PackedRow, Tree, build_row
 from preftune.training import memory, setup
 from preftune.training.base import PackedTrainer, RowTerms
 from preftune.training.batch import Batch, Example
@@ -153,7 +153,8 @@ class KTOTrainer(DPOTrainer):
         for batch in some:
             lengths = [self._exchanged_trees(e, 0)[0].num_tokens for e in batch.examples]
             # Without a graph a row costs a fraction of a training row's memory.
-            numbered = plan_rows(lengths, memory.reference_budget(self.max_tokens_per_row, self.args.device))
+            budget = memory.reference_budget(self.max_tokens_per_row, self.args.device)
+            numbered = self.forward_policy.rows_of(lengths, budget)
             numbered += [numbered[-1]] * (self._rows_everywhere(len(numbered)) - len(numbered))
             for place, numbers in enumerate(numbered):
                 ratios = self._exchanged_ratios([batch.examples[n] for n in numbers])

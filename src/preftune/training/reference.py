@@ -24,7 +24,7 @@ from preftune.errors import TrainingError
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
-from preftune.packing import Branch, PackedRow, Tree, build_row, pair_trees, plan_rows
+from preftune.packing import Branch, PackedRow, Tree, build_row, pair_trees
 from preftune.references.fingerprint import model_weights_key, sequence_keys, trained_adapter
 from preftune.references.live import Shadow, using_adapter
 from preftune.references.store import ReferenceStore
@@ -210,8 +210,9 @@ class Reference:
 
     def _plan(self, lengths: list[int], max_tokens: int) -> list[list[int]]:
         """Rows of the reference pass. Padded rows hold pairs of like length, or most of them would be padding."""
-        if (self.separate or self.policy).packed:
-            return plan_rows(lengths, max_tokens)
+        forward = self.separate or self.policy
+        if forward.packed or forward.alone:
+            return forward.rows_of(lengths, max_tokens)
         rows: list[list[int]] = [[]]
         for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
             if rows[-1] and 2 * lengths[number] * (len(rows[-1]) + 1) > max_tokens:

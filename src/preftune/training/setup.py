@@ -29,8 +29,16 @@ def default_output_dir(model: Any, suffix: str) -> str:
 
 #: Schedules that transformers builds without looking at ``lr_scheduler_kwargs``.
 _SCHEDULES_WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
-#: Methods of padded trainers that nothing calls here.
-_NEVER_CALLED = ("compute_loss", "_compute_loss", "prediction_step")
+_LOSS = "override row_terms, which gets the log-probs of one packed row"
+_DATA = "prepare the data before they are passed, down to prompt_ids, chosen_ids and rejected_ids if need be"
+#: Methods of padded trainers that nothing calls here, and what stands in their place.
+_NEVER_CALLED = {
+    **dict.fromkeys(("compute_loss", "_compute_loss", "prediction_step", "get_batch_loss_metrics"), _LOSS),
+    **dict.fromkeys(("dpo_loss", "kto_loss", "cpo_loss", "odds_ratio_loss", "store_metrics"), _LOSS),
+    **dict.fromkeys(("concatenated_forward", "concatenated_inputs", "get_batch_logps"), _LOSS),
+    **dict.fromkeys(("_prepare_dataset", "tokenize_row", "build_tokenized_answer"), _DATA),
+    **dict.fromkeys(("compute_ref_log_probs", "_precompute_ref_logps", "_compute_kl_logps"), "pass ref_model"),
+}
 
 
 def refuse_overrides(trainer: type[Any]) -> None:
@@ -38,13 +46,10 @@ def refuse_overrides(trainer: type[Any]) -> None:
     for each in trainer.__mro__:
         if each.__module__.partition(".")[0] == "preftune":
             return
-        for name in _NEVER_CALLED:
+        for name, remedy in _NEVER_CALLED.items():
             if name in vars(each):
-                raise ConfigError(
-                    f"{name} is overridden, and never called: losses are computed row by row",
-                    where=each.__name__,
-                    remedy="override row_terms, which gets the log-probs of one packed row",
-                )
+                what = f"{name} is overridden, and never called: losses are computed row by row"
+                raise ConfigError(what, where=each.__name__, remedy=remedy)
 
 
 def refuse_collator(data_collator: Any) -> None:
@@ -118,6 +123,26 @@ def check_token_ids(model: nn.Module, dataset: Any, columns: Sequence[str], name
                 allowed=f"0 to {num_embeddings - 1}",
                 remedy="use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) before",
             )
+
+
+#: Tables of learned positions, by the names that models give them.
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|positions_embed)$")
+
+
+def check_positions(model: nn.Module, longest: int | None) -> None:
+    """Refuse sequences that are longer than a model's table of learned positions.
+
+    Raises:
+        ConfigError: Names the length that fits.
+    """
+    for name, module in model.named_modules():
+        if longest is None or not isinstance(module, nn.Embedding) or not _POSITIONS.search(name):
+            continue
+        # OPT and others keep the first entries for padding.
+        most = module.num_embeddings - int(getattr(module, "offset", 0))
+        if longest > most:
+            what = f"the longest sequence has {longest} tokens, and {type(model).__name__} learned {most} positions"
+            raise ConfigError(what, where="max_length", allowed=f"up to {most}", remedy=f"set max_length: {most}")
 
 
 def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: Any) -> tuple[Any, Any]:
@@ -377,6 +402,10 @@ def wrap_peft(model: Any, peft_config: Any, args: PackedConfig) -> Any:
     return model
 
 
+#: Names under which layers keep a probability of leaving something out.
+_DROPOUT = re.compile(r"dropout|pdrop|layerdrop|drop_path")
+
+
 def disable_dropout(model: nn.Module | None) -> None:
     """Switch off every dropout of a model, those that attention layers keep as plain numbers included."""
     if model is None:
@@ -384,8 +413,8 @@ def disable_dropout(model: nn.Module | None) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "hidden_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if isinstance(value, float) and _DROPOUT.search(name):
                 setattr(module, name, 0.0)
 
 

@@ -28,12 +28,14 @@ class RowContext:
         layout: Trees of the row.
         backend: Name that was asked for; ``auto`` takes the first backend that supports the layer.
         calls: How many layers asked for attention; compared with the number of layers at start-up.
+        windowed: How many of them asked for a sliding window.
         used: Backends that served, for reports.
     """
 
     layout: RowLayout
     backend: str = "auto"
     calls: int = 0
+    windowed: int = 0
     used: set[str] = field(default_factory=set)
     _varlen_plan: varlen.VarlenPlan | None = None
     _block_masks: dict[int | None, Any] = field(default_factory=dict)
@@ -68,6 +70,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: RowContext, spec:
         ConfigError: A backend was asked for by name that cannot compute this layer.
     """
     context.calls += 1
+    context.windowed += spec.window is not None
     layout = context.layout
     name = context.backend
     if name == "auto":
@@ -82,6 +85,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: RowContext, spec:
             remedy="use attention_backend: auto",
         )
     context.used.add(name)
+    # Some models take views of what they get, as from the attention functions of transformers.
+    return _called(name, query, key, value, context, spec).contiguous()
+
+
+def _called(name: str, query: Tensor, key: Tensor, value: Tensor, context: RowContext, spec: AttentionSpec) -> Tensor:
+    layout = context.layout
     if name == "varlen":
         return varlen.attend(query, key, value, layout, spec, context.varlen_plan(query.device))
     if name == "flex":
