@@ -125,6 +125,26 @@ def test_an_audit_in_the_output_folder_is_used(cli: Cli) -> None:
     assert left["noise"]["estimate"] == 0.3
 
 
+def single_answers(name: str) -> None:
+    """Twelve labelled answers, each to a prompt of its own."""
+    rows = [{"prompt": f"Q {n} :", "completion": f" answer {n}", "label": n % 2 > 0} for n in range(12)]
+    Path(name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+@pytest.mark.parametrize("flags", [("--verb", "kto"), ("--loss_type", "kto")])
+def test_single_answers_are_advised_on_as_kto_trains_on_them(cli: Cli, flags: tuple[str, ...]) -> None:
+    single_answers("single.jsonl")
+    data = ("--model_name_or_path", "model", "--dataset_name", "single.jsonl")
+    code, out, err = cli("advise", *data, *flags, "--json", "--write", "advised.yaml")
+    assert code == 0, err
+    assert json.loads(out)["num_pairs"] == 12
+    code, _, err = cli("kto", "--config", "advised.yaml", "--output_dir", "out", "--max_steps", "1")
+    assert code == 0, err
+    # Whoever asks for pairs gets them, and there are none.
+    code, _, err = cli("advise", *data, *flags, "--pairing", "best_worst")
+    assert code == 3
+
+
 def test_help_is_printed(cli: Cli) -> None:
     code, out, _ = cli("advise", "--help")
     assert code == 0

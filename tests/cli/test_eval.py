@@ -55,6 +55,7 @@ def test_no_reference_is_said_in_words(cli: Cli) -> None:
         (("--model", "model", "--dataset_name", "pairs.jsonl", "--betta", "1"), 2, "did you mean beta?"),
         (("--model", "model", "--dataset_name", "pairs.jsonl", "--level", "95"), 2, "--level: not a confidence level"),
         (("--model", "model", "--dataset_name", "gone.jsonl"), 3, "no such file"),
+        (("--model", "model", "--dataset_name", "single.jsonl"), 3, "4 of 4 labelled answers have no counterpart"),
         (("--model", "./gone", "--dataset_name", "pairs.jsonl"), 4, "no such"),
         (
             ("--model", "model", "--dataset_name", "pairs.jsonl", "--judge_url", "http://127.0.0.1:9/v1",
@@ -65,6 +66,8 @@ def test_no_reference_is_said_in_words(cli: Cli) -> None:
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(cli: Cli, arguments: tuple[str, ...], code: int, words: str) -> None:
+    single = [json.dumps({"prompt": f"Q {n} :", "completion": " good", "label": True}) for n in range(4)]
+    Path("single.jsonl").write_text("\n".join(single), encoding="utf-8")
     found, _, err = cli("eval", *arguments)
     assert found == code
     assert words in err

@@ -176,11 +176,12 @@ def _run(console: Console, verb: str, own: Mapping[str, Any], line: CommandLine)
     from preftune.advice import advise
     from preftune.advice.advise import write_json
     from preftune.advice.machines import find_machine
-    from preftune.cli.training import cli_defaults, settings_classes
+    from preftune.cli.training import cli_defaults, complete_pairing, settings_classes
 
     settings: Resolved[Any] = resolve(
         line, settings_classes(verb)[0], defaults=cli_defaults() | {"on_bad_rows": "warn"}
     )
+    complete_pairing(verb, settings)
     notes: list[str] = []
     with console.status("reading configuration and data"):
         machine = find_machine(own["machine"])

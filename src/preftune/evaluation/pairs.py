@@ -188,6 +188,12 @@ def prepare_pairs(
         if spec.kind == "unpaired":
             rows, notes = canonical_rows(table, spec, handler, pairing)
             chosen_column = None
+            if notes and not rows:
+                raise DataError(
+                    f"no pair can be made: {notes[0]}",
+                    where=table.name,
+                    remedy="evaluate on pairs, or on prompts that have a good and a bad answer",
+                )
         else:
             rows = [
                 canonical | {_SOURCE: row.get(chosen_column) if isinstance(row, Mapping) else None}
