@@ -420,6 +420,20 @@ def test_settings_of_data_model_and_losses_can_be_searched(cli: Cli) -> None:
         assert config["r"] == trial["params"]["lora_r"]
 
 
+def test_lists_and_mappings_are_written_out_for_the_runs_that_follow(cli: Cli) -> None:
+    settings = base(lr_scheduler_type="polynomial")
+    grid = ("--param", "loss_type=[sigmoid,sft]", "--param", 'lr_scheduler_kwargs={"power": 2.0}')
+    more = ("--out", "out", "--keep", "none", "--num_samples", "0", "--retrain_best")
+    code, _, err = cli("sweep", "--config", settings, *grid, *more)
+    assert code == 0, err
+    run = Path("out") / result()["best"]["run"]
+    for path in (run / "config.yaml", Path("out/best.yaml")):
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert written["loss_type"] == ["sigmoid", "sft"]
+        assert written["lr_scheduler_kwargs"] == {"power": 2.0}
+    compared(final_metrics(run), final_metrics("out/best"))
+
+
 @pytest.mark.parametrize("verb", ["orpo", "cpo"])
 def test_reference_free_verbs(cli: Cli, verb: str) -> None:
     arguments = ("--verb", verb, "--param", "beta=0.05,0.5", "--out", "out")

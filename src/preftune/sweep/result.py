@@ -6,11 +6,13 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import preftune
-from preftune.config import redact
+from preftune.config import ModelConfig, ScriptConfig, redact
+from preftune.config.fields import Field, fields_of_all
 from preftune.config.paths import inside
 from preftune.files import replace_text
 from preftune.sweep import runner
@@ -19,6 +21,7 @@ from preftune.sweep.choose import Candidate, Choice, choose
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.runner import Outcome
 from preftune.sweep.scores import LOWER_IS_BETTER, PAIRED, HeldOut, left_reference
+from preftune.sweep.space import as_setting
 
 FILE_NAME, BEST_NAME = "sweep.json", "best.yaml"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "training_args.bin")
@@ -136,7 +139,20 @@ def _maps(plan: Plan, states: Sequence[SlotState], choice: Choice | None, folder
 
 def trial_settings(plan: Plan, params: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     """The settings of one trial, for ``--config`` of its verb: run alone they give the same numbers."""
-    return {**plan.base, **params, "output_dir": str(output_dir)}
+    from preftune.training.provenance import plain
+
+    fields = _fields_of_verb(plan.verb)
+    own = {name: plain(as_setting(value, fields[name])) for name, value in params.items()}
+    return {**plan.base, **own, "output_dir": str(output_dir)}
+
+
+@cache
+def _fields_of_verb(verb: str) -> dict[str, Field]:
+    from preftune import training
+
+    return fields_of_all(
+        {"script": ScriptConfig, "model": ModelConfig, "trainer": getattr(training, f"{verb.upper()}Config")}
+    )
 
 
 def write_result(plan: Plan, states: Sequence[SlotState], folder: Path) -> dict[str, Any]:

@@ -231,6 +231,11 @@ def as_flag(value: Any) -> tuple[str, ...]:
     return (value if isinstance(value, str) else json.dumps(value),)
 
 
+def as_setting(value: Any, field: Field) -> Any:
+    """A value as it stands in a file: lists and mappings, which a study keeps as text, are written out."""
+    return coerce(value, field.annotation, choices=field.choices, text=True) if isinstance(value, str) else value
+
+
 def shown(cell: Mapping[str, Any]) -> str:
     """A cell in words: ``beta 0.1, learning_rate 1e-05``."""
     return ", ".join(
