@@ -56,6 +56,7 @@ def test_no_reference_is_said_in_words(cli: Cli) -> None:
         (("--model", "model", "--dataset_name", "pairs.jsonl", "--level", "95"), 2, "--level: not a confidence level"),
         (("--model", "model", "--dataset_name", "gone.jsonl"), 3, "no such file"),
         (("--model", "model", "--dataset_name", "single.jsonl"), 3, "4 of 4 labelled answers have no counterpart"),
+        (("--model", "./gone", "--dataset_name", "pairs.jsonl", "--report_to", "tensorbord"), 2, "tensorboard, "),
         (("--model", "./gone", "--dataset_name", "pairs.jsonl"), 4, "no such"),
         (
             ("--model", "model", "--dataset_name", "pairs.jsonl", "--judge_url", "http://127.0.0.1:9/v1",
@@ -73,6 +74,22 @@ def test_mistakes_are_one_line(cli: Cli, arguments: tuple[str, ...], code: int, 
     assert words in err
     assert len(err.strip().splitlines()) == 1
     assert "Traceback" not in err
+
+
+def test_the_table_is_seen_before_a_tracker_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the server is gone")
+
+    monkeypatch.setattr(TensorBoardCallback, "on_log", broken)
+    flags = ("--model", "model", "--ref_model", "model", "--dataset_name", "pairs.jsonl", "--num_prompts", "0")
+    code, out, err = cli("eval", *flags, "--report_to", "tensorboard")
+    assert code == 6
+    assert "the server is gone" in err
+    assert "reward accuracy" in out
+    assert "saved model-eval/eval.json" in out
 
 
 def test_help_lists_every_setting(cli: Cli) -> None:

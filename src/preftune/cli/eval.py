@@ -6,12 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preftune.cli.main import VERBS
 from preftune.config import ModelConfig, Resolved, ScriptConfig, resolve, split_command_line
 from preftune.errors import ConfigError, SetupError
 from preftune.evaluation.config import EvalConfig
+
+if TYPE_CHECKING:
+    from preftune.evaluation import EvalResult
 
 #: Settings of training that could not act here.
 _TRAINING_ONLY = (
@@ -113,8 +116,15 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
         quarantine_path=quarantine,
         max_dropped_share=None if script.allow_drops else 0.1,
     )
+
+    def told(result: EvalResult) -> None:
+        # A tracker may fail after this, and what was found is seen all the same.
+        show(result, console)
+        path = os.path.join(str(config.out), "eval.json")
+        console.print(f"saved {path}", markup=False, highlight=False, soft_wrap=True)
+
     try:
-        result = evaluate(
+        evaluate(
             config.model,
             script.dataset_name,
             ref_model=config.ref_model,
@@ -126,9 +136,8 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
             columns=script.dataset_columns,
             pairing=script.pairing,
             show_progress=True,
+            on_result=told,
         )
     except KeyboardInterrupt:
         console.print("stopped; what is finished is kept, and the same command goes on from there", highlight=False)
         raise
-    show(result, console)
-    console.print(f"saved {os.path.join(str(config.out), 'eval.json')}", markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,6 +58,7 @@ def evaluate(
     columns: Any = None,
     pairing: str = "best_worst",
     show_progress: bool = False,
+    on_result: Callable[[EvalResult], None] | None = None,
     **settings: Any,
 ) -> EvalResult:
     """Evaluate a model on held-out pairs.
@@ -76,6 +77,7 @@ def evaluate(
         columns: Columns to keep or to rename.
         pairing: How pairs are made from ranked and from labelled answers.
         show_progress: Draw progress bars where there is a terminal.
+        on_result: Called with the result once it is written, before any tracker gets it.
         settings: Fields of :class:`EvalConfig` by name; they win over `config`.
 
     Returns:
@@ -97,6 +99,7 @@ def evaluate(
         compare=None if compare is None else _name(compare),
         **settings,
     )
+    trackers = tracking.find(config.report_to or (), config.out or ".")
     clock = _Clock()
     with clock.part("loading"):
         players, tokenizer = _players(model, ref_model, compare, tokenizer, config, model_config, show_progress)
@@ -111,8 +114,10 @@ def evaluate(
     result = _Evaluation(config, players, tokenizer, pairs, clock, show_progress).run()
     if config.out is not None:
         result.write(config.out)
-    if config.report_to:
-        tracking.report(result.flat(), config.report_to, config.out or ".")
+    if on_result is not None:
+        on_result(result)
+    if trackers is not None:
+        trackers.report(result.flat())
     return result
 
 
