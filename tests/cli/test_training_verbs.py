@@ -28,6 +28,9 @@ def test_dry_run_shows_the_plan_and_leaves_nothing(cli: Cli) -> None:
     assert "- torch_dtype -> dtype" in out
     assert "nothing was trained" in out
     assert not Path("model-DPO").exists()
+    code, _, _ = cli("dpo", *BASE, "--dry_run", "--output_dir", "some/where")
+    assert code == 0
+    assert not Path("some").exists()
 
 
 def test_a_run_leaves_weights_metrics_provenance_and_card(cli: Cli) -> None:
@@ -102,6 +105,9 @@ def test_sft(cli: Cli) -> None:
         ([*BASE, "--use_peft", "--lora_target_modules", "none"], 2, "none"),
         ([*BASE, "--max_length", "9"], 3, "up to 10%"),
         ([*BASE, "--output_dir", "/proc/none"], 6, "output_dir"),
+        ([*BASE, "--output_dir", "/proc/none", "--dry_run"], 6, "output_dir"),
+        ([*BASE, "--output_dir", "pairs.jsonl", "--dry_run"], 6, "output_dir: cannot make the folder (File exists)"),
+        ([*BASE, "--output_dir", "pairs.jsonl/out", "--dry_run"], 6, "output_dir"),
         ([*BASE, "--push_to_hub"], 6, "push_to_hub"),
     ],
 )

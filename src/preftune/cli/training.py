@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -98,21 +99,17 @@ def _run(this: Run, trainer_class: type[Any]) -> int:
     disable_progress_bar()
     with foreseen(this.args):
         complete_settings(this)
-        new_folder = not os.path.isdir(this.args.output_dir)
-        if not this.settings.script.dry_run:
-            _make_output_dir(this.args)
-        this.snapshot.update(snapshot_of(this.settings))
-        trainer, splits = build_trainer(this, trainer_class)
-        plan = trainer.plan()
-        _show(this, plan)
-        show_at_start(this, trainer, plan)
-        if this.settings.script.dry_run:
-            if new_folder and os.path.isdir(this.args.output_dir) and not os.listdir(this.args.output_dir):
-                # transformers makes it with the trainer.
-                os.rmdir(this.args.output_dir)
-            this.console.print("dry run: nothing was trained", highlight=False)
-            return 0
-        return _train(this, trainer, plan, splits)
+        dry_run = this.settings.script.dry_run
+        with _output_dir(this.args.output_dir, kept=not dry_run):
+            this.snapshot.update(snapshot_of(this.settings))
+            trainer, splits = build_trainer(this, trainer_class)
+            plan = trainer.plan()
+            _show(this, plan)
+            show_at_start(this, trainer, plan)
+            if dry_run:
+                this.console.print("dry run: nothing was trained", highlight=False)
+                return 0
+            return _train(this, trainer, plan, splits)
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------
@@ -196,14 +193,24 @@ def _require_hub() -> None:
         )
 
 
-def _make_output_dir(args: Any) -> None:
-    """Find out now, not after training, that results cannot be written."""
+@contextmanager
+def _output_dir(path: str, *, kept: bool) -> Iterator[None]:
+    """Find out now, not after training, that results cannot be written; a dry run leaves no folder behind."""
+    missing, place = [], os.path.abspath(path)
+    while not os.path.lexists(place):
+        missing.append(place)
+        place = os.path.dirname(place)
     try:
-        os.makedirs(args.output_dir, exist_ok=True)
-    except OSError as error:
-        raise SetupError(
-            f"cannot make the folder ({error.strerror})", where="output_dir", value=args.output_dir
-        ) from error
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise SetupError(f"cannot make the folder ({error.strerror})", where="output_dir", value=path) from error
+        yield
+    finally:
+        for folder in [] if kept else missing:
+            # What is not empty belongs to somebody.
+            with suppress(OSError):
+                os.rmdir(folder)
 
 
 def _resume_point(asked: Any, output_dir: str) -> str | None:
