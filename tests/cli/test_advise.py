@@ -112,6 +112,25 @@ def test_mistakes_are_one_line(cli: Cli, flags: tuple[str, ...], code: int, said
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--out", "pairs.jsonl"), 6, "--out: cannot write into the folder"),
+        (("--out", "pairs.jsonl/sub"), 6, "--out: cannot write into the folder"),
+        (("--write", "pairs.jsonl/mine.yaml"), 2, "--write: cannot make the folder"),
+        (("--write", "pairs.jsonl"), 2, "left as it is"),
+    ],
+)
+def test_files_that_cannot_be_written_are_told_before_the_table(
+    cli: Cli, flags: tuple[str, ...], code: int, said: str
+) -> None:
+    found, out, err = cli("advise", *BASE, *flags)
+    assert found == code, err
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert "learning_rate" not in out
+
+
 def test_an_audit_in_the_output_folder_is_used(cli: Cli) -> None:
     Path("out").mkdir()
     noise = {"estimate": 0.3, "low": 0.2, "high": 0.4, "judge": "a judge"}

@@ -73,6 +73,9 @@ def write_configuration(text: str, path: str | Path) -> None:
     target = Path(path).expanduser()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder ({error.strerror})", where="--write", value=str(path)) from error
+    try:
         with target.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except FileExistsError as error:

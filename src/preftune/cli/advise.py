@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from preftune.config import CommandLine, Resolved, resolve, split_command_line
 from preftune.config.coerce import Mismatch, coerce
-from preftune.errors import ConfigError, PreftuneError
+from preftune.errors import ConfigError, PreftuneError, SetupError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,7 +174,6 @@ def _verb_of_loss(loss: str) -> str | None:
 
 def _run(console: Console, verb: str, own: Mapping[str, Any], line: CommandLine) -> None:
     from preftune.advice import advise
-    from preftune.advice.advise import write_json
     from preftune.advice.machines import find_machine
     from preftune.cli.training import cli_defaults, complete_pairing, settings_classes
 
@@ -188,18 +187,36 @@ def _run(console: Console, verb: str, own: Mapping[str, Any], line: CommandLine)
         shape = _shape(settings, own, notes)
         case = _case(verb, settings, own, shape, notes)
         advice = advise(case, shape, machine)
+    # A file that cannot be written is said before the table, not below it.
+    written = _written(advice, settings, own)
     if own["json"]:
         print(json.dumps(json.loads(_dumped(advice)), indent=2, ensure_ascii=False))
     else:
         from preftune.cli.advise_view import show
 
         show(console, advice, [*settings.notes, *notes])
+    for path in written:
+        console.print(f"wrote {path}", markup=False, highlight=False)
+
+
+def _written(advice: Advice, settings: Resolved[Any], own: Mapping[str, Any]) -> list[str]:
+    """Write the files that are asked for."""
+    from preftune.advice.advise import write_json
+
+    written = []
     if own["out"]:
-        write_json(advice.as_dict(), Path(own["out"]) / "advice.json")
-        console.print(f"wrote {Path(own['out']) / 'advice.json'}", markup=False, highlight=False)
+        path = Path(own["out"]) / "advice.json"
+        try:
+            write_json(advice.as_dict(), path)
+        except OSError as error:
+            raise SetupError(
+                f"cannot write into the folder ({error.strerror})", where="--out", value=own["out"]
+            ) from error
+        written.append(str(path))
     if own["write"]:
         _write(advice, settings, own["write"])
-        console.print(f"wrote {own['write']}", markup=False, highlight=False)
+        written.append(own["write"])
+    return written
 
 
 def _dumped(advice: Advice) -> str:
