@@ -187,6 +187,41 @@ def test_finished_sweeps_and_their_weights_are_left_alone(cli: Cli) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in Path("out").rglob("trainer_state.json")}
 
 
+def test_going_on_takes_what_may_change_and_refuses_the_rest(cli: Cli) -> None:
+    assert cli("sweep", "--config", base(), "--param", "beta=0.05,0.5", "--out", "out", "--num_samples", "0")[0] == 0
+    assert list(Path("out/trials").glob("*/model.safetensors"))
+    for flags in (
+        ("--verb", "orpo"),
+        ("--search", "tpe"),
+        ("--num_trials", "3"),
+        ("--eval_share", "0.5"),
+        ("--metric", "eval_loss"),
+        ("--pruner", "median"),
+        ("--diverge_factor", "3"),
+        ("--num_samples", "4"),
+    ):
+        code, _, err = cli("sweep", "--out", "out", *flags)
+        assert code == 2, flags
+        assert f"a sweep with another {flags[0][2:]} was begun" in err
+    code, _, err = cli("sweep", "--out", "out", "--fuse", "2")
+    assert code == 2
+    assert "use_peft" in err
+    # What agrees with the sweep is no change.
+    same = ("--verb", "dpo", "--search", "grid", "--num_trials", "2", "--num_samples", "0")
+    assert cli("sweep", "--out", "out", *same, "--keep", "none", "--dry_run")[0] == 0
+    assert list(Path("out/trials").glob("*/model.safetensors"))
+    assert cli("sweep", "--out", "out", *same, "--keep", "none")[0] == 0
+    assert not list(Path("out/trials").glob("*/model.safetensors"))
+
+
+def test_settings_of_one_run_in_a_file_are_told(cli: Cli) -> None:
+    settings = base(output_dir="elsewhere")
+    code, out, err = cli("sweep", "--config", settings, "--param", "beta=0.1", "--out", "out", "--dry_run")
+    assert code == 0, err
+    assert "output_dir (base.yaml:" in out
+    assert "is not used" in out
+
+
 def start(*argv: str, **more: str) -> subprocess.Popen[str]:
     """The command line in a process of its own."""
     environment = {**os.environ, **more, "PYTHONPATH": str(ROOT / "src")}
@@ -459,6 +494,9 @@ def test_reference_free_verbs(cli: Cli, verb: str) -> None:
         (("--param", "beta=0.1", "--eval_share", "1.5"), "less than 1"),
         (("--param", "beta=0.1", "--nonsense", "1"), "nonsense"),
         (("--param", "beta=0.1", "--push_to_hub"), "not pushed"),
+        (("--param", "--num_trials", "3"), "--param: needs a value"),
+        (("--param", "beta=0.1", "--output_dir", "other"), "--out is the folder"),
+        (("--param", "beta=0.1", "--resume_from_checkpoint", "checkpoint-3"), "goes on with a sweep"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(more: tuple[str, ...], says: str, cli: Cli) -> None:

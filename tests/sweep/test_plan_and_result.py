@@ -27,8 +27,10 @@ def test_the_plan_survives_the_disk_and_whoever_comes_first_decides(tmp_path: Pa
     assert settle_plan(tmp_path / "a", plan) == plan
     assert read_plan(tmp_path / "a") == plan
     assert yaml.safe_load((tmp_path / "a" / "base.yaml").read_text()) == plan.base
-    # What keeps weights may change, and nothing else.
-    assert settle_plan(tmp_path / "a", dataclasses.replace(plan, keep="all")).keep == "all"
+    # Whose weights are kept and how many trials share a forward may change, for every worker, and nothing else.
+    changed = dataclasses.replace(plan, keep="all", fuse=2)
+    assert settle_plan(tmp_path / "a", changed) == changed
+    assert read_plan(tmp_path / "a") == changed
     for change in ({"seed": 1}, {"metric": "eval_loss"}, {"base": {**plan.base, "beta": 1.0}}):
         with pytest.raises(ConfigError, match="another") as told:
             settle_plan(tmp_path / "a", dataclasses.replace(plan, **change))
@@ -110,7 +112,7 @@ def test_nothing_complete_is_no_best(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("keep", "final", "kept"),
-    [("best", False, [3, 4]), ("best", True, None), ("all", True, list(range(9)))],
+    [("best", False, [3, 4]), ("best", True, None), ("all", True, list(range(9))), ("none", True, [])],
 )
 def test_weights(keep: str, final: bool, kept: Any, tmp_path: Path) -> None:
     plan = make_plan(keep=keep)

@@ -78,6 +78,8 @@ class Options:
     retry_failed: bool = False
     dry_run: bool = False
     as_worker: bool = False
+    #: Names of the flags that were given.
+    named: frozenset[str] = dataclasses.field(default=frozenset(), init=False)
 
     def __post_init__(self) -> None:
         """Check the values that do not depend on the trials."""
@@ -165,11 +167,11 @@ def read_options(line: CommandLine) -> tuple[Options, CommandLine]:
     given: dict[str, Any] = {}
     rest = []
     for name, values, flag in line.flags:
+        if name in own and not values and name not in _SWITCHES and name != "as_worker":
+            raise ConfigError("needs a value", where=flag, remedy=f"write {flag} VALUE")
         if name == "param":
             given.setdefault("param", []).extend(values)
         elif name in own:
-            if not values and name not in _SWITCHES and name != "as_worker":
-                raise ConfigError("needs a value", where=flag, remedy=f"write {flag} VALUE")
             text = " ".join(values) if values else "true"
             try:
                 given[name] = coerce(text, own[name].annotation, text=True)
@@ -178,8 +180,9 @@ def read_options(line: CommandLine) -> tuple[Options, CommandLine]:
                 raise ConfigError(why.why, where=flag, value=redact(text), allowed=allowed, remedy=why.remedy) from why
         else:
             rest.append((name, values, flag))
-    given.setdefault("storage", os.environ.get(_STORAGE_VARIABLE))
-    return Options(**given), CommandLine(line.configs, tuple(rest))
+    options = Options(**{"storage": os.environ.get(_STORAGE_VARIABLE), **given})
+    options.named = frozenset(given)
+    return options, CommandLine(line.configs, tuple(rest))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from preftune.config.secrets import REDACTED
 from preftune.errors import ConfigError, DataError, PreftuneError, SetupError
 from preftune.sweep import space
 from preftune.sweep.holdout import FOLDER, split_off
-from preftune.sweep.plan import BASE_NAME, FILE_NAME, Plan, read_plan, settle_plan, study_name
+from preftune.sweep.plan import BASE_NAME, FILE_NAME, Plan, change_plan, compare, read_plan, settle_plan, study_name
 from preftune.sweep.propose import propose
 from preftune.sweep.scores import ACCURACY, GAIN, KL, LOWER_IS_BETTER, MARGIN, PAIRED, PER_TOKEN, TAIL
 from preftune.sweep.space import Dimension, as_flag
@@ -47,7 +47,7 @@ def begin(options: Options, line: CommandLine, folder: Path) -> tuple[Plan, tupl
     """
     begun = read_plan(folder)
     if begun is not None and not (line.configs or line.flags or options.param):
-        return _go_on(begun, options), ()
+        return _go_on(begun, options, folder), ()
     asked, notes = make_plan(options, line)
     if options.dry_run:
         return asked, tuple(notes)
@@ -58,15 +58,22 @@ def begin(options: Options, line: CommandLine, folder: Path) -> tuple[Plan, tupl
     return dataclasses.replace(plan, storage=options.storage or plan.storage), (*notes, *more)
 
 
-def _go_on(begun: Plan, options: Options) -> Plan:
-    plan = dataclasses.replace(begun, storage=options.storage or begun.storage)
+def _go_on(begun: Plan, options: Options, folder: Path) -> Plan:
+    """The plan that was begun, with what the flags change of it; what they cannot change is refused."""
+    own = options.named & {item.name for item in dataclasses.fields(Plan)} - {"storage"}
+    given = {name: getattr(options, name) for name in own}
+    asked = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})
+    compare(begun, asked, folder)
+    if asked.fuse > 1:
+        _check_fused(asked, use_peft=bool(asked.base.get("use_peft")))
     if begun.storage == "" and not options.storage:
         raise ConfigError(
             "the study's database asks for a password, which is not kept in the folder",
             where="--storage",
             remedy="name the URL again",
         )
-    return plan
+    plan = asked if options.dry_run else change_plan(folder, begun, asked)
+    return dataclasses.replace(plan, storage=options.storage or begun.storage)
 
 
 def _writable(url: str | None) -> str | None:
@@ -126,7 +133,7 @@ def make_plan(options: Options, line: CommandLine) -> tuple[Plan, list[str]]:
     base.setdefault("save_strategy", "no")
     classes = {"script": ScriptConfig, "model": ModelConfig, "trainer": config_class}
     dimensions = space.parse_params(options.param, fields_of_all(classes))
-    notes = list(settings.notes)
+    notes = [*settings.notes, *_unused(settings)]
     if not dimensions:
         dimensions, reasons = _proposed(settings, base, options.verb)
         notes += reasons
@@ -161,13 +168,13 @@ def make_plan(options: Options, line: CommandLine) -> tuple[Plan, list[str]]:
         fuse=options.fuse,
     )
     if plan.fuse > 1:
-        _check_fused(plan, settings)
+        _check_fused(plan, use_peft=bool(settings.model.use_peft))
     _check_metric(plan, options, settings, notes)
     _check_cells(plan, line, config_class)
     return plan, notes
 
 
-def _check_fused(plan: Plan, settings: Resolved[Any]) -> None:
+def _check_fused(plan: Plan, *, use_peft: bool) -> None:
     """Refuse what trials in one forward cannot do; what only the trainer knows is refused by it."""
     from preftune.training.fused import FUSABLE
 
@@ -175,7 +182,7 @@ def _check_fused(plan: Plan, settings: Resolved[Any]) -> None:
     why = remedy = None
     if plan.verb != "dpo":
         why, remedy = f"trials of {plan.verb} do not share a forward", "leave --fuse out"
-    elif not settings.model.use_peft:
+    elif not use_peft:
         why, remedy = "only LoRA trials share a forward", "set use_peft: true, or leave --fuse out"
     elif strangers:
         why = f"{', '.join(strangers)} cannot differ between trials in one forward"
@@ -184,6 +191,29 @@ def _check_fused(plan: Plan, settings: Resolved[Any]) -> None:
         why, remedy = "trials in one forward cannot be stopped one by one", "leave --pruner or --fuse out"
     if why is not None:
         raise ConfigError(why, where="--fuse", value=plan.fuse, remedy=remedy)
+
+
+def _unused(settings: Resolved[Any]) -> list[str]:
+    """Settings that mean one run: refused as flags, told where a file that was written for a run brings them.
+
+    Raises:
+        ConfigError: One of them is given as a flag.
+    """
+    remedies = {
+        "output_dir": "--out is the folder of the sweep",
+        "resume_from_checkpoint": "preftune sweep --out DIR goes on with a sweep",
+        "dry_run": "--dry_run shows the trials, and stops",
+    }
+    notes = []
+    for name, remedy in remedies.items():
+        origin = settings.origins[name]
+        value = getattr(settings.script if name == "dry_run" else settings.trainer, name)
+        if origin.kind == "default" or not value:
+            continue
+        if origin.kind == "flag":
+            raise ConfigError("a sweep does not use it", where=origin.where, value=value, remedy=remedy)
+        notes.append(f"{name} ({origin.where}) is not used: {remedy}")
+    return notes
 
 
 def explicit(settings: Resolved[Any]) -> dict[str, Any]:

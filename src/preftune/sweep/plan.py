@@ -127,18 +127,42 @@ def settle_plan(folder: Path, plan: Plan) -> Plan:
         # The settings first: whoever sees the plan must find them.
         if not (folder / FILE_NAME).exists() and not (folder / BASE_NAME).exists():
             write_yaml(folder / BASE_NAME, plan.base)
-        text = json.dumps(plan.to_json(), indent=2, ensure_ascii=False, default=str) + "\n"
+        text = _text(plan)
         if _create(folder / FILE_NAME, text):
             return plan
     except OSError as error:
         raise SetupError(f"cannot write ({error.strerror})", where="--out", value=str(folder)) from error
     begun = read_plan(folder)
     assert begun is not None
-    _compare(begun, Plan.from_json(json.loads(text)), folder)
-    return dataclasses.replace(begun, keep=plan.keep)
+    return change_plan(folder, begun, Plan.from_json(json.loads(text)))
 
 
-def _compare(begun: Plan, asked: Plan, folder: Path) -> None:
+def change_plan(folder: Path, begun: Plan, asked: Plan) -> Plan:
+    """Change what may change of a sweep that was begun, for every worker from now on.
+
+    Returns:
+        The plan that counts.
+
+    Raises:
+        ConfigError: What is asked for is another sweep.
+        SetupError: The folder cannot be written.
+    """
+    compare(begun, asked, folder)
+    plan = dataclasses.replace(begun, keep=asked.keep, fuse=asked.fuse)
+    if plan != begun:
+        try:
+            replace_text(folder / FILE_NAME, _text(plan))
+        except OSError as error:
+            raise SetupError(f"cannot write ({error.strerror})", where="--out", value=str(folder)) from error
+    return plan
+
+
+def compare(begun: Plan, asked: Plan, folder: Path) -> None:
+    """Refuse a plan whose trials are not those of the sweep that was begun in ``folder``.
+
+    Raises:
+        ConfigError: Naming the first difference.
+    """
     for item in dataclasses.fields(Plan):
         before, now = getattr(begun, item.name), getattr(asked, item.name)
         if item.name in _MAY_CHANGE or before == now:
@@ -154,6 +178,10 @@ def _compare(begun: Plan, asked: Plan, folder: Path) -> None:
             value=now,
             remedy=f"go on with it: preftune sweep --out {folder}; or set another --out",
         )
+
+
+def _text(plan: Plan) -> str:
+    return json.dumps(plan.to_json(), indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def _create(path: Path, text: str) -> bool:

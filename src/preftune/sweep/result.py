@@ -193,9 +193,11 @@ def drop_weights(plan: Plan, states: Sequence[SlotState], folder: Path, *, final
         folder: The sweep's folder.
         final: Whether all trials are done.
     """
-    if plan.keep != "best":
+    if plan.keep == "all":
         return
-    choice = choose(candidates_of(states, folder, plan.metric), plan.metric, plan.direction, plan.seed)
+    choice = None
+    if plan.keep == "best":
+        choice = choose(candidates_of(states, folder, plan.metric), plan.metric, plan.direction, plan.seed)
     for state in states:
         if state.outcome is None or not state.outcome.run:
             continue
