@@ -26,7 +26,7 @@ from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict, check_declared, probe
 from preftune.models.head import base_model, probe_head
 from preftune.packing import PackedRow, Tree, build_row
-from preftune.training import card, memory, setup
+from preftune.training import card, checks, memory, setup
 from preftune.training.batch import Batch, Example
 from preftune.training.config import PackedConfig
 from preftune.training.guards import COMMON, install_guards, watch_line
@@ -98,7 +98,7 @@ class PackedTrainer(RecoveringTrainer):
     # ---- construction ---------------------------------------------------------------------------------------------
 
     def __init__(self, **kwargs: Any) -> None:
-        setup.refuse_overrides(type(self))
+        checks.refuse_overrides(type(self))
         super().__init__(**kwargs)
         if self.args.n_gpu > 1:
             raise TrainingError(
@@ -106,17 +106,17 @@ class PackedTrainer(RecoveringTrainer):
                 value=self.args.n_gpu,
                 remedy="start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU",
             )
-        setup.check_optimizer(self)
+        checks.check_optimizer(self)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
-            setup.check_token_ids(self.model, dataset, self.example_columns, name)
+            checks.check_token_ids(self.model, dataset, self.example_columns, name)
         self.lengths = self.example_lengths(self.train_dataset)
         self._eval_sums = MetricSums(self.args.device)
         self._train_sums = MetricSums(self.args.device)
         self._num_train_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
         coef = self.args.router_aux_loss_coef
         self.router = RouterLoss.of(self.model, coef, self.balances_experts)
-        setup.check_positions(self.model, self._longest())
+        checks.check_positions(self.model, self._longest())
         self.forward_policy, self.verdict = self._choose_path(self.model)
         self._measure_memory()
         # transformers' own hook would take a row for one sequence.

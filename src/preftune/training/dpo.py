@@ -19,7 +19,7 @@ from preftune.models.forward import RowForward
 from preftune.objectives import Objective, ObjectiveResult, PairLogps
 from preftune.packing import PackedRow, Tree, pair_trees
 from preftune.references.store import ReferenceStore
-from preftune.training import carried, memory, setup
+from preftune.training import carried, checks, memory, setup
 from preftune.training.base import PackedTrainer, RowTerms
 from preftune.training.batch import Batch, Example
 from preftune.training.carried import RunningDelta
@@ -88,8 +88,8 @@ class DPOTrainer(PackedTrainer):
         peft_config: Any = None,
     ) -> None:
         args = args or DPOConfig(setup.default_output_dir(model, "DPO"))
-        setup.refuse_collator(data_collator)
-        setup.require_dataset(train_dataset)
+        checks.refuse_collator(data_collator)
+        checks.require_dataset(train_dataset)
         if ref_model is model and not isinstance(model, str | None):
             raise ModelError(
                 "model and ref_model are the same object, so that they would always agree",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from preftune.data import DataOptions
-from preftune.errors import ConfigError, DataError, ModelError, SetupError
+from preftune.errors import ConfigError, ModelError
 from preftune.models.compiled import COMPILE_BACKENDS, CompiledLayers
 from preftune.models.loading import read_chat_template
 from preftune.models.trust import TOKENIZER_FILES, load_adapter, pinned
@@ -25,48 +24,6 @@ def default_output_dir(model: Any, suffix: str) -> str:
     """Folder name made of the model's name and the method, as TRL makes it."""
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
     return f"{str(name).rstrip('/').split('/')[-1]}-{suffix}"
-
-
-#: Schedules that transformers builds without looking at ``lr_scheduler_kwargs``.
-_SCHEDULES_WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
-_LOSS = "override row_terms, which gets the log-probs of one packed row"
-_DATA = "prepare the data before they are passed, down to prompt_ids, chosen_ids and rejected_ids if need be"
-#: Methods of padded trainers that nothing calls here, and what stands in their place.
-_NEVER_CALLED = {
-    **dict.fromkeys(("compute_loss", "_compute_loss", "prediction_step", "get_batch_loss_metrics"), _LOSS),
-    **dict.fromkeys(("dpo_loss", "kto_loss", "cpo_loss", "odds_ratio_loss", "store_metrics"), _LOSS),
-    **dict.fromkeys(("concatenated_forward", "concatenated_inputs", "get_batch_logps"), _LOSS),
-    **dict.fromkeys(("_prepare_dataset", "tokenize_row", "build_tokenized_answer"), _DATA),
-    **dict.fromkeys(("compute_ref_log_probs", "_precompute_ref_logps", "_compute_kl_logps"), "pass ref_model"),
-}
-
-
-def refuse_overrides(trainer: type[Any]) -> None:
-    """A subclass with a loss of its own would be trained on another one, in silence."""
-    for each in trainer.__mro__:
-        if each.__module__.partition(".")[0] == "preftune":
-            return
-        for name, remedy in _NEVER_CALLED.items():
-            if name in vars(each):
-                what = f"{name} is overridden, and never called: losses are computed row by row"
-                raise ConfigError(what, where=each.__name__, remedy=remedy)
-
-
-def refuse_collator(data_collator: Any) -> None:
-    """Packed rows are not collated."""
-    if data_collator is not None:
-        raise ConfigError(
-            "a data collator cannot be used: examples are packed into rows, not padded into batches",
-            where="data_collator",
-            value=type(data_collator).__name__,
-            remedy="leave data_collator out",
-        )
-
-
-def require_dataset(dataset: Any) -> None:
-    """Training needs data."""
-    if dataset is None:
-        raise DataError("training data are missing", where="train_dataset", remedy="pass train_dataset")
 
 
 def prepared_train(dataset: Any, args: PackedConfig, prepare: Callable[[Any], Any]) -> Any:
@@ -93,56 +50,6 @@ def prepared_train(dataset: Any, args: PackedConfig, prepare: Callable[[Any], An
         if len(prepared) >= visited or len(more) < block:
             return prepared
         block = len(rows)
-
-
-def check_token_ids(model: nn.Module, dataset: Any, columns: Sequence[str], name: str) -> None:
-    """Refuse tokens that the model has no embedding for, before one of them ends a long run with an index error.
-
-    Raises:
-        ModelError: Names the first such row.
-    """
-    import datasets
-    import pyarrow.compute as pc
-
-    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
-    embedding = None if get_embeddings is None else get_embeddings()
-    num_embeddings = getattr(embedding, "num_embeddings", None)
-    if not isinstance(dataset, datasets.Dataset) or num_embeddings is None:
-        return
-    for column in set(columns) & set(dataset.column_names):
-        if not column.endswith("_ids"):
-            continue
-        values = dataset.with_format("arrow")[:][column]
-        tokens = pc.list_flatten(values)
-        if len(tokens) and not 0 <= (bounds := pc.min_max(tokens).as_py())["min"] <= bounds["max"] < num_embeddings:
-            wrong = pc.index(pc.or_(pc.less(tokens, 0), pc.greater_equal(tokens, num_embeddings)), True).as_py()
-            raise ModelError(
-                "a token that the model has no embedding for",
-                where=f"{name} data set, row {pc.list_parent_indices(values)[wrong]}, {column}",
-                value=tokens[wrong].as_py(),
-                allowed=f"0 to {num_embeddings - 1}",
-                remedy="use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) before",
-            )
-
-
-#: Tables of learned positions, by the names that models give them.
-_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|positions_embed)$")
-
-
-def check_positions(model: nn.Module, longest: int | None) -> None:
-    """Refuse sequences that are longer than a model's table of learned positions.
-
-    Raises:
-        ConfigError: Names the length that fits.
-    """
-    for name, module in model.named_modules():
-        if longest is None or not isinstance(module, nn.Embedding) or not _POSITIONS.search(name):
-            continue
-        # OPT and others keep the first entries for padding.
-        most = module.num_embeddings - int(getattr(module, "offset", 0))
-        if longest > most:
-            what = f"the longest sequence has {longest} tokens, and {type(model).__name__} learned {most} positions"
-            raise ConfigError(what, where="max_length", allowed=f"up to {most}", remedy=f"set max_length: {most}")
 
 
 def load(model: Any, tokenizer: Any, args: PackedConfig, quantization_config: Any) -> tuple[Any, Any]:
@@ -250,64 +157,6 @@ def compiled_layers(model: nn.Module, args: PackedConfig, accelerator: Any) -> C
         allowed = ", ".join(COMPILE_BACKENDS)
         raise ConfigError("does not suit packed rows", where="dynamo_backend", value=backend, allowed=allowed)
     return CompiledLayers(model, backend, mode)
-
-
-def check_optimizer(trainer: Any) -> None:
-    """Find out before any work is done whether optimizer, schedule and kernels can be had as they are asked for.
-
-    transformers makes them when training begins, which may be after a long reference pass.
-
-    Raises:
-        SetupError: A package is missing.
-        ConfigError: A setting of the optimizer or the schedule is missing or unknown.
-    """
-    from transformers.optimization import get_scheduler
-    from transformers.utils.import_utils import is_liger_kernel_available
-
-    args = trainer.args
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        remedy = "pip install liger-kernel, or leave use_liger_kernel out"
-        raise SetupError("liger-kernel is not installed", where="use_liger_kernel", value=True, remedy=remedy)
-    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
-        _check_optimizer_choice(trainer.get_optimizer_cls_and_kwargs, args, trainer.model)
-    if trainer.lr_scheduler is None:
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-        options = args.lr_scheduler_kwargs
-        try:
-            get_scheduler(name, optimizer, args.get_warmup_steps(10), 10, scheduler_specific_kwargs=options)
-        except (ValueError, TypeError) as error:
-            # A missing argument is told in the words of the function that wants it.
-            what = f"{name} does not take these lr_scheduler_kwargs: {error}"
-            raise ConfigError(what, where="lr_scheduler_type", value=options) from error
-        if options and name in _SCHEDULES_WITHOUT_OPTIONS:
-            warnings.warn(f"lr_scheduler_kwargs has no effect with {name}", UserWarning, stacklevel=3)
-
-
-def _check_optimizer_choice(choose: Callable[..., Any], args: PackedConfig, model: nn.Module) -> None:
-    name = str(getattr(args.optim, "value", args.optim))
-    given = [part.strip() for part in (args.optim_args or "").split(",") if part.strip()]
-    if not all(re.fullmatch(r"[^=]+=[^=]+", part) for part in given):
-        raise ConfigError("not a list of settings", where="optim_args", value=args.optim_args, allowed="key=value,...")
-    # Optimizers that step inside the backward pass, and what can stand for them: a packed step has a backward per row.
-    instead = "adafactor" if name in ("lomo", "adalomo") else name.removesuffix("_layerwise")
-    if instead != name:
-        what = "steps inside the backward pass, and a packed step has one for every row"
-        raise ConfigError(what, where="optim", value=name, remedy=f"{instead}, or another")
-    try:
-        chosen = choose(args, model)
-        make, options = chosen
-        if isinstance(make, type) and issubclass(make, torch.optim.Optimizer) and "params" not in options:
-            make([nn.Parameter(torch.zeros(1))], **options)
-    except ImportError as error:
-        raise SetupError(str(error), where="optim", value=name) from error
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error), where="optim", value=name) from error
-    for part in given:
-        rest = copy.copy(args)
-        rest.optim_args = ",".join(other for other in given if other is not part)
-        if choose(rest, model) == chosen:
-            warnings.warn(f"optim_args: {part} changes nothing in {name}", UserWarning, stacklevel=4)
 
 
 def init_kwargs(args: PackedConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from preftune.data.sft import given_mask
 from preftune.errors import ConfigError, DataError, ModelError
 from preftune.kernels.head import TokenScores
 from preftune.packing import Branch, PackedRow, Tree
-from preftune.training import setup
+from preftune.training import checks, setup
 from preftune.training.base import PackedTrainer, RowTerms
 from preftune.training.batch import Example
 from preftune.training.config import SFTConfig
@@ -75,8 +75,8 @@ class SFTTrainer(PackedTrainer):
         formatting_func: Callable[[Any], str] | None = None,
     ) -> None:
         args = _own_config(args) if args else SFTConfig(setup.default_output_dir(model, "SFT"))
-        setup.refuse_collator(data_collator)
-        setup.require_dataset(train_dataset)
+        checks.refuse_collator(data_collator)
+        checks.require_dataset(train_dataset)
         for name, given in (
             ("compute_loss_func", compute_loss_func),
             ("compute_metrics", compute_metrics),
