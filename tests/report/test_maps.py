@@ -130,6 +130,16 @@ def test_paired_tests_of_the_sweep_hold_for_every_metric_that_it_tested(tmp_path
     assert metric.tested.startswith("paired tests")
 
 
+@pytest.mark.parametrize("damaged", [{"a": 1}, [4], None])
+def test_cells_without_a_number_are_left_out(damaged: Any, tmp_path: Path) -> None:
+    sweep = load(tmp_path, flags=False)
+    name = "eval_rewards/accuracies"
+    cells = [{"number": 4, "tied_with_best": True}, {"number": damaged}, {"number": 5, "tied_with_best": True}]
+    sweep.content |= {"metric": "eval_loss", "direction": "minimize", "maps": {name: {"best": 4, "cells": cells}}}
+    metric = next(metric for metric in metrics_of(sweep) if metric.name == name)
+    assert (metric.best, metric.tied) == (4, [5])
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [(0.01, 0.05, ""), (-0.02, 0.05, "includes 0"), (-0.05, -0.01, "prefers the rejected"), (None, None, "")],

@@ -186,7 +186,12 @@ def _metric(sweep: Sweep, name: str) -> Metric:
     drawn = mapping(mapping(sweep.content.get("maps")).get(name))
     if not is_own and drawn.get("best") is not None:
         best = next((trial for trial, _ in scored if trial.get("number") == drawn["best"]), best)
-    told = {cell.get("number"): cell.get("tied_with_best") for cell in objects(drawn.get("cells"))}
+    # As of trials, only a number or a name says which one is meant.
+    told = {
+        cell["number"]: cell.get("tied_with_best")
+        for cell in objects(drawn.get("cells"))
+        if isinstance(cell.get("number"), (int, str))
+    }
     flags = {trial.get("number"): _flag(trial, name, is_own, told.get(trial.get("number"))) for trial, _ in scored}
     if any(flag is not None for flag in flags.values()):
         tied = [key for key, flag in flags.items() if flag and key != best.get("number")]
