@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 
 from preftune.report.curves import curves_of
+from preftune.report.page import gather
 from preftune.report.read import Run
+from preftune.report.render import render
 from preftune.report.verdict import Verdict, judge
 
 
@@ -36,6 +39,66 @@ def test_only_an_interval_that_excludes_chance_speaks(
     assert found.tone == tone
     assert found.headline.startswith(words)
     assert any("weak proxy" in line for line in found.evidence)
+
+
+@pytest.mark.parametrize("part", [{"ref_model": None}, {"ref_model": "base", "settings": {"reference_free": True}}])
+@pytest.mark.parametrize("interval", [(0.51, 0.6, 0.7), (0.3, 0.4, 0.49)])
+def test_without_a_reference_one_half_is_nobodys_start(
+    interval: tuple[float, float, float], part: dict[str, Any]
+) -> None:
+    found = verdict(evaluation={**evaluated(*interval), **part})
+    assert found.tone == "unclear"
+    assert found.headline == "Not settled: without a reference, it is not known where the model began."
+    text = " ".join([found.headline, *found.evidence])
+    assert "its reference" not in text
+    assert f"{100 * interval[1]:.1f} %" in text
+    assert any("--compare" in step for step in found.steps)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "tone", "words"),
+    [
+        # Of 100 pairs at most 31 changed from right to wrong and 69 from wrong to right.
+        (0.31, 0.69, "good", "Looks better than before training on held-out pairs."),
+        (0.69, 0.31, "bad", "Looks worse than before training on held-out pairs."),
+        # Here 55 and 45 may have: p = 0.32, although the interval of either lies on its side of the other's mean.
+        (0.45, 0.55, "unclear", "Cannot be told from the model before training on held-out pairs."),
+        # What begins high has not been trained to be there.
+        (0.9, 0.9, "unclear", "Cannot be told from the model before training on held-out pairs."),
+    ],
+)
+def test_a_method_without_reference_is_measured_by_its_own_start(
+    first: float, last: float, tone: str, words: str
+) -> None:
+    provenance = {"plan": {"method": "orpo", "reference": "none"}, "data": {"test": {"num_rows": 100}}}
+    history = [{"step": step, "eval_rewards/accuracies": value} for step, value in ((0, first), (10, last))]
+    found = verdict(history=history, provenance=provenance)
+    assert (found.tone, found.headline) == (tone, words)
+    assert f"before training it was {100 * first:.1f} %" in found.evidence[0]
+    changed = [round(100 * value) for value in (min(last, 1 - first), min(first, 1 - last))]
+    by_scipy = scipy.stats.binomtest(changed[0], sum(changed)).pvalue
+    assert (by_scipy < 0.05) == (tone != "unclear")
+    # Without that evaluation there is nothing to compare with, however high the figure.
+    later = verdict(history=history[1:], provenance=provenance)
+    assert (later.tone, later.headline[:11]) == ("unclear", "Not settled")
+    # A method with a reference begins at its reference, which one half stands for.
+    provenance["plan"] = {"method": "sigmoid", "reference": "the policy before training, run along"}
+    assert "its reference" in verdict(history=history, provenance=provenance).headline
+
+
+def test_intervals_carry_the_level_of_the_evaluation() -> None:
+    kl = {"mean": 2.0, "low": 1.5, "high": 2.5}
+    found = verdict(evaluation={**evaluated(0.51, 0.6, 0.7), "level": 0.8, "kl": kl})
+    details = {tile.label: tile.detail for tile in found.tiles}
+    assert details["Held-out accuracy"] == "80 %: 51.0 to 70.0"
+    assert details["KL to reference"] == "nats, 80 %: 1.5 to 2.5"
+    assert "the 80 % interval lies above chance" in found.evidence[0]
+    run = Run("run", Path("run"), evaluation={**evaluated(0.51, 0.6, 0.7), "level": 0.8})
+    assert "Intervals of this evaluation are 80 % intervals." in render(gather([run], []))
+    # A file that does not tell, or tells nonsense, was made with the default.
+    for level in ({}, {"level": None}, {"level": "high"}, {"level": 80}):
+        tile = verdict(evaluation={**evaluated(0.51, 0.6, 0.7), **level}).tiles[0]
+        assert tile.detail == "95 %: 51.0 to 70.0"
 
 
 def test_an_alarm_is_never_outvoted(tmp_path: Path) -> None:
@@ -119,7 +182,10 @@ def test_the_command_that_is_proposed_exists() -> None:
     from preftune.config.fields import fields_of
     from preftune.evaluation.config import EvalConfig
 
-    (line,) = (line for line in verdict(history=[{"step": 1, "loss": 0.6}]).steps if "preftune eval" in line)
-    flags = [word.removeprefix("--") for word in line.split() if word.startswith("--")]
+    lines = verdict(history=[{"step": 1, "loss": 0.6}]).steps
+    lines += verdict(evaluation={**evaluated(0.6, 0.7, 0.8), "ref_model": None}).steps
+    proposed = [line for line in lines if "preftune eval" in line]
+    assert len(proposed) == 2
+    flags = [word.removeprefix("--") for line in proposed for word in line.split() if word.startswith("--")]
     assert flags
     assert set(flags) <= {name for holder in (EvalConfig, ModelConfig, ScriptConfig) for name in fields_of(holder)}

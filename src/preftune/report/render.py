@@ -23,7 +23,7 @@ from preftune.report import parts
 from preftune.report.files import objects
 from preftune.report.page import Page, page_payload
 from preftune.report.settings import text_of
-from preftune.report.tables import figure, interval, is_interval, title_of
+from preftune.report.tables import figure, interval, is_interval, level_of, title_of
 
 _HERE = Path(__file__).parent
 #: Scripts of the page in the order in which they run; the last one starts it.
@@ -146,6 +146,7 @@ def environment() -> Environment:
     made.globals.update(
         eval_tables=parts.eval_tables,
         eval_facts=parts.eval_facts,
+        level_of=level_of,
         audit_facts=parts.audit_facts,
         advice_facts=parts.advice_facts,
         text_of=text_of,

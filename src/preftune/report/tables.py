@@ -45,6 +45,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def level_of(evaluation: Mapping[str, Any]) -> str:
+    """Nominal coverage of the intervals of an ``eval.json``: ``95 %``, also where the file does not tell."""
+    level = number(evaluation.get("level"))
+    return f"{100 * (level if level is not None and 0 < level < 1 else 0.95):.4g} %"
+
+
 def is_interval(value: Any) -> bool:
     """Whether a value is an estimate with an interval."""
     return isinstance(value, Mapping) and number(value.get("mean", value.get("estimate"))) is not None

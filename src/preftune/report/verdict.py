@@ -1,7 +1,7 @@
 """What comes first on the page: what was trained, whether it looks better, what to do next.
 
 The rules are few and stated: only held-out pairs can speak for a model, an interval that includes the start speaks
-neither way, and an alarm is never outvoted by a good figure.
+neither way, a start that is not known cannot be left behind, and an alarm is never outvoted by a good figure.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from preftune.evaluation.stats import wilson_interval
+from preftune.evaluation.stats import mcnemar, wilson_interval
 from preftune.report.curves import Curve, Curves
 from preftune.report.files import mapping, number, objects
 from preftune.report.read import Run
 from preftune.report.settings import settings_of
-from preftune.report.tables import figure, interval, is_interval, percent
+from preftune.report.tables import figure, interval, is_interval, level_of, percent
 
 GOOD, BAD, UNCLEAR = "good", "bad", "unclear"
 PROXY = (
     "Preference accuracy is a weak proxy for quality (arXiv:2405.19534): read it together with KL, lengths and samples."
 )
 _CHANCE = 0.5
+_ALPHA = 0.05
 _ACCURACY = ("accuracy", "reward_accuracy", "preference_accuracy", "rewards/accuracies")
 
 
@@ -73,8 +74,10 @@ def judge(run: Run, curves: Curves) -> Verdict:
     """
     verdict = Verdict(UNCLEAR, "", describe(run, curves))
     accuracy = held_out_accuracy(run, curves)
-    if accuracy is not None:
+    if accuracy is not None and accuracy["has_reference"]:
         _judge_accuracy(verdict, accuracy)
+    elif accuracy is not None:
+        _judge_without_reference(verdict, accuracy)
     else:
         _judge_loss(verdict, curves)
     _add_best_step(verdict, curves)
@@ -122,18 +125,29 @@ def held_out_accuracy(run: Run, curves: Curves) -> dict[str, Any] | None:
         curves: Its curves.
 
     Returns:
-        ``mean``, perhaps ``low``, ``high`` and ``n``, and ``source``; ``None`` where nothing was held out.
+        ``mean``, perhaps ``low``, ``high`` and ``n``, ``level`` as text, ``source``, ``has_reference``, and ``start``,
+        the accuracy before training where that was logged; ``None`` where nothing was held out.
     """
     metrics = mapping(run.evaluation.get("metrics"))
     for name in _ACCURACY:
         if is_interval(metrics.get(name)):
-            return {**metrics[name], "source": "eval.json"}
+            free = mapping(run.evaluation.get("settings")).get("reference_free") is True
+            none = free or run.evaluation.get("ref_model", "unknown") is None
+            about = {"source": "eval.json", "level": level_of(run.evaluation), "has_reference": not none, "start": None}
+            return {**metrics[name], **about}
     curve = curves.evaluation.get("rewards/accuracies")
     if curve is None:
         return None
     mean = float(curve.values[-1])
     num_pairs = number(mapping(mapping(run.provenance.get("data")).get("test")).get("num_rows"))
-    result: dict[str, Any] = {"mean": mean, "source": "the last evaluation during training"}
+    begins = len(curve.values) > 1 and curves.axes["step"][int(curve.rows[0])] == 0
+    result: dict[str, Any] = {
+        "mean": mean,
+        "source": "the last evaluation during training",
+        "level": "95 %",
+        "has_reference": mapping(run.provenance.get("plan")).get("reference") != "none",
+        "start": float(curve.values[0]) if begins else None,
+    }
     if num_pairs and 0 <= mean <= 1:
         # Whole pairs count; rows that share a prompt make the interval narrower than it ought to be, as is said.
         found = wilson_interval(round(mean * num_pairs), int(num_pairs))
@@ -143,23 +157,64 @@ def held_out_accuracy(run: Run, curves: Curves) -> dict[str, Any] | None:
 
 def _judge_accuracy(verdict: Verdict, accuracy: dict[str, Any]) -> None:
     low, high, mean = (number(accuracy.get(key)) for key in ("low", "high", "mean"))
-    shown = interval(accuracy, as_share=True)
-    count = f" of {figure(accuracy['n'])} pairs" if accuracy.get("n") else ""
-    said = f"it ranks the chosen answer first in {shown}{count}, by {accuracy['source']}"
+    said = _ranked(accuracy)
     if low is not None and low > _CHANCE:
         verdict.tone, verdict.headline = GOOD, "Looks better than its reference on held-out pairs."
-        verdict.evidence.append(f"On held-out pairs {said}; the interval lies above chance.")
+        verdict.evidence.append(f"On held-out pairs {said}; the {accuracy['level']} interval lies above chance.")
     elif high is not None and high < _CHANCE:
         verdict.tone, verdict.headline = BAD, "Looks worse than its reference on held-out pairs."
-        verdict.evidence.append(f"On held-out pairs {said}; the interval lies below chance.")
+        verdict.evidence.append(f"On held-out pairs {said}; the {accuracy['level']} interval lies below chance.")
     else:
-        why = "the interval includes chance" if low is not None else "there is no interval to judge it by"
+        includes = f"the {accuracy['level']} interval includes chance"
         verdict.headline = "Cannot be told from its reference on held-out pairs."
         if low is None and mean is not None:
             verdict.headline = "Not settled: there is a held-out figure, but no interval."
+        why = includes if low is not None else "there is no interval to judge it by"
         verdict.evidence.append(f"On held-out pairs {said}; {why}.")
         verdict.steps.append("Evaluate on more held-out pairs before choosing between models.")
     verdict.evidence.append(PROXY)
+
+
+def _judge_without_reference(verdict: Verdict, accuracy: dict[str, Any]) -> None:
+    """Without a reference an untrained model may rank any share of pairs right: only its own start is a measure."""
+    start, mean = number(accuracy["start"]), number(accuracy.get("mean"))
+    evidence = f"On held-out pairs {_ranked(accuracy)}"
+    if start is None or mean is None:
+        verdict.headline = "Not settled: without a reference, it is not known where the model began."
+        verdict.evidence.append(f"{evidence}. That is no gain over chance: an untrained model may sit anywhere.")
+        verdict.steps.append(
+            "Compare it with the model before training: preftune eval --model_name_or_path … --compare … "
+            "--dataset_name … --reference_free"
+        )
+    else:
+        p = _most_cautious(start, mean, number(accuracy.get("n")))
+        moved = "better" if mean > start else "worse"
+        verdict.headline = "Cannot be told from the model before training on held-out pairs."
+        why = f"before training it was {percent(start)}"
+        if p is not None and p < _ALPHA:
+            verdict.tone = GOOD if mean > start else BAD
+            verdict.headline = f"Looks {moved} than before training on held-out pairs."
+            why += f", a difference that holds however the pairs overlap (McNemar's test, p at most {p:.2g})"
+        else:
+            verdict.steps.append("Evaluate on more held-out pairs before choosing between models.")
+        verdict.evidence.append(f"{evidence}; {why}.")
+    verdict.evidence.append(PROXY)
+
+
+def _most_cautious(start: float, end: float, num_pairs: float | None) -> float | None:
+    """McNemar's p-value where as many pairs changed sides as two accuracies on the same pairs allow.
+
+    A log has no pairs, only shares; the more of them changed sides, the less a difference says.
+    """
+    if not num_pairs or not (0 <= start <= 1 and 0 <= end <= 1):
+        return None
+    total, before, after = int(num_pairs), round(start * num_pairs), round(end * num_pairs)
+    return mcnemar(min(after, total - before), min(before, total - after)).mid_p
+
+
+def _ranked(accuracy: dict[str, Any]) -> str:
+    count = f" of {figure(accuracy['n'])} pairs" if accuracy.get("n") else ""
+    return f"it ranks the chosen answer first in {interval(accuracy, as_share=True)}{count}, by {accuracy['source']}"
 
 
 def _judge_loss(verdict: Verdict, curves: Curves) -> None:
@@ -228,7 +283,9 @@ def _tiles(run: Run, curves: Curves, accuracy: dict[str, Any] | None) -> list[Ti
     tiles = []
     if accuracy is not None:
         low, high = number(accuracy.get("low")), number(accuracy.get("high"))
-        detail = f"95 %: {100 * low:.1f} to {100 * high:.1f}" if low is not None and high is not None else "no interval"
+        detail = "no interval"
+        if low is not None and high is not None:
+            detail = f"{accuracy['level']}: {100 * low:.1f} to {100 * high:.1f}"
         tiles.append(Tile("Held-out accuracy", percent(float(accuracy["mean"])), detail))
     tiles += [_last_tile("Held-out loss", curves.evaluation.get("loss"))] if "loss" in curves.evaluation else []
     tiles += [_last_tile("Training loss", curves.train.get("loss"))] if "loss" in curves.train else []
@@ -237,7 +294,7 @@ def _tiles(run: Run, curves: Curves, accuracy: dict[str, Any] | None) -> list[Ti
     kl = mapping(run.evaluation.get("kl"))
     if is_interval(kl):
         value, _, ends = interval(kl).rstrip(")").partition(" (")
-        tiles.append(Tile("KL to reference", value, f"nats, 95 %: {ends}" if ends else "nats"))
+        tiles.append(Tile("KL to reference", value, f"nats, {level_of(run.evaluation)}: {ends}" if ends else "nats"))
     if run.history or run.alarms:
         tiles.append(Tile("Alarms", str(len(run.alarms)), "see the list" if run.alarms else "none recorded"))
     return tiles
