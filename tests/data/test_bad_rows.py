@@ -143,6 +143,30 @@ def test_what_loading_left_out_counts_as_lost(tokenizer: Any, tmp_path: Path) ->
         prepare(data, tokenizer, DataOptions(max_dropped_share=0.1))
 
 
+def test_where_no_row_is_left_the_reasons_and_the_first_row_are_told(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{**GOOD, "chosen": 7}, {**GOOD, "rejected": "c"}, {**GOOD, "rejected": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load(str(path), on_bad_rows="skip")
+    told = str(caught.value)
+    assert "no usable rows (2 identical_pair, 1 not_text left out; the first is" in told
+    assert f"{path}:1, field 'chosen': " in told
+    assert "bad-row counts" not in told
+    mixture = {"datasets": [{"id": str(path)}]}
+    with pytest.raises(DataError, match=r"dataset_mixture: no usable rows \(2 identical_pair, 1 not_text left out"):
+        load(dataset_mixture=mixture, on_bad_rows="skip")
+    # Ranked rows whose scores tie prefer nothing; they are paired when they are prepared.
+    ties = Dataset.from_list([{"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 1.0]}] * 2)
+    with pytest.raises(DataError, match=r"no usable rows \(2 no_preference left out; the first is .*same score"):
+        prepare(ties, tokenizer, DataOptions(on_bad_rows="skip"), name="train")
+    # Labelled answers can all be good and still make no pair.
+    answers = [{"prompt": f"p{n}", "completion": "c", "label": True} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
+    with pytest.raises(DataError, match=r"no usable rows \(.*3 of 3 labelled answers have no counterpart"):
+        load(str(path))
+
+
 def test_wrong_kinds_of_data(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="needs chosen and rejected answers"):
         prepare(Dataset.from_list([{"text": "the cat"}]), tokenizer, DataOptions())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from preftune.data.formats.base import BadRow, FormatSpec, Row
@@ -81,12 +81,13 @@ def _keep_pair(pair: Row, place: str, handler: BadRowHandler) -> bool:
     return True
 
 
-def to_dataset(rows: list[Row], where: str) -> Dataset:
+def to_dataset(rows: list[Row], where: str, lost: Sequence[str] = ()) -> Dataset:
     """A data set of canonical rows.
 
     Args:
         rows: Canonical rows; optional fields may be absent from some of them.
         where: Name for messages.
+        lost: What became of the others, for the message where no row is left.
 
     Returns:
         The data set. Messages whose fields differ from row to row are stored as JSON, so that Arrow does not fill the
@@ -98,7 +99,9 @@ def to_dataset(rows: list[Row], where: str) -> Dataset:
     from datasets import Dataset
 
     if not rows:
-        raise DataError("no usable rows", where=where, remedy="check the file, the split and the bad-row counts")
+        why = f" ({'; '.join(lost)})" if lost else ""
+        remedy = "correct the rows, or check columns and format" if lost else "check the file and the split"
+        raise DataError(f"no usable rows{why}", where=where, remedy=remedy)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
         if len({isinstance(row[column], str) for row in rows if row.get(column) is not None}) > 1:

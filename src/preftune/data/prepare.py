@@ -253,7 +253,8 @@ def pair_rows(
         return dataset, spec, {}, []
     handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
     rows, notes = canonical_rows(from_dataset(f"{name} data set", dataset), spec, handler)
-    return to_dataset(rows, f"{name} data set"), FORMATS["preference"], dict(handler.counts), notes
+    pairs = to_dataset(rows, f"{name} data set", [*handler.left_out(), *notes])
+    return pairs, FORMATS["preference"], dict(handler.counts), notes
 
 
 def sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:

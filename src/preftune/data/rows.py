@@ -150,6 +150,7 @@ class BadRowHandler:
     Attributes:
         counts: Number of bad rows by reason.
         reason: Reason of the latest bad row.
+        first: Place and problem of the first row that was left out; empty where none was.
     """
 
     def __init__(self, policy: str, quarantine_path: str | None = None) -> None:
@@ -157,6 +158,7 @@ class BadRowHandler:
         self.quarantine_path = quarantine_path
         self.counts: Counter[str] = Counter()
         self.reason = ""
+        self.first = ""
 
     def keep(self, bad: BadRow, place: str, row: Any, *, converted: bool = True) -> bool:
         """Decide about one bad row.
@@ -176,12 +178,17 @@ class BadRowHandler:
         self.reason = bad.reason
         if self.policy == "skip":
             self.counts[bad.reason] += 1
+            self.first = self.first or f"{place}, field {bad.field!r}: {bad.what}"
             self.quarantine([entry(bad, place, row)])
             return False
         if self.policy == "warn" and converted and bad.reason in _TRL_GOES_ON:
             self.counts[bad.reason] += 1
             return True
         raise to_error(bad, place)
+
+    def left_out(self) -> list[str]:
+        """What was left out, by reason, and the first row of it; empty where nothing was."""
+        return [f"{shorten(self.counts)} left out", f"the first is {self.first}"] if self.first else []
 
     def quarantine(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Append entries to the quarantine file; only the first process of a distributed run writes."""

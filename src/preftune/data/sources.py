@@ -89,7 +89,11 @@ class _Loader:
 
     def dataset(self, rows: list[Row], where: str) -> Dataset:
         """Rows as a data set that carries the report of this loader."""
-        return self.signed(to_dataset(rows, where))
+        return self.signed(to_dataset(rows, where, self.lost()))
+
+    def lost(self) -> list[str]:
+        """What became of rows that did not come out."""
+        return [*self.handler.left_out(), *self.notes]
 
     def signed(self, dataset: Dataset) -> Dataset:
         """The data set with the report of this loader."""
@@ -278,7 +282,7 @@ def _load_mixture(mixture: Mapping[str, Any], loader: _Loader, seed: int) -> dic
             _pick(table, _permutation(len(table), used_seed)[: int(len(table) * weight)])
         if len(table):
             rows += loader.rows(table)
-    dataset = to_dataset(rows, "dataset_mixture")
+    dataset = to_dataset(rows, "dataset_mixture", loader.lost())
     if mixture.get("shuffle", True):
         dataset = dataset.shuffle(seed=used_seed).flatten_indices()
     size = mixture.get("test_split_size")
@@ -329,10 +333,11 @@ def _load_mixer(
                 rows.setdefault(part, []).extend(loaders[part].rows(table))
     if "train" not in rows:
         raise ConfigError("nothing to train on", where="dataset_mixer", value=dict(mixer), remedy="raise a fraction")
-    return {
-        part: loaders[part].signed(to_dataset(some, f"dataset_mixer ({part})").shuffle(seed=seed).flatten_indices())
-        for part, some in rows.items()
-    }
+    found = {}
+    for part, some in rows.items():
+        dataset = to_dataset(some, f"dataset_mixer ({part})", loaders[part].lost())
+        found[part] = loaders[part].signed(dataset.shuffle(seed=seed).flatten_indices())
+    return found
 
 
 def _pick(table: RawTable, positions: Sequence[int]) -> None:

@@ -252,7 +252,7 @@ def labelled_rows(dataset: Dataset, options: DataOptions, name: str) -> tuple[Da
     rows, more = canonical_rows(from_dataset(f"{name} data set", pairs), pair_spec, handler)
     notes = [*notes, *more, f"{len(rows)} pairs were taken apart into desirable and undesirable answers"]
     return (
-        to_dataset(list(_taken_apart(rows)), f"{name} data set"),
+        to_dataset(list(_taken_apart(rows)), f"{name} data set", handler.left_out()),
         spec.name,
         sum_counts(bad, handler.counts),
         notes,
