@@ -507,6 +507,19 @@ def test_mistakes_are_told_before_anything_is_trained(more: tuple[str, ...], say
     assert not Path("out", "plan.json").exists()
 
 
+def test_a_folder_without_a_sweep_cannot_be_gone_on_with(cli: Cli) -> None:
+    Path("empty").mkdir()
+    for folder in ("absent", "empty"):
+        for more in ((), ("--workers", "2"), ("--as_worker",)):
+            code, _, err = cli("sweep", "--out", folder, *more)
+            assert code == 2
+            assert err.startswith("preftune: --out: no sweep was begun here")
+            assert folder in err
+            assert "--config" in err
+    # Nothing was made of the mistyped name.
+    assert not Path("absent").exists()
+
+
 def test_another_sweep_in_the_same_folder_is_refused(cli: Cli) -> None:
     assert cli("sweep", "--config", base(), "--param", "beta=0.1", "--out", "out")[0] == 0
     code, _, err = cli("sweep", "--config", base(), "--param", "beta=0.2", "--out", "out")

@@ -300,6 +300,7 @@ def _environment(number: int, workers: int, storage: str | None) -> dict[str, st
 
 
 def _as_worker(folder: Path) -> int:
+    from preftune.cli.sweep_plan import nothing_begun
     from preftune.cli.sweep_trial import runner_of
     from preftune.sweep.board import Board
     from preftune.sweep.plan import read_plan
@@ -308,7 +309,7 @@ def _as_worker(folder: Path) -> int:
 
     begun = read_plan(folder)
     if begun is None:
-        raise ConfigError("no sweep was begun here", where="--out", value=str(folder))
+        raise nothing_begun(folder)
     plan = dataclasses.replace(begun, storage=os.environ.get(_STORAGE_VARIABLE) or begun.storage)
     board = Board(plan, folder)
 

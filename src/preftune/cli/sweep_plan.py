@@ -46,7 +46,9 @@ def begin(options: Options, line: CommandLine, folder: Path) -> tuple[Plan, tupl
         PreftuneError: Settings, data or folder cannot be used.
     """
     begun = read_plan(folder)
-    if begun is not None and not (line.configs or line.flags or options.param):
+    if not (line.configs or line.flags or options.param):
+        if begun is None:
+            raise nothing_begun(folder)
         return _go_on(begun, options, folder), ()
     asked, notes = make_plan(options, line)
     if options.dry_run:
@@ -56,6 +58,12 @@ def begin(options: Options, line: CommandLine, folder: Path) -> tuple[Plan, tupl
     asked = dataclasses.replace(asked, study=study_name(folder, asked))
     plan = settle_plan(folder, dataclasses.replace(asked, storage=_writable(options.storage)))
     return dataclasses.replace(plan, storage=options.storage or plan.storage), (*notes, *more)
+
+
+def nothing_begun(folder: Path) -> ConfigError:
+    """The error where a folder is named alone, as for going on, and holds no sweep."""
+    remedy = "check the name; or, to begin one, add the trials' settings: --config FILE.yaml or --name value"
+    return ConfigError("no sweep was begun here", where="--out", value=str(folder), remedy=remedy)
 
 
 def _go_on(begun: Plan, options: Options, folder: Path) -> Plan:
@@ -380,4 +388,4 @@ def _trial_like(plan: Plan, line: CommandLine) -> Resolved[Any]:
     return resolve(CommandLine(line.configs, kept), config_class, defaults=cli_defaults())
 
 
-__all__ = ["begin", "explicit", "make_plan"]
+__all__ = ["begin", "explicit", "make_plan", "nothing_begun"]
