@@ -22,7 +22,13 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preftune.evaluation.stats import Interval, bootstrap_mean, proportion_interval, wilson_interval
+from preftune.evaluation.stats import (
+    Interval,
+    bootstrap_mean,
+    paired_proportion_interval,
+    proportion_interval,
+    wilson_interval,
+)
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "evaluation" / "coverage.json"
@@ -86,6 +92,7 @@ def changed(rng: np.random.Generator, num_groups: int) -> Rows:
     return np.where(moved, np.where(better, 1.0, -1.0), 0.0), groups
 
 
+_BOOTSTRAPS = ("percentile", "bca", "student")
 SCENARIOS: dict[str, tuple[str, Draw, float, tuple[str, ...]]] = {
     "margins": ("margins, clustered", margins, 0.5, ("percentile", "bca", "student")),
     "skewed": ("log-ratios, skewed, clustered", skewed, 2.0, ("percentile", "bca", "student")),
@@ -93,7 +100,7 @@ SCENARIOS: dict[str, tuple[str, Draw, float, tuple[str, ...]]] = {
     "outcomes 0.9": ("accuracy 0.9, clustered", outcomes(0.9, 0.3), 0.9, ("percentile", "bca", "wilson groups")),
     "independent 0.7": ("accuracy 0.7, independent", independent(0.7), 0.7, ("bca", "wilson groups", "wilson")),
     "differences": ("paired difference of margins, clustered", differences, 0.1, ("percentile", "bca", "student")),
-    "changed": ("paired difference of accuracies, clustered", changed, 0.1, ("percentile", "bca", "student")),
+    "changed": ("paired difference of accuracies, clustered", changed, 0.1, (*_BOOTSTRAPS, "tango groups")),
 }
 
 
@@ -103,6 +110,8 @@ def interval(method: str, values: Array, groups: Any, seed: int, num_resamples: 
         return wilson_interval(int(values.sum()), len(values))
     if method == "wilson groups":
         return proportion_interval(values, groups=groups.tolist())
+    if method == "tango groups":
+        return paired_proportion_interval(values, groups=groups.tolist())
     return bootstrap_mean(
         values,
         groups=groups.tolist(),

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 import scipy.stats
 
 from benchmarks import coverage
@@ -17,7 +19,13 @@ from preftune.errors import DataError
 from preftune.evaluation.compare import compare
 from preftune.evaluation.metrics import Summary
 from preftune.evaluation.power import detectable_difference, detectable_proportion
-from preftune.evaluation.stats import bootstrap_mean, mcnemar, proportion_interval, wilson_interval
+from preftune.evaluation.stats import (
+    bootstrap_mean,
+    mcnemar,
+    paired_proportion_interval,
+    proportion_interval,
+    wilson_interval,
+)
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "evaluation" / "coverage.json"
 
@@ -94,17 +102,69 @@ def test_all_right_still_has_a_width() -> None:
         proportion_interval([0.5, 1.5])
 
 
+def rows_of(better: int, worse: int, total: int) -> list[float]:
+    return [1.0] * better + [-1.0] * worse + [0.0] * (total - better - worse)
+
+
+def score(better: int, worse: int, total: int, true: float) -> float:
+    """The score statistic of a true difference, with the likelihood's maximum searched numerically."""
+
+    def cost(share: float) -> float:
+        # Only the first right, only the second right, no change: share, share + true, the rest.
+        parts = np.array([share, share + true, 1 - 2 * share - true])
+        return -float(scipy.special.xlogy([worse, better, total - better - worse], np.maximum(parts, 1e-300)).sum())
+
+    bounds = (max(0.0, -true), (1 - true) / 2)
+    share = scipy.optimize.minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-13}).x
+    variance = (2 * share + true - true**2) / total
+    return float(((better - worse) / total - true) / math.sqrt(variance))
+
+
+@pytest.mark.parametrize("counts", [(9, 3, 32), (2, 0, 4), (1, 7, 50), (0, 0, 10), (30, 0, 40), (4, 4, 8)])
+def test_paired_proportions_end_where_the_score_test_does(counts: tuple[int, int, int]) -> None:
+    found = paired_proportion_interval(rows_of(*counts))
+    assert score(*counts, found.low) == pytest.approx(1.959964, abs=1e-4)
+    assert score(*counts, found.high) == pytest.approx(-1.959964, abs=1e-4)
+    swapped = paired_proportion_interval(rows_of(counts[1], counts[0], counts[2]))
+    assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low), abs=1e-9)
+
+
+def test_paired_proportions_without_spread_are_not_certain() -> None:
+    # All rows changed for the better: with n rows the lower end solves n (1 - d)^2 = z^2 (1 - d^2) by hand.
+    found, z2 = paired_proportion_interval(rows_of(4, 0, 4)), 1.959964**2
+    assert found.low == pytest.approx((4 - z2) / (4 + z2), abs=1e-6)
+    assert found.high == 1.0
+    # No row changed: n d^2 = z^2 |d| (1 - |d|).
+    still = paired_proportion_interval(rows_of(0, 0, 10))
+    assert (still.low, still.high) == pytest.approx((-z2 / (10 + z2), z2 / (10 + z2)), abs=1e-6)
+    with pytest.raises(DataError, match="no difference of two outcomes"):
+        paired_proportion_interval([0.5, 0.0])
+    # Of rows that repeat within their prompt each prompt counts once, with Student's quantile.
+    twice = paired_proportion_interval(rows_of(8, 0, 8), groups=[n // 2 for n in range(8)])
+    t2 = scipy.stats.t.ppf(0.975, 3) ** 2
+    assert twice.low == pytest.approx((4 - t2) / (4 + t2), abs=1e-6)
+
+
+@pytest.mark.parametrize(("better", "worse", "num"), [(0.2, 0.1, 50), (0.9, 0.0, 50), (0.05, 0.02, 100)])
+def test_paired_proportions_cover(better: float, worse: float, num: int) -> None:
+    rng = np.random.default_rng(5)
+    drawn = rng.multinomial(num, [better, worse, 1 - better - worse], size=1500)
+    ends = [paired_proportion_interval(rows_of(b, w, num)) for b, w, _ in drawn]
+    share = np.mean([found.low <= better - worse <= found.high for found in ends])
+    assert 0.925 <= share <= 0.985
+
+
 @pytest.mark.parametrize(("scenario", "num_groups"), [("margins", 20), ("changed", 20), ("outcomes 0.6", 50)])
 def test_covers(scenario: str, num_groups: int) -> None:
     cells = coverage.measure(scenario, num_groups, 1200, 400)
     # The method that evaluations use stands last; 1200 draws scatter by 0.6 points.
-    assert cells[-1]["method"] in ("student", "wilson groups")
+    assert cells[-1]["method"] in ("student", "wilson groups", "tango groups")
     assert coverage.PROMISE[0] <= cells[-1]["coverage"] <= coverage.PROMISE[1]
 
 
 def test_the_stored_table_keeps_the_promise() -> None:
     cells = json.loads(RESULT.read_text(encoding="utf-8"))["cells"]
-    least = {"student": 20, "wilson groups": 50}
+    least = {"student": 20, "wilson groups": 50, "tango groups": 20}
     promised = [cell for cell in cells if cell["groups"] >= least.get(cell["method"], 10**6)]
     assert len(promised) >= 24
     for cell in promised:
@@ -156,6 +216,33 @@ def test_comparison_by_hand() -> None:
     assert found["margin"]["detectable"] == pytest.approx(expected, rel=1e-9)
     assert found["margin"]["difference"]["low"] > 0
     assert "the model ranks more pairs right" in found["conclusion"]
+
+
+@pytest.mark.parametrize("num", [2, 4, 6])
+def test_a_handful_of_pairs_that_all_changed_is_no_certainty(num: int) -> None:
+    right, wrong = np.array([[1.0, 0.0]] * num), np.array([[0.0, 1.0]] * num)
+    found = compare(right, wrong, list(range(num)), Summary())
+    accuracy = found["accuracy"]
+    assert accuracy["difference"]["mean"] == accuracy["difference"]["high"] == 1.0
+    assert accuracy["difference"]["low"] < 0.4
+    # Nothing scatters, so nothing says how small a difference would have been found.
+    assert accuracy["detectable"] is None
+    assert found["margin"]["detectable"] is None
+    # Two-sided binomial: 0.5, 0.125 and 0.031; mid-p is half of that.
+    assert found["mcnemar"]["mid_p"] == pytest.approx(0.5**num)
+    assert ("excludes 0" in found["conclusion"] and "no difference" not in found["conclusion"]) == (num == 6)
+    if num == 4:
+        assert accuracy["difference"]["low"] > 0
+        assert "McNemar's test does not agree" in found["conclusion"]
+
+
+def test_shares_that_are_all_alike_have_an_interval() -> None:
+    groups = list(range(4))
+    nothing = Summary().share([0.0] * 4, groups)
+    wilson = wilson_interval(0, 4)
+    assert (nothing["mean"], nothing["low"], nothing["high"]) == (0.0, 0.0, wilson.high)
+    shares = [0.0, 0.1, 0.05, 0.0]
+    assert Summary().share(shares, groups) == Summary().number(shares, groups)
 
 
 def test_equal_checkpoints() -> None:

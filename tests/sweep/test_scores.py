@@ -109,6 +109,22 @@ def test_what_is_not_a_number_becomes_null() -> None:
     assert metrics_of({}, None, 0) == {}
 
 
+def test_accuracies_that_are_all_alike_are_not_certain() -> None:
+    # Wilson by hand for 4 of 4: n / (n + z^2).
+    low = 4 / (4 + 1.959964**2)
+    found = with_interval(np.ones(4), [0, 1, 2, 3], 0, outcome=True)
+    assert found == {"mean": 1.0, "low": pytest.approx(low), "high": 1.0, "n": 4}
+    none = with_interval(np.zeros(4), [0, 1, 2, 3], 0, outcome=True)
+    assert (none["low"], none["high"]) == (0.0, pytest.approx(1 - low))
+    held = HeldOut(np.array([[1.0, 0.0]] * 4), np.ones((4, 2), int), np.arange(4), 0.1, "x")
+    metrics = metrics_of({}, held, 0)
+    assert metrics[ACCURACY]["low"] == pytest.approx(low)
+    # Figures that are no yes and no, and accuracies that scatter, keep the bootstrap over prompts.
+    assert metrics[MARGIN]["low"] == metrics[MARGIN]["high"] == 1.0
+    mixed = np.array([1.0, 1.0, 0.0, 1.0])
+    assert with_interval(mixed, [0, 1, 2, 3], 0, outcome=True) == with_interval(mixed, [0, 1, 2, 3], 0)
+
+
 def test_no_prompt_is_on_both_sides() -> None:
     keys = [f"prompt {number % 50}" for number in range(400)]
     flags = held_out(keys, 0.2, 3)

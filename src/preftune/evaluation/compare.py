@@ -10,7 +10,7 @@ import numpy as np
 from preftune.evaluation.metrics import Groups, Summary, ranked_right
 from preftune.evaluation.power import detectable_difference, detectable_paired_proportion
 from preftune.evaluation.resampling import Array
-from preftune.evaluation.stats import Interval, bootstrap_mean, mcnemar
+from preftune.evaluation.stats import mcnemar
 
 
 def compare(rewards: Array, other: Array, groups: Groups, summary: Summary, *, power: float = 0.8) -> dict[str, Any]:
@@ -25,7 +25,8 @@ def compare(rewards: Array, other: Array, groups: Groups, summary: Summary, *, p
 
     Returns:
         ``accuracy`` and ``margin``, each with both sides, the ``difference`` with its interval clustered by prompt, and
-        ``detectable``, the smallest true difference that this many prompts would have shown at that power;
+        ``detectable``, the smallest true difference that this many prompts would have shown at that power, ``None``
+        where the differences have no spread to tell it from;
         ``mcnemar`` with both discordant counts, exact and mid-p values, and its own detectable difference, for which
         every pair counts as independent; and ``conclusion``, a sentence.
     """
@@ -54,7 +55,7 @@ def compare(rewards: Array, other: Array, groups: Groups, summary: Summary, *, p
             "detectable": detectable,
         },
     }
-    result["conclusion"] = _conclusion(accuracy, discordant)
+    result["conclusion"] = _conclusion(accuracy, discordant, agrees=test.mid_p < 1 - summary.level)
     return result
 
 
@@ -62,13 +63,14 @@ def _side_by_side(
     ours: Array, theirs: Array, groups: Groups, summary: Summary, power: float, *, outcome: bool
 ) -> dict[str, Any]:
     make = summary.outcome if outcome else summary.number
-    difference = summary.number(ours - theirs, groups)
+    difference = (summary.change if outcome else summary.number)(ours - theirs, groups)
     detectable = None
     if math.isfinite(difference["low"]):
-        interval: Interval = bootstrap_mean(ours - theirs, groups=groups, method="student", num_resamples=100)
+        num_groups = len(ours) if groups is None else len(set(groups))
         # One number per prompt: its deviation is that of the mean, scaled back.
-        deviation = _error(ours - theirs, groups) * math.sqrt(interval.num_groups)
-        detectable = detectable_difference(interval.num_groups, deviation, power=power, level=summary.level)
+        deviation = _error(ours - theirs, groups) * math.sqrt(num_groups)
+        if deviation > 1e-12 * max(1.0, abs(difference["mean"])):
+            detectable = detectable_difference(num_groups, deviation, power=power, level=summary.level)
     return {
         "model": make(ours, groups),
         "other": make(theirs, groups),
@@ -88,15 +90,19 @@ def _error(values: Array, groups: Groups) -> float:
     return float(math.sqrt(num_groups / (num_groups - 1) * float((residuals**2).sum())) / len(values))
 
 
-def _conclusion(accuracy: dict[str, Any], discordant: float) -> str:
+def _conclusion(accuracy: dict[str, Any], discordant: float, *, agrees: bool) -> str:
     difference, detectable = accuracy["difference"], accuracy["detectable"]
     if not discordant:
         return "both rank every pair alike"
     if not math.isfinite(difference["low"]):
         return "one prompt alone allows no conclusion"
+    if (difference["low"] > 0 or difference["high"] < 0) and not agrees:
+        return "no difference is shown: the interval excludes 0, but McNemar's test does not agree"
     if difference["low"] > 0 or difference["high"] < 0:
         better = "the model" if difference["mean"] > 0 else "the other checkpoint"
         return f"{better} ranks more pairs right: the interval of the difference excludes 0"
+    if detectable is None:
+        return "no difference is shown"
     return (
         f"no difference is shown; a true one below {100 * detectable:.1f} points would most likely not have been found"
     )

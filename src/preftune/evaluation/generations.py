@@ -245,7 +245,7 @@ def tail(samples: Sequence[Sample], reference: Scorer, summary: Summary) -> dict
     """
     found = reference.tails(sample_items(samples), "Far tail")
     shares = np.array([float((each <= TAIL_LEVEL).mean()) for item in found for each in item])
-    return {**summary.number(shares, [sample.prompt_index for sample in samples]), "level": TAIL_LEVEL}
+    return {**summary.share(shares, [sample.prompt_index for sample in samples]), "level": TAIL_LEVEL}
 
 
 def lengths_of(samples: Sequence[Sample], summary: Summary) -> dict[str, Any]:

@@ -14,11 +14,11 @@ import numpy as np
 
 from preftune.errors import DataError
 from preftune.evaluation.resampling import Array
-from preftune.evaluation.stats import bootstrap_mean, proportion_interval
+from preftune.evaluation.stats import bootstrap_mean, paired_proportion_interval, proportion_interval
 
 Groups = Sequence[Hashable] | None
 Metric = dict[str, float]
-Kind = Literal["outcome", "number"]
+Kind = Literal["outcome", "number", "share", "change"]
 
 
 def summarise(
@@ -36,7 +36,9 @@ def summarise(
         values: ``(rows,)``.
         groups: One group id per row.
         kind: ``outcome`` for values in [0, 1] (Wilson's interval over groups), ``number`` for any others (studentised
-            bootstrap over groups).
+            bootstrap over groups), ``share`` for shares in [0, 1] (the bootstrap, or Wilson's interval where all are
+            alike, of which a bootstrap would be certain), ``change`` for differences of two outcomes (Tango's interval
+            over groups).
         level: Nominal coverage.
         num_resamples: Bootstrap resamples.
         seed: Of the resampling.
@@ -54,8 +56,10 @@ def summarise(
             "high": math.nan,
             "n": len(rows),
         }
-    if kind == "outcome":
+    if kind == "outcome" or (kind == "share" and np.ptp(rows) <= 1e-12):
         found = proportion_interval(rows, groups=groups, level=level)
+    elif kind == "change":
+        found = paired_proportion_interval(rows, groups=groups, level=level)
     else:
         found = bootstrap_mean(
             rows, groups=groups, level=level, num_resamples=num_resamples, method="student", seed=seed
@@ -79,9 +83,17 @@ class Summary:
         """Of values in [0, 1]."""
         return summarise(values, groups, kind="outcome", level=self.level)
 
-    def number(self, values: Any, groups: Groups) -> Metric:
+    def change(self, values: Any, groups: Groups) -> Metric:
+        """Of differences of two outcomes, -1, 0 or 1."""
+        return summarise(values, groups, kind="change", level=self.level)
+
+    def number(self, values: Any, groups: Groups, kind: Kind = "number") -> Metric:
         """Of any numbers."""
-        return summarise(values, groups, level=self.level, num_resamples=self.num_resamples, seed=self.seed)
+        return summarise(values, groups, kind=kind, level=self.level, num_resamples=self.num_resamples, seed=self.seed)
+
+    def share(self, values: Any, groups: Groups) -> Metric:
+        """Of shares in [0, 1] that are no yes and no."""
+        return self.number(values, groups, "share")
 
 
 def ranked_right(rewards: Array) -> Array:

@@ -15,7 +15,7 @@ from scipy import special
 
 from preftune.errors import DataError
 from preftune.evaluation.sampling import TAIL_LEVEL
-from preftune.evaluation.stats import bootstrap_mean
+from preftune.evaluation.stats import bootstrap_mean, proportion_interval
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -156,12 +156,19 @@ def figure(mean: Any, low: float | None = None, high: float | None = None, n: in
     return {"mean": finite[0], "low": finite[1], "high": finite[2], "n": int(n)}
 
 
-def with_interval(values: Array, groups: Sequence[int] | np.ndarray[Any, Any], seed: int) -> dict[str, Any]:
-    """Mean with a 95 % bootstrap interval over prompts; no interval where there are fewer than two prompts."""
+def with_interval(
+    values: Array, groups: Sequence[int] | np.ndarray[Any, Any], seed: int, *, outcome: bool = False
+) -> dict[str, Any]:
+    """Mean with a 95 % bootstrap interval over prompts; no interval where there are fewer than two prompts.
+
+    Of outcomes, yes and no, the interval is Wilson's where prompts do not differ: a bootstrap would be certain.
+    """
     if len(values) == 0 or not np.isfinite(values).all():
         return figure(float("nan"), n=len(values))
     try:
         found = bootstrap_mean(values, groups=list(groups), seed=seed)
+        if outcome and found.standard_error <= 1e-12:
+            found = proportion_interval(values, groups=list(groups))
     except DataError:
         return figure(float(values.mean()), n=len(values))
     return figure(found.mean, found.low, found.high, len(values))
@@ -188,7 +195,7 @@ def metrics_of(results: Mapping[str, Any], held: HeldOut | None, seed: int) -> d
         if name in results:
             found[name] = figure(results[name], n=number)
     for name in PAIRED:
-        found[name] = with_interval(held.values(name), held.prompts, seed)
+        found[name] = with_interval(held.values(name), held.prompts, seed, outcome=name == ACCURACY)
     for name in (ACCURACY, MARGIN):
         # The trainer's own mean, to the last digit; the bootstrap sums in another order.
         if name in results:
