@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -46,6 +47,37 @@ def test_wrong_verbs_and_actions(argv: list[str], says: str, capsys: pytest.Capt
     captured = capsys.readouterr()
     assert says in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_letters_that_the_output_does_not_know_do_not_end_the_program() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "preftune", "methods", "sigmoid"]
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout
+    assert b"sigmoid" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argv", [["methods"], ["methods", "--json"], ["cite", "sigmoid"]])
+def test_an_output_that_takes_no_more_is_one_line(argv: list[str], unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "preftune", *argv]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+    assert done.returncode == 6
+    assert done.stderr.startswith("preftune: standard output: cannot write (No space left on device)")
+    assert done.stderr.count("\n") == 1
+
+
+def test_other_failures_of_the_system_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("preftune.cli.main._dispatch", fail)
+    with pytest.raises(OSError, match="No space left"):
+        main(["methods"])
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,15 @@ def test_dry_run_shows_the_plan_and_leaves_nothing(cli: Cli) -> None:
     assert not Path("some").exists()
 
 
+def test_no_bar_is_drawn_into_a_file(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Values that have to be computed: those that are known need no bar.
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "references"))
+    code, out, err = cli("dpo", *BASE, "--max_steps", "1", "--output_dir", "out", "--torch_dtype", "float32")
+    assert code == 0, err
+    assert "step 1/1" in out
+    assert "Reference" not in err
+
+
 def test_a_run_leaves_weights_metrics_provenance_and_card(cli: Cli) -> None:
     Path("r.yaml").write_text("learning_rate: 1e-4\nwarmup_ratio: 0.5\n", encoding="utf-8")
     code, out, err = cli(

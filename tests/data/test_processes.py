@@ -45,6 +45,11 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_no_bar_is_drawn_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    run(Doubling())
+    assert capfd.readouterr().err == ""
+
+
 def test_rows_keep_their_order() -> None:
     assert run(Doubling()) == [[2 * n, n] for n in range(40)]
 

@@ -96,6 +96,13 @@ def test_drawn_cells_are_distinct_repeatable_and_within_their_range() -> None:
     assert all(isinstance(cell["rank"], int) for cell in first)
 
 
+def test_drawing_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    draw((Dimension("beta", (0.1, 0.2, 0.3)),), 2, 0)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_listed_values_are_drawn_without_repetition_until_none_is_left() -> None:
     cells = draw([Dimension("a", (1, 2)), Dimension("b", (3, 4))], 10, 0)
     assert len(cells) == 4

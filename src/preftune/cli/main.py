@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from preftune import __version__
-from preftune.errors import ConfigError, PreftuneError
+from preftune.errors import ConfigError, PreftuneError, SetupError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
@@ -77,6 +78,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, the code of the error's kind, or 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A formula should not end the program where the terminal has no letter for it.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = _reported(arguments)
+        # Now, and not while Python exits, where nobody could say what went wrong.
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader, for example `head`, has gone.
+        _drop_output()
+        return 0
+    except OSError as error:
+        if not _output_fails():
+            raise
+        _drop_output()
+        why = f"cannot write ({error.strerror})"
+        failure = SetupError(why, where="standard output", remedy="free some space, or send it elsewhere")
+        print(f"preftune: {failure}", file=sys.stderr)
+        return failure.exit_code
+
+
+def _reported(arguments: list[str]) -> int:
+    """Run the verb; what was foreseen is said in one line."""
     try:
         return _dispatch(arguments)
     except PreftuneError as error:
@@ -90,10 +116,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("preftune: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader, for example `head`, has gone; Python would complain again while closing the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _output_fails() -> bool:
+    """Whether it is standard output that takes no more: the error names no file, and another line tells."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """Let what is left go nowhere; Python would complain again while closing the stream."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -52,7 +52,7 @@ def in_processes(
     futures: list[Future[pa.Table]] = []
     try:
         futures = [pool.submit(_one_batch, start) for start in starts]
-        bar = tqdm(futures, desc=desc, unit="batches")
+        bar = tqdm(futures, desc=desc, unit="batches", disable=None)
         tables = [future.result(patience or None) for future in bar]
     except BaseException as error:
         # Rows may raise a TimeoutError of their own.

@@ -208,6 +208,7 @@ def draw(dimensions: Sequence[Dimension], number: int, seed: int) -> list[Cell]:
     """
     import optuna
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     cells: list[Cell] = []
     for _ in range(100 * number):

@@ -150,9 +150,9 @@ class Reference:
         assert self.store is not None
         out = np.full((len(dataset), 2), np.nan)
         chunks = [indices[i : i + _PAIRS_PER_CHUNK] for i in range(0, len(indices), _PAIRS_PER_CHUNK)]
-        with tqdm(
-            total=len(indices), desc=description, unit="pair", disable=share[0] != 0 or not self._show_progress
-        ) as bar:
+        # Unset, a bar is drawn where there is a terminal: in a file it would be one long line.
+        hidden = True if share[0] != 0 or not self._show_progress else None
+        with tqdm(total=len(indices), desc=description, unit="pair", disable=hidden) as bar:
             for chunk in chunks:
                 pairs = [PairSequences.of(as_arrays(example)) for example in _rows(dataset, chunk)]
                 values = self._values(pairs, max_tokens, share, exchange)

@@ -122,7 +122,8 @@ class _Audit:
         from tqdm.auto import tqdm
 
         known = list(items)
-        return tqdm(known, desc=title, disable=not self.show_progress or len(self.rows) < _MIN_BAR, leave=False)
+        hidden = True if not self.show_progress or len(self.rows) < _MIN_BAR else None
+        return tqdm(known, desc=title, disable=hidden, leave=False)
 
     def run(self, ref_margins: Any) -> None:
         """Make every check that applies."""
