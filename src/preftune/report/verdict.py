@@ -181,7 +181,9 @@ def _judge_without_reference(verdict: Verdict, accuracy: dict[str, Any]) -> None
     evidence = f"On held-out pairs {_ranked(accuracy)}"
     if start is None or mean is None:
         verdict.headline = "Not settled: without a reference, it is not known where the model began."
-        verdict.evidence.append(f"{evidence}. That is no gain over chance: an untrained model may sit anywhere.")
+        verdict.evidence.append(
+            f"{evidence}. An untrained model may sit anywhere, so that this is neither gain nor loss."
+        )
         verdict.steps.append(
             "Compare it with the model before training: preftune eval --model_name_or_path … --compare … "
             "--dataset_name … --reference_free"
