@@ -167,6 +167,21 @@ def test_plain_text_may_stand_in_another_column(cli: Cli) -> None:
     assert code == 0, err
 
 
+@pytest.mark.parametrize(("rule", "answer"), [("transcript", "[+ the plot"), ("common_prefix", "[+ plot")])
+def test_transcripts_are_divided_by_the_rule_that_is_asked_for(cli: Cli, rule: str, answer: str) -> None:
+    turn = "\n\nHuman: was it good\n\nAssistant: the "
+    row = {"chosen": f"{turn}plot was nice", "rejected": f"{turn}film was dull"}
+    Path("talks.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    data = ("--model_name_or_path", "model", "--dataset_name", "talks.jsonl")
+    code, out, err = cli("data", "show", *data, "--implicit_prompt", rule)
+    assert code == 0, err
+    assert answer in out
+    if rule == "transcript":
+        # The default of the command line, as its help says.
+        assert cli("data", "show", *data)[1] == out
+        assert "--implicit_prompt  text  [transcript]" in cli("dpo", "--help")[1]
+
+
 def test_cite_reads_a_run(cli: Cli) -> None:
     options = ("--loss_type", "ipo", "--max_steps", "1", "--output_dir", "out")
     assert cli("dpo", *BASE, *options)[0] == 0

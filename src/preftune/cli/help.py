@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 from preftune.config.fields import MISSING, Field, describe, fields_of
@@ -14,7 +16,9 @@ _INDENT = 6
 _WIDTH = 110
 
 
-def render(verb: str, summary: str, groups: Mapping[str, type[Any]]) -> str:
+def render(
+    verb: str, summary: str, groups: Mapping[str, type[Any]], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """Write the help of a verb.
 
     Args:
@@ -22,6 +26,7 @@ def render(verb: str, summary: str, groups: Mapping[str, type[Any]]) -> str:
         summary: What it does.
         groups: Heading to dataclass; the first class that has a field lists it, and a class lists its own fields before
             those it inherits.
+        defaults: Defaults of the command line where they differ from those of the classes.
 
     Returns:
         Plain text.
@@ -40,9 +45,13 @@ def render(verb: str, summary: str, groups: Mapping[str, type[Any]]) -> str:
             shown = [field for name, field in fields_of(cls).items() if name not in seen and keep(name)]
             if shown:
                 lines += ["", f"{title}:"]
-                lines += [line for field in shown for line in field_lines(field)]
+                lines += [line for field in shown for line in field_lines(_with_default(field, defaults))]
                 seen |= {field.name for field in shown}
     return "\n".join(lines)
+
+
+def _with_default(field: Field, defaults: Mapping[str, Any]) -> Field:
+    return replace(field, default=defaults.get(field.name, field.default))
 
 
 def _split(cls: type[Any]) -> tuple[Callable[[str], bool], Callable[[str], bool]]:

@@ -82,7 +82,7 @@ def run(verb: str, argv: Sequence[str]) -> int:
         from preftune.cli.help import render
 
         groups = {"data and behaviour": ScriptConfig, "model": ModelConfig, "training": config_class}
-        print(render(verb, VERBS[verb], groups))
+        print(render(verb, VERBS[verb], groups, cli_defaults()))
         return 0
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     with plain_warnings(console):
