@@ -391,7 +391,8 @@ def _train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> int
     if guards is not None:
         lines = "\n".join(["guards", *(f"  {line}" for line in guards.summary())])
         this.console.print(lines, markup=False, highlight=False, soft_wrap=True)
-    trainer.save_model(this.args.output_dir)
+    # Pushed once, below, when everything is there.
+    trainer.save_model(this.args.output_dir, _internal_call=True)
     trainer.save_state()
     if trainer.is_world_process_zero():
         leave_records(this, trainer, plan, splits, results)

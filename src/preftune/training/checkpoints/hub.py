@@ -1,4 +1,4 @@
-"""Pushing while training: what a checkpoint holds, read from the finished folder."""
+"""Pushing to the Hub: the result, and while training what a checkpoint holds. Rows of the data stay at home."""
 
 from __future__ import annotations
 
@@ -16,6 +16,32 @@ if TYPE_CHECKING:
 
 #: What training needs to go on, and users of the model do not.
 _STATE_PREFIXES = ("optimizer", "scheduler", "scaler", "rank_state_", "extra_state", "trainer_state", FILE_NAME)
+
+
+def not_pushed(args: Any) -> list[str]:
+    """Patterns of what stays in the output folder: hidden files, checkpoints, and files with rows of the data."""
+    own = [] if args.quarantine_path is None else [Path(args.quarantine_path).name]
+    return ["_*", ".*", "checkpoint-*", "quarantine.jsonl", "samples.jsonl", "held_out.npz", *own]
+
+
+def push_result(
+    trainer: CheckpointedTrainer, commit_message: str | None, blocking: bool, token: str | None, revision: str | None
+) -> Any:
+    """Upload the output folder; see :meth:`CheckpointedTrainer.push_to_hub`."""
+    from transformers.utils.hub import hf_api
+
+    args = trainer.args
+    trainer._finish_current_push()
+    upload: Any = hf_api().upload_folder
+    return upload(
+        repo_id=trainer.hub_model_id,
+        folder_path=str(args.output_dir),
+        commit_message=commit_message,
+        token=args.hub_token if token is None else token,
+        run_as_future=not blocking,
+        ignore_patterns=not_pushed(args),
+        revision=args.hub_revision if revision is None else revision,
+    )
 
 
 def push_checkpoint(trainer: CheckpointedTrainer, folder: Path) -> None:
@@ -54,7 +80,7 @@ def push_checkpoint(trainer: CheckpointedTrainer, folder: Path) -> None:
         hf_api().upload_folder(
             folder_path=str(target),
             commit_message=message,
-            ignore_patterns=["_*", ".*", "checkpoint-*"],
+            ignore_patterns=not_pushed(args),
             **common,
         )
     ]

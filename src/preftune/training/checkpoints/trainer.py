@@ -33,7 +33,7 @@ from preftune.training.checkpoints.files import (
     plain_failures,
     reason_of,
 )
-from preftune.training.checkpoints.hub import push_checkpoint
+from preftune.training.checkpoints.hub import push_checkpoint, push_result
 from preftune.training.checkpoints.identity import compare, describe_run
 from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, seal, verify
 from preftune.training.checkpoints.trees import has_tree, load_tree, save_tree
@@ -359,6 +359,26 @@ class CheckpointedTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         push_checkpoint(self, Path(checkpoint_folder))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save and push the result, without files that hold rows of the data; see transformers' ``push_to_hub``."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        kwargs.setdefault("model_name", str(self.hub_model_id).split("/")[-1])
+        self.create_model_card(**kwargs)
+        return push_result(self, commit_message, blocking, token, revision)
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
