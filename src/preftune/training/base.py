@@ -116,7 +116,8 @@ class PackedTrainer(RecoveringTrainer):
         self._num_train_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
         coef = self.args.router_aux_loss_coef
         self.router = RouterLoss.of(self.model, coef, self.balances_experts)
-        checks.check_positions(self.model, self._longest())
+        self._longest = self._longest_sequence()
+        checks.check_positions(self.model, self._longest)
         self.forward_policy, self.verdict = self._choose_path(self.model)
         self._measure_memory()
         # transformers' own hook would take a row for one sequence.
@@ -129,7 +130,7 @@ class PackedTrainer(RecoveringTrainer):
         """Packed or padded: what the user asked for, what the gate allows, what the probe shows."""
         pad = getattr(getattr(self.processing_class, "tokenizer", self.processing_class), "pad_token_id", None) or 0
         mode, backend = self.args.packing_mode, self.args.attention_backend
-        verdict = check_declared(model, max_length=self._longest())
+        verdict = check_declared(model, max_length=self._longest)
         if mode == "padded" or (self.router is not None and mode != "packed"):
             reason = REASON if self.router is not None and mode != "padded" else "asked for by packing_mode: padded"
             verdict = replace(verdict, ok=False, reason=reason)
@@ -139,7 +140,7 @@ class PackedTrainer(RecoveringTrainer):
             raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
         return RowForward(model, verdict.ok, backend, probe_head(model), pad, alone=verdict.alone), verdict
 
-    def _longest(self) -> int | None:
+    def _longest_sequence(self) -> int | None:
         """Tokens of the longest sequence that is known of."""
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         known = [self.lengths, *(self.example_lengths(each) for each in evaluated if each is not None)]
