@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -326,6 +327,58 @@ def test_a_process_killed_while_it_writes_leaves_no_lock_behind(tmp_path: Path) 
     assert run(_KILLED_WITH_THE_LOCK).returncode == -signal.SIGKILL
     after = run(_NEXT)
     assert (after.returncode, after.stdout.strip()) == (0, "True"), after.stderr
+
+
+_STOPPED_WITH_THE_LOCK = """
+import os, signal
+from pathlib import Path
+from preftune.sweep.locks import JournalLock
+lock = JournalLock(Path("study.lock"))
+lock.acquire()
+os.kill(os.getpid(), signal.SIGSTOP)
+lock.release()
+"""
+
+
+def test_a_process_stopped_while_it_writes_loses_the_lock(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", _STOPPED_WITH_THE_LOCK]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment) as holder:
+        try:
+            os.waitid(os.P_PID, holder.pid, os.WSTOPPED)
+            lock = locks.JournalLock(tmp_path / "study.lock", grace=0.5)
+            began = time.monotonic()
+            assert lock.acquire()
+            assert time.monotonic() - began > 0.4
+            # Whoever wakes up gives back what is not the lock any more.
+            holder.send_signal(signal.SIGCONT)
+            assert holder.wait(60) == 0
+            assert not locks.JournalLock(tmp_path / "study.lock")._try()
+            lock.release()
+        finally:
+            holder.kill()
+
+
+def test_a_lock_in_use_is_never_taken_away(tmp_path: Path) -> None:
+    """Four threads pass it round for longer than the grace; each is alone while it has it."""
+    inside, most, end = [0], [0], time.monotonic() + 2.0
+
+    def pass_round() -> None:
+        lock = locks.JournalLock(tmp_path / "study.lock", grace=0.5)
+        while time.monotonic() < end:
+            lock.acquire()
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.002)
+            inside[0] -= 1
+            lock.release()
+
+    threads = [threading.Thread(target=pass_round) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most[0] == 1
 
 
 def test_without_file_locks_an_old_link_can_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from preftune.sweep.liveness import Stillness
+
+#: Seconds after which a study's lock that nobody else got in between is taken from its holder.
+GRACE_SECONDS = 30.0
+_POLL_SECONDS = 0.005
 
 
 @contextlib.contextmanager
@@ -41,28 +49,53 @@ class JournalLock:
     """The lock of a study's journal, as Optuna's ``JournalFileBackend`` takes one.
 
     Optuna's own locks are links and files: a process that is killed while it holds one leaves it behind, and whoever
-    goes on with the study waits for it.
+    goes on with the study waits for it. This one dies with its holder, and a holder that is stopped loses it: appending
+    to the journal takes milliseconds, so that whoever has held the lock for ``grace`` seconds does nothing.
 
     Args:
         path: The lock file; made where it is missing.
+        grace: Seconds after which a lock that has not changed hands is taken away.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._held: Any = None
+    def __init__(self, path: Path, grace: float = GRACE_SECONDS) -> None:
+        self._path, self._grace = path, grace
+        self._held: IO[str] | None = None
 
     def acquire(self) -> bool:
         """Wait for the lock and take it."""
-        held = one_at_a_time(self._path)
-        held.__enter__()
-        # Not before it is ours: another thread may hold it until then.
-        self._held = held
+        still = Stillness()
+        while not self._try():
+            with contextlib.suppress(FileNotFoundError):
+                sign = self._path.stat()
+                if still.seconds("lock", (sign.st_ino, sign.st_mtime_ns)) > self._grace:
+                    # The old holder keeps a file without a name. Should it wake up in the middle of its append, lines
+                    # still do not mix: the journal is opened for appending and written in one call.
+                    self._path.unlink()
+            time.sleep(_POLL_SECONDS)
         return True
+
+    def _try(self) -> bool:
+        import fcntl
+
+        file = self._path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                # The sign by which the others see that it changes hands.
+                os.utime(file.fileno())
+                # Not before it is ours: another thread may hold it until then.
+                self._held = file
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        file.close()
+        return False
 
     def release(self) -> None:
         """Give the lock back."""
         held, self._held = self._held, None
-        held.__exit__(None, None, None)
+        assert held is not None
+        held.close()
 
 
 def journal_lock(journal: Path) -> Any:
