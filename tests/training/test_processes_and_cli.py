@@ -1,4 +1,4 @@
-"""What takes a command line or two processes: an SFT adapter that goes on with DPO, and BCO's shift over processes."""
+"""What takes a command line or two processes: an SFT adapter that goes on with DPO, BCO's shift, evaluations."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from preftune.cli.main import main
 from preftune.packing import build_row, pair_trees
 from preftune.training.carried import RunningDelta
 from tests.parity import worlds
+from tests.training import uneven
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -146,3 +147,27 @@ def test_the_shift_does_not_depend_on_the_number_of_processes(sft: Path, world: 
     assert deltas[0] == pytest.approx(deltas[1], rel=1e-4, abs=1e-6)
     for name, one in weights[0].items():
         assert float((weights[1][name] - one).norm()) <= 1e-5 * float(one.norm()), name
+
+
+# ---- evaluation data that do not divide by the processes ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_evaluation_measures_the_same_where_shares_are_uneven_or_empty(world: worlds.World, tmp_path: Path) -> None:
+    world.tokenizer.save_pretrained(world.path)
+    launcher = [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tests.training.uneven",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, world.path, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PREFTUNE_CACHE": str(tmp_path / "cache")},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for kind in ("SFT", "DPO", "KTO"):
+        alone = uneven.measured(kind, world.path, tmp_path)
+        for rank in (0, 1):
+            together = json.loads((tmp_path / f"{kind}-{rank}.json").read_text(encoding="utf-8"))
+            for mine, other in zip(together, alone, strict=True):
+                assert mine == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in other.items()}, kind

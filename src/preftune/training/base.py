@@ -29,6 +29,7 @@ from preftune.packing import PackedRow, Tree, build_row
 from preftune.training import card, checks, memory, setup
 from preftune.training.batch import Batch, Example
 from preftune.training.config import PackedConfig
+from preftune.training.everywhere import agree_on_names, in_order
 from preftune.training.guards import COMMON, install_guards, watch_line
 from preftune.training.metrics import MetricSums, Term
 from preftune.training.noise import EmbeddingNoise
@@ -343,10 +344,11 @@ class PackedTrainer(RecoveringTrainer):
             if found is not None and with_user_metrics:
                 predictions.append(found)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        agree_on_names(self._eval_sums, self.args.world_size)
         metrics = self._eval_sums.pop(self._reduce)
         metrics["num_tokens"] = self._tokens_trained()
         num_samples = int(self._sum_over_processes([float(len(dataloader.dataset))])[0])  # type: ignore[arg-type]
-        stacked: Any = self.accelerator.gather(torch.cat(predictions)).cpu().numpy() if predictions else None
+        stacked: Any = in_order(predictions, self.args.world_size) if with_user_metrics else None
         output = EvalLoopOutput(predictions=stacked, label_ids=None, metrics=metrics, num_samples=num_samples)
         if with_user_metrics:
             metrics.update(self.user_metrics(stacked))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 #: Sum and weight of one metric over some examples or tokens; their ratio is the metric.
-Term = tuple[Tensor, Tensor | float]
+Term = tuple[Tensor | float, Tensor | float]
 
 
 class MetricSums:
