@@ -149,7 +149,7 @@ def test_the_shift_does_not_depend_on_the_number_of_processes(sft: Path, world: 
         assert float((weights[1][name] - one).norm()) <= 1e-5 * float(one.norm()), name
 
 
-# ---- evaluation data that do not divide by the processes ----------------------------------------------------------------
+# ---- evaluation data that do not divide by the processes -------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_an_evaluation_measures_the_same_where_shares_are_uneven_or_empty(world:
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    for kind in ("SFT", "DPO", "KTO"):
+    for kind in ("SFT", "DPO", "KTO", "ORPO"):
         alone = uneven.measured(kind, world.path, tmp_path)
         for rank in (0, 1):
             together = json.loads((tmp_path / f"{kind}-{rank}.json").read_text(encoding="utf-8"))

@@ -51,6 +51,20 @@ def test_the_split_of_a_step_changes_nothing(
     worlds.assert_same_weights(split, whole, 1e-5)
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_evaluation_does_not_depend_on_its_batches(world: worlds.World, tmp_path: Path, verb: str) -> None:
+    rows = worlds.pair_rows(14)
+    whole, split = (
+        train(world, verb, tmp_path, rows, max_steps=1, per_device_eval_batch_size=size).evaluate(
+            Dataset.from_list(rows)
+        )
+        for size in (14, 3)
+    )
+    for name, value in whole.items():
+        if "runtime" not in name and "per_second" not in name:
+            assert split[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
 def test_orpo_learns_from_the_prompt_and_cpo_does_not(world: worlds.World, tmp_path: Path) -> None:
     """By hand: the token mean over prompt and chosen answer, from the model's own logits."""
     rows = worlds.pair_rows(4)

@@ -41,5 +41,5 @@ def measured(kind: str, path: str, out: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     model, folder = sys.argv[1:]
-    for each in ("SFT", "DPO", "KTO"):
+    for each in ("SFT", "DPO", "KTO", "ORPO"):
         (Path(folder) / f"{each}-{os.environ['RANK']}.json").write_text(json.dumps(measured(each, model, Path(folder))))

@@ -117,6 +117,14 @@ class Objective:
         return "kto" in self.names
 
     @property
+    def averages_tokens(self) -> bool:
+        """Whether ``mean_chosen_scored`` enters the loss."""
+        return any(
+            settings.get("sft_average") == "batch_tokens" and settings.get("cpo_alpha", 1.0) != 0.0
+            for settings in self.knobs.values()
+        )
+
+    @property
     def requires(self) -> frozenset[str]:
         """Optional fields of the batch that must be present."""
         columns = frozenset[str]().union(*(spec.requires for spec in self.specs))

@@ -93,6 +93,10 @@ class PackedTrainer(RecoveringTrainer):
         """Summed loss and metrics of one row; ``totals`` are those of the whole step."""
         raise NotImplementedError
 
+    def evaluation_totals(self, dataloader: DataLoader[Any]) -> list[float] | None:
+        """Totals of all evaluation data, where they enter an example's loss; ``None`` where a batch's own will do."""
+        return None
+
     def before_rows(self, rows: list[PackedRow], batch: Batch) -> None:
         """Called with the rows of a step before the policy runs on them."""
 
@@ -337,10 +341,10 @@ class PackedTrainer(RecoveringTrainer):
         self.callback_handler.eval_dataloader = dataloader
         predictions: list[Tensor] = []
         self.watch.begin_heldout(metric_key_prefix)
+        whole = self.evaluation_totals(dataloader)
         for batch in dataloader:
-            totals = self.example_totals(batch.examples)
             with torch.no_grad():
-                found = self._evaluate_batch(batch, totals)
+                found = self._evaluate_batch(batch, whole or self.example_totals(batch.examples))
             if found is not None and with_user_metrics:
                 predictions.append(found)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

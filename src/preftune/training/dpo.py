@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from preftune.data import PrepareReport, prepare
@@ -191,6 +192,13 @@ class DPOTrainer(PackedTrainer):
         """Number of pairs, and of scored chosen tokens."""
         scored = sum(len(e["chosen_ids"]) - (len(e["prompt_ids"]) == 0) for e in examples)
         return [float(len(examples)), float(scored)]
+
+    def evaluation_totals(self, dataloader: DataLoader[Any]) -> list[float] | None:
+        """Numbers of pairs and scored tokens: a mean over tokens must not depend on the batches it is taken in."""
+        if not self.objective.averages_tokens:
+            return None
+        mine = [self.example_totals(batch.examples) for batch in dataloader]
+        return self._sum_over_processes([sum(each) for each in zip([0.0, 0.0], *mine, strict=True)])
 
     def example_lengths(self, dataset: Any) -> ExampleLengths | None:
         """Token counts of tokenised pairs."""
