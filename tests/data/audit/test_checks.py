@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from preftune.data import DataOptions
 from preftune.data.audit import Finding
 from preftune.errors import DataError
+from preftune.objectives import METHODS
 from tests.data.audit.conftest import Look, clean_rows, sentence
 from tests.data.conftest import CHATML, TEMPLATES, make_tokenizer
 
@@ -131,6 +133,9 @@ def test_length_bias_both_ways_and_its_correlation(look: Look) -> None:
     finding = found(look(rows), "length_bias")
     assert finding.severity == "warn"
     assert "Longer" in finding.detail
+    named = re.search(r"\(LD-DPO, SimPO, (\w+)\)", finding.detail)
+    assert named is not None
+    assert named[1] in METHODS
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     other = found(look(swapped), "length_bias")
     assert other.share == pytest.approx(1 - (finding.share or 0))
