@@ -97,6 +97,13 @@ def test_help_lists_every_setting(cli: Cli) -> None:
     assert code == 0
     for name in ("--compare", "--judge_key_env", "--reference_free", "--num_prompts", "--report_to"):
         assert name in out
+    # What is refused is not offered.
+    for name in ("--lora_r", "--dry_run", "--advice", "--dataset_mixture", "--dataset_test_split"):
+        assert f"{name} " not in out
+        value = "off" if name == "--advice" else "1"
+        code, _, err = cli("eval", "--model", "model", "--dataset_name", "pairs.jsonl", name, value)
+        assert code == 2
+        assert err.startswith(f"preftune: {name}")
 
 
 def test_more_lost_rows_than_allowed(cli: Cli, tmp_path: Path) -> None:

@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 #: Settings of training that could not act here.
 _TRAINING_ONLY = (
     *("dataset_train_split", "dataset_test_split", "dataset_mixture", "dataset_mixer", "dataset_splits"),
-    *("ignore_bias_buffers", "dry_run", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
-    *("lora_target_parameters", "lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora"),
+    *("advice", "ignore_bias_buffers", "dry_run", "use_peft", "lora_r", "lora_alpha", "lora_dropout"),
+    *(
+        "lora_target_modules",
+        "lora_target_parameters",
+        "lora_modules_to_save",
+        "lora_task_type",
+        "use_rslora",
+        "use_dora",
+    ),
 )
 _INSTEAD = {
     "dataset_test_split": "set split",
@@ -46,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         from preftune.cli.help import render
 
         groups = {"evaluation": EvalConfig, "data": ScriptConfig, "model": ModelConfig}
-        print(render("eval", VERBS["eval"], groups))
+        print(render("eval", VERBS["eval"], groups, without=_TRAINING_ONLY))
         return 0
     from rich.console import Console
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from enum import Enum
 from types import MappingProxyType
@@ -17,7 +17,11 @@ _WIDTH = 110
 
 
 def render(
-    verb: str, summary: str, groups: Mapping[str, type[Any]], defaults: Mapping[str, Any] = MappingProxyType({})
+    verb: str,
+    summary: str,
+    groups: Mapping[str, type[Any]],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    without: Iterable[str] = (),
 ) -> str:
     """Write the help of a verb.
 
@@ -27,6 +31,7 @@ def render(
         groups: Heading to dataclass; the first class that has a field lists it, and a class lists its own fields before
             those it inherits.
         defaults: Defaults of the command line where they differ from those of the classes.
+        without: Fields that the verb refuses.
 
     Returns:
         Plain text.
@@ -38,7 +43,7 @@ def render(
         "Any field below may stand in the YAML file or follow as a flag; flags win.",
         "Lists: --name a b. Mappings: --name '{\"key\": 1}'. Switches: --name, --no_name, --name false.",
     ]
-    seen: set[str] = set()
+    seen = set(without)
     for heading, cls in groups.items():
         own, inherited = _split(cls)
         for title, keep in ((heading, own), ("from transformers.TrainingArguments", inherited)):
