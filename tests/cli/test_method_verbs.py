@@ -79,5 +79,5 @@ def test_help_explains_every_field(verb: str, capsys: pytest.CaptureFixture[str]
         assert out.count(f"\n  --{field.name} ") == 1, field.name
     own = out.split("from transformers.TrainingArguments")[0].split("training:")[1].splitlines()
     heads = [number for number, line in enumerate(own) if line.startswith("  --")]
-    for number in heads:
-        assert any(line.startswith("      ") for line in own[number + 1 : number + 3]), own[number]
+    for number, end in zip(heads, [*heads[1:], len(own)], strict=True):
+        assert any(line.startswith("      ") for line in own[number + 1 : end]), own[number]

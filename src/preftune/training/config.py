@@ -102,6 +102,7 @@ class PackedConfig(TrainingArguments):
             ``checkpoint_policy``.
         bf16: Mixed precision; by default on unless ``fp16`` is, wherever the hardware takes it. A processor without
             accelerator takes it with ``use_cpu``; TRL refuses to start there otherwise, preftune trains in fp32.
+        lr_scheduler_kwargs: Keywords of the schedule, such as ``{min_lr_rate: 0.1}`` for ``cosine_with_min_lr``.
         model_init_kwargs: Keywords for loading the model where it is given by name.
         trust_remote_code: Run code shipped with a model.
         router_aux_loss_coef: Weight of the load-balancing loss of mixture-of-experts models.
