@@ -83,6 +83,8 @@ def test_a_folder_with_nothing_is_refused_in_one_line_that_names_the_runs_inside
     with pytest.raises(DataError, match="nothing to report on") as caught:
         read_all([tmp_path])
     assert "\n" not in str(caught.value)
+    for name in ("trainer_state.json", "log.jsonl", "provenance.json", "eval.json", "audit.json", "advice.json"):
+        assert name in str(caught.value)
     make_trl_run(tmp_path / "inner")
     with pytest.raises(DataError, match=r"runs inside it: preftune report .*inner"):
         read_all([tmp_path])

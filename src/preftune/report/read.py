@@ -234,10 +234,11 @@ def _refuse(folder: Path, notes: Notes) -> None:
         remedy = f"runs inside it: preftune report {shown}"
     else:
         remedy = "; ".join(notes) or "give the output_dir of a run, or the folder of a sweep"
+    files = ", ".join((STATE, LIVE_LOG, "provenance.json", *_REPORT_FILES))
     raise DataError(
         "nothing to report on in this folder",
         where=str(folder),
-        allowed=f"a folder with {STATE}, checkpoint-N/{STATE}, provenance.json, eval.json or sweep.json",
+        allowed=f"a folder with checkpoint-N/{STATE}, sweep.json, or one of {files}",
         remedy=remedy,
     )
 
