@@ -47,8 +47,8 @@ def check_length_bias(rows: Rows, chosen: Array, rejected: Array, unit: str) -> 
         "note": f"{'Longer' if longer else 'Shorter'} answers tend to win (correlation {correlation:+.2f}): watch the"
         " length of generations during training.",
         "warn": f"{'Longer' if longer else 'Shorter'} answers mostly win (correlation {correlation:+.2f}), so that a"
-        " model can do well by length alone: consider a length-controlled method (LD-DPO, SimPO, sigmoid_norm), and compare"
-        " results at equal length.",
+        " model can do well by length alone: consider a length-controlled method (LD-DPO, SimPO, sigmoid_norm), and"
+        " compare results at equal length.",
     }[severity]
     return Finding(
         "length_bias",
