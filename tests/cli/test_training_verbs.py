@@ -42,6 +42,13 @@ def test_no_bar_is_drawn_into_a_file(cli: Cli, tmp_path: Path, monkeypatch: pyte
     assert "Reference" not in err
 
 
+def test_a_mixture_is_read_without_bars_where_nobody_watches(cli: Cli) -> None:
+    mixture = json.dumps({"datasets": [{"id": "pairs.jsonl"}], "test_split_size": 4})
+    code, _, err = cli("dpo", "--model_name_or_path", "model", "--dataset_mixture", mixture, "--dry_run")
+    assert code == 0, err
+    assert "examples/s" not in err
+
+
 def test_a_run_leaves_weights_metrics_provenance_and_card(cli: Cli) -> None:
     Path("r.yaml").write_text("learning_rate: 1e-4\nwarmup_ratio: 0.5\n", encoding="utf-8")
     code, out, err = cli(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def foreseen(args: Any) -> Iterator[None]:
 
 @contextmanager
 def plain_warnings(console: Console) -> Iterator[None]:
-    """Show warnings as one line each, and none of the libraries' notes to their own developers."""
+    """Show warnings as one line each, none of the libraries' notes to developers, and bars in a terminal alone."""
 
     def show(
         message: Warning | str,
@@ -86,6 +87,23 @@ def plain_warnings(console: Console) -> Iterator[None]:
         if not issubclass(category, (DeprecationWarning, FutureWarning)) and not console.quiet:
             Console(stderr=True).print(f"preftune: warning: {message}", markup=False, highlight=False, soft_wrap=True)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _no_bars_in_files():
         warnings.showwarning = show
         yield
+
+
+@contextmanager
+def _no_bars_in_files() -> Iterator[None]:
+    """Where nobody watches, hide the bars that datasets draws while it copies rows."""
+    if sys.stderr.isatty():
+        yield
+        return
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were:
+            enable_progress_bars()
