@@ -22,6 +22,17 @@ def test_the_table_says_what_why_and_who(cli: Cli) -> None:
     assert not Path("model-DPO").exists()
 
 
+@pytest.mark.parametrize("columns", ["80", "160"])
+def test_names_of_settings_are_whole_in_any_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = cli("advise", *BASE)
+    assert code == 0, err
+    table = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
+    for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        assert sum(name in line.split() or f"│{name}" in line for line in table) == 1, name
+    assert "recipe zephyr-7b-dpo-full" in " ".join(out.split())
+
+
 def test_json_alone_is_on_stdout(cli: Cli) -> None:
     code, out, err = cli("advise", *BASE, "--json", "--noise", "0.3", "--out", "folder")
     assert code == 0, err

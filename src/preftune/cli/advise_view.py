@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from preftune.advice import Advice, Case
+    from preftune.advice.case import Setting
 
 _STYLES = {"problem": "red", "warn": "yellow", "note": "dim"}
+#: Columns from which on reasons and sources fit into the table.
+_WIDE = 120
 
 
 def show(console: Console, advice: Advice, notes: Sequence[str]) -> None:
@@ -29,7 +32,12 @@ def show(console: Console, advice: Advice, notes: Sequence[str]) -> None:
     console.print(Text(_about(advice.case), style="bold"))
     for note in dict.fromkeys(notes):
         console.print(Text(f"- {note}", style="yellow"))
-    table = Table("setting", "now", "advised", "range", "kind", "why", "sources", pad_edge=False)
+    table = Table("setting", pad_edge=False)
+    table.columns[0].no_wrap = True
+    # In a narrow terminal, sentences stand below: beside the figures they would be a word wide.
+    wide = console.width >= _WIDE
+    for heading in ("now", "advised", "range", "kind", *(("why", "sources") if wide else ())):
+        table.add_column(heading, overflow="fold")
     for setting in advice.settings:
         is_loss = setting.field == "loss_type"
         now = "+".join(advice.case.methods) if is_loss else advice.case.given.get(setting.field)
@@ -39,10 +47,11 @@ def show(console: Console, advice: Advice, notes: Sequence[str]) -> None:
             Text(_shown(setting.value), style="" if now == setting.value else "bold"),
             Text("" if setting.low is None or setting.high is None else f"{setting.low:g} to {setting.high:g}"),
             setting.kind,
-            Text(setting.reason),
-            Text(", ".join(dict.fromkeys(source.name for source in setting.sources))),
+            *((Text(setting.reason), Text(_sources(setting))) if wide else ()),
         )
     console.print(table)
+    for setting in () if wide else advice.settings:
+        console.print(Text.assemble((f"{setting.field}: ", "bold"), setting.reason, (f" ({_sources(setting)})", "dim")))
     for setting in advice.settings:
         if setting.contradiction:
             console.print(Text.assemble((f"{setting.field}: ", "bold"), setting.contradiction))
@@ -50,6 +59,10 @@ def show(console: Console, advice: Advice, notes: Sequence[str]) -> None:
     for label, text in (("memory", memory_line(advice.memory)), ("time", time_line(advice.time))):
         if text:
             console.print(Text.assemble((f"{label}: ", "bold"), text))
+
+
+def _sources(setting: Setting) -> str:
+    return ", ".join(dict.fromkeys(source.name for source in setting.sources))
 
 
 def _about(case: Case) -> str:
