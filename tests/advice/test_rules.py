@@ -154,6 +154,12 @@ def test_small_data_get_small_batches_and_large_data_the_published_ones() -> Non
     assert step(50) == 8
 
 
+@pytest.mark.parametrize(("pairs", "promised"), [(50, False), (1_700, True)])
+def test_a_hundred_steps_are_promised_only_where_there_are_as_many(pairs: int, promised: bool) -> None:
+    found = settings(Case("dpo", ("sigmoid",), SEVEN, num_pairs=pairs))["per_device_train_batch_size"]
+    assert ("about 100 steps" in found.reason) is promised
+
+
 def test_max_length_covers_the_data_or_says_that_the_model_cannot() -> None:
     draw = np.random.default_rng(0)
     prompt, chosen, rejected = (draw.integers(10, 400, 1000) for _ in range(3))
@@ -163,9 +169,13 @@ def test_max_length_covers_the_data_or_says_that_the_model_cannot() -> None:
     assert found.value % 64 == 0
     assert (longest > found.value).mean() <= 0.005
     assert (longest > found.value - 64).mean() > 0.005
-    assert found.low == longest[949]
+    assert found.low == math.ceil(longest[949] / 64) * 64
+    assert found.high == math.ceil(longest[-1] / 64) * 64
     short = settings(Case("dpo", ("sigmoid",), SEVEN, lengths=lengths, max_positions=256))["max_length"]
-    assert short.value == 256
+    assert short.value == short.high == 256
+    same = Lengths(*(np.full(20, 10) for _ in range(3)))
+    alike = settings(Case("dpo", ("sigmoid",), SEVEN, lengths=same))["max_length"]
+    assert (alike.low, alike.value, alike.high) == (64, 64, 64)
     assert f"{(longest > 256).mean():.1%}" in short.reason
 
 

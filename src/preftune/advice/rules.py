@@ -229,7 +229,10 @@ def pairs_per_step(case: Case) -> list[Setting]:
     reason = f"{per_device * accumulation * case.num_processes} pairs a step"
     kind = "published"
     if first is None or first.value != wanted:
-        reason += f": fewer than published, so that the run has about {LEAST_STEPS} steps or more"
+        enough = f"has about {LEAST_STEPS} steps or more"
+        if case.num_pairs and case.num_pairs * _EPOCHS[label_state(case.noise)][0] < wanted * LEAST_STEPS:
+            enough = "has more steps; with still fewer, steps would be too noisy"
+        reason += f": fewer than published, so that the run {enough}"
         kind = "heuristic"
         if first is None:
             reason, kind = f"{wanted} pairs a step; nothing is published for this method", "heuristic"
@@ -268,17 +271,23 @@ def max_length(case: Case) -> Setting | None:
     if lengths is None or not len(lengths.longest):
         return None
     longest = int(lengths.longest.max())
-    wanted = -(-lengths.quantile(UNCUT_SHARE) // LENGTH_STEP) * LENGTH_STEP
+    wanted = _whole_steps(lengths.quantile(UNCUT_SHARE))
+    low, high = _whole_steps(lengths.quantile(0.95)), _whole_steps(longest)
     reason = (
         f"{UNCUT_SHARE:.1%} of the pairs fit; half have at most {lengths.quantile(0.5)} tokens, the longest {longest}"
     )
     if case.max_positions and wanted > case.max_positions:
-        wanted = case.max_positions
+        wanted = high = case.max_positions
+        low = min(low, wanted)
         reason = (
             f"the model was made for {wanted} tokens; {lengths.truncated_share(wanted):.1%} of the pairs are longer"
         )
     sources = (Source("the data", f"{len(lengths.longest):,} pairs, {lengths.source}"),)
-    return Setting("max_length", wanted, lengths.quantile(0.95), longest, reason, sources, "computed")
+    return Setting("max_length", wanted, low, high, reason, sources, "computed")
+
+
+def _whole_steps(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def further_knobs(case: Case) -> list[Setting]:
