@@ -173,7 +173,8 @@ def test_max_length_covers_the_data_or_says_that_the_model_cannot() -> None:
     assert found.high == math.ceil(longest[-1] / 64) * 64
     short = settings(Case("dpo", ("sigmoid",), SEVEN, lengths=lengths, max_positions=256))["max_length"]
     assert short.value == short.high == 256
-    same = Lengths(*(np.full(20, 10) for _ in range(3)))
+    ten = np.full(20, 10)
+    same = Lengths(ten, ten, ten)
     alike = settings(Case("dpo", ("sigmoid",), SEVEN, lengths=same))["max_length"]
     assert (alike.low, alike.value, alike.high) == (64, 64, 64)
     assert f"{(longest > 256).mean():.1%}" in short.reason
