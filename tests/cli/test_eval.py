@@ -76,6 +76,15 @@ def test_mistakes_are_one_line(cli: Cli, arguments: tuple[str, ...], code: int, 
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("name", ["--lora_r", "--dry_run", "--advice", "--dataset_mixture", "--dataset_test_split"])
+def test_what_is_refused_is_not_offered(cli: Cli, name: str) -> None:
+    assert f"{name} " not in cli("eval", "--help")[1]
+    value = "off" if name == "--advice" else "1"
+    code, _, err = cli("eval", "--model", "model", "--dataset_name", "pairs.jsonl", name, value)
+    assert code == 2
+    assert err.startswith(f"preftune: {name}")
+
+
 def test_the_table_is_seen_before_a_tracker_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from transformers.integrations.integration_utils import TensorBoardCallback
@@ -97,13 +106,6 @@ def test_help_lists_every_setting(cli: Cli) -> None:
     assert code == 0
     for name in ("--compare", "--judge_key_env", "--reference_free", "--num_prompts", "--report_to"):
         assert name in out
-    # What is refused is not offered.
-    for name in ("--lora_r", "--dry_run", "--advice", "--dataset_mixture", "--dataset_test_split"):
-        assert f"{name} " not in out
-        value = "off" if name == "--advice" else "1"
-        code, _, err = cli("eval", "--model", "model", "--dataset_name", "pairs.jsonl", name, value)
-        assert code == 2
-        assert err.startswith(f"preftune: {name}")
 
 
 def test_more_lost_rows_than_allowed(cli: Cli, tmp_path: Path) -> None:
