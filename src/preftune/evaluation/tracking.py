@@ -75,8 +75,11 @@ class Trackers:
         for callback in self.callbacks:
             with _foreseen(type(callback)):
                 callback.on_train_begin(self.args, state, control)
-                callback.on_log(self.args, state, control, logs=dict(logs))
-                callback.on_train_end(self.args, state, control)
+                try:
+                    callback.on_log(self.args, state, control, logs=dict(logs))
+                finally:
+                    # What a tracker opened would go on writing behind our back.
+                    callback.on_train_end(self.args, state, control)
 
 
 @contextmanager

@@ -53,8 +53,8 @@ def activation_bytes_per_token(forward: RowForward, autocast: Any) -> float:
     vocab = int(base_model(forward.model).config.get_text_config().vocab_size)
     ids = np.random.default_rng(0).integers(0, vocab, _SAMPLE_TOKENS)
     # Short sequences, because a model may have learned few positions.
-    pairs = [np.array_split(part, 3) for part in np.array_split(ids, 4)]
-    row = build_row([tree for pair in pairs for tree in pair_trees(*pair, None, (0, 1))])
+    thirds = [np.array_split(quarter, 3) for quarter in np.array_split(ids, 4)]
+    row = build_row([tree for a, b, c in thirds for tree in pair_trees(a, b, c, None, (0, 1))])
     saved: dict[int, int] = {}
     # Filled up, the row would no longer be recognised by its length.
     forward = replace(forward, row_multiple=1)
