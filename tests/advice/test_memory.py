@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import preftune
 from preftune.advice import Case, Lengths, advise
 from preftune.advice.machines import MACHINES, Machine, find_machine
 from preftune.advice.memory import Plan, estimate_memory, operations
@@ -20,6 +23,7 @@ from preftune.models.forward import RowForward
 from preftune.models.head import probe_head
 from preftune.training.memory import activation_bytes_per_token
 from tests.models.tiny import SIZES, tiny_model
+from tests.parity import worlds
 
 ADAPTER = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 CARD = Machine("card", 80 << 30, 300e12, 20e12, "a test")
@@ -138,3 +142,26 @@ def test_unknown_names_are_refused_with_a_remedy() -> None:
     with pytest.raises(ModelError, match="--num_parameters"):
         load_config("./nowhere")
     assert find_machine("cpu").fp32 > 0
+
+
+def test_the_summary_of_a_training_expects_what_was_advised(tmp_path: Path) -> None:
+    world = worlds.World(tmp_path)
+    data = Dataset.from_list(worlds.pair_rows(32))
+    args = preftune.DPOConfig(output_dir=str(tmp_path / "out"), **worlds.DEFAULTS)
+    trainer = preftune.DPOTrainer(world.path, args=args, train_dataset=data, processing_class=world.tokenizer)
+    told, lengths = trainer.plan().memory, trainer.lengths
+    assert lengths is not None
+    plan = Plan(
+        pairs_per_step=4,
+        num_pairs=32,
+        num_epochs=1,
+        prompt=lengths.prompt.mean(),
+        completion=lengths.completion.mean(),
+        longest_row=lengths.longest_row,
+    )
+    advised = estimate_memory(shape_of(trainer.model.config), plan, CARD)
+    assert told.weights == advised["weights"]
+    assert told.gradients == advised["gradients"]
+    assert told.optimizer == advised["optimizer"]
+    assert told.head == pytest.approx(advised["head"], rel=0.1)
+    assert told.activations == pytest.approx(advised["activations"], rel=0.3)

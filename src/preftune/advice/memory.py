@@ -9,7 +9,7 @@ from typing import Any
 from preftune.advice.case import Lengths
 from preftune.advice.machines import Machine
 from preftune.advice.shapes import Shape
-from preftune.kernels.head import KEEP_BYTES, TILE_ELEMENTS
+from preftune.kernels.head import working_bytes
 from preftune.training.memory import MOST_TOKENS
 
 #: Share of the peak rate of matrix products that a training step reaches: heuristic, low and high end, by whether the
@@ -118,12 +118,7 @@ def estimate_memory(shape: Shape, plan: Plan, machine: Machine) -> dict[str, Any
     tokens = row_tokens(shape, plan, machine)
     scored = min(tokens, round(tokens * plan.completion / max(plan.pair_tokens, 1)))
     itemsize = 2 if plan.half or shape.weight_bytes < 3 * shape.num_parameters else 4
-    tile = min(TILE_ELEMENTS, max(scored, 1) * shape.vocab)
-    head = 3 * 4 * tile
-    if shape.head_trains:
-        kept = itemsize * scored * shape.vocab
-        # The matrix's own gradient is formed in fp32 before it is added.
-        head += (kept if kept <= KEEP_BYTES else 0) + 4 * shape.head_elements
+    head = working_bytes(scored, shape.vocab, itemsize, shape.head_elements if shape.head_trains else 0)
     parts = {
         "weights": shape.weight_bytes,
         "reference": plan.separate_reference,

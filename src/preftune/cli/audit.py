@@ -260,7 +260,8 @@ def table(report: AuditReport) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    head = f"{report.dataset}: {report.num_rows:,} of {report.num_read:,} rows ({report.format}, {report.kind})"
+    form = ", ".join(dict.fromkeys((report.format, report.kind)))
+    head = f"{report.dataset}: {report.num_rows:,} of {report.num_read:,} rows ({form})"
     grid = Table(show_header=True, header_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     grid.add_column("", no_wrap=True)
     grid.add_column("check", no_wrap=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -142,11 +143,14 @@ def _columns(metric: str) -> dict[str, str]:
 def table(result: Mapping[str, Any]) -> Table:
     """All trials with their figures; those that cannot be told from the best are marked as tied with it."""
     best = result["best"] or {}
-    grid = Table(title=f"{result['method']}: {result['metric']}", title_justify="left")
+    grid = Table(title=f"{result['method']}: {result['metric']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     metric = result["metric"]
     columns = _columns(metric)
+    # In a terminal of 80 columns two names stay whole, and the figures break between value and interval.
+    whole = result["params"] if len(result["params"]) < 3 else ()
     for name in ("trial", *result["params"], *columns, ""):
-        grid.add_column(name, justify="right" if name else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if name else "left"
+        grid.add_column(name, justify=justify, overflow="fold", no_wrap=name in whole)
     for trial in result["trials"]:
         metrics = trial["metrics"]
         state = trial["state"]

@@ -262,6 +262,24 @@ def _shape(h: Tensor, w: Tensor) -> tuple[int, int]:
     return h.shape[0], w.shape[0]
 
 
+def working_bytes(num_tokens: int, vocab: int, itemsize: int, trained_elements: int = 0) -> int:
+    """Memory that scoring a row takes at its peak: tiles of fp32 logits and what a trained head keeps.
+
+    Args:
+        num_tokens: Scored tokens of the row.
+        vocab: V.
+        itemsize: Bytes of an element of the compute dtype.
+        trained_elements: Elements of the head's matrix where it is trained; its own gradient is formed in fp32 before
+            it is added.
+
+    Returns:
+        Bytes.
+    """
+    tiles = 3 * 4 * min(TILE_ELEMENTS, max(num_tokens, 1) * vocab)
+    kept = itemsize * num_tokens * vocab if trained_elements else 0
+    return tiles + (kept if kept <= KEEP_BYTES else 0) + 4 * trained_elements
+
+
 def _linear(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(h, w, None if bias is None else bias.to(h.dtype))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from preftune.kernels.head import KEEP_BYTES, TILE_ELEMENTS
+from preftune.kernels.head import working_bytes
 from preftune.models.head import base_model
 from preftune.training import memory
 from preftune.training.plan import TrainingPlan
@@ -21,7 +21,11 @@ def describe(trainer: PackedTrainer) -> TrainingPlan:
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     num = 0 if lengths is None else len(lengths.row)
     reference = getattr(trainer, "reference", None)
-    row = 0 if lengths is None else max(lengths.longest_row, min(trainer.max_tokens_per_row, int(lengths.row.sum())))
+    row = 0
+    if lengths is not None:
+        # A row holds examples of one step of one process.
+        in_step = math.ceil(lengths.row.sum() * min(1.0, per_step / args.world_size / max(num, 1)))
+        row = max(lengths.longest_row, min(trainer.max_tokens_per_row, in_step))
     return TrainingPlan(
         method=_method(trainer),
         model=str(base_model(model).config._name_or_path or type(base_model(model)).__name__),
@@ -43,7 +47,7 @@ def describe(trainer: PackedTrainer) -> TrainingPlan:
             model,
             per_token=trainer.bytes_per_token,
             row_tokens=min(row, max(trainer.checkpoint_above, 1)) if args.gradient_checkpointing else row,
-            head_bytes=_head_bytes(model, row),
+            head_bytes=_head_bytes(trainer, row),
             reference_bytes=_reference_bytes(reference),
             device=args.device,
         ),
@@ -85,11 +89,13 @@ def _reference_bytes(reference: Any) -> int:
     return sum(p.numel() * p.element_size() for p in reference.separate.model.parameters())
 
 
-def _head_bytes(model: Any, row_tokens: int) -> int:
-    """Tiles of logits and, for a trainable head, kept probabilities and the weight's gradient."""
-    head = base_model(model).get_output_embeddings()
-    weight = getattr(head, "weight", None)
+def _head_bytes(trainer: PackedTrainer, row_tokens: int) -> int:
+    """Memory for scoring the completions of the longest row."""
+    lengths = trainer.lengths
+    weight = getattr(base_model(trainer.model).get_output_embeddings(), "weight", None)
     if weight is None:
         return 0
-    kept = KEEP_BYTES if weight.requires_grad else 0
-    return int(3 * 4 * TILE_ELEMENTS + min(kept, 2 * row_tokens * weight.shape[0]) + 4 * weight.numel() * bool(kept))
+    share = 1.0 if lengths is None else float(lengths.completion.sum()) / max(float(lengths.row.sum()), 1.0)
+    itemsize = 2 if trainer.args.bf16 or trainer.args.fp16 else weight.element_size()
+    trained = weight.numel() if weight.requires_grad else 0
+    return working_bytes(round(min(share, 1.0) * row_tokens), weight.shape[0], itemsize, trained)
