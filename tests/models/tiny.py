@@ -53,7 +53,11 @@ def tiny_model(config_name: str, vocab_size: int = 97, **sizes: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(vocab_size=vocab_size, **{**SIZES, **sizes})
+    kind = getattr(transformers, config_name)
+    config = kind(vocab_size=vocab_size, **{**SIZES, **sizes})
+    if not hasattr(kind(), "max_position_embeddings"):
+        # Any keyword becomes an attribute, which the real configuration does not have.
+        del config.max_position_embeddings
     model = AutoModelForCausalLM.from_config(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -18,7 +18,10 @@ from tests.parity.test_dpo_parity import assert_same_logs, assert_same_weights, 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
-@pytest.mark.parametrize(("name", "sizes", "reason"), REFUSED[:1], ids=[REFUSED[0][0]])
+_REFUSED = [REFUSED[0], ("MambaConfig", {}, "other attention functions"), ("BloomConfig", {"n_head": 4}, "other attention functions")]
+
+
+@pytest.mark.parametrize(("name", "sizes", "reason"), _REFUSED, ids=[name for name, _, _ in _REFUSED])
 def test_fallback_matches_trl(tmp_path: Path, name: str, sizes: dict[str, Any], reason: str) -> None:
     rows = make_rows(24)
     setting = Setting.__new__(Setting)

@@ -82,10 +82,13 @@ def _rope_by_length(config: Any, max_length: int | None) -> str | None:
     given = given if isinstance(given, dict) else {}
     # One set for all layers, or one for each kind of layer.
     for rope in [each for each in given.values() if isinstance(each, dict)] or [given]:
-        kind, original = rope.get("rope_type", "default"), rope.get("original_max_position_embeddings")
+        kind = rope.get("rope_type", "default")
+        if kind not in ("dynamic", "longrope") or max_length is None:
+            continue
+        original = rope.get("original_max_position_embeddings")
         original = original or getattr(config, "original_max_position_embeddings", None)
         original = original or config.max_position_embeddings
-        if kind in ("dynamic", "longrope") and max_length is not None and max_length > original:
+        if max_length > original:
             return f"changes its position encoding with the length ({kind}) and the data exceed {original} tokens"
     return None
 
