@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -162,8 +163,7 @@ def test_the_last_line_tells_of_steps_without_one(world: worlds.World, tmp_path:
     output = ours.train()
     name = "mean_token_accuracy" if kind == "SFT" else "rewards/chosen"
     last = ours.state.log_history[-1]
-    if kind != "SFT":
-        close(last, theirs.state.log_history[-1], [name, "logps/chosen"])
+    close(last, theirs.state.log_history[-1], ["num_tokens", *(() if kind == "SFT" else (name, "logps/chosen"))])
     assert "train_runtime" in last
     assert name not in output.metrics
     # Nothing is told twice: here the last step has a line of its own.
@@ -186,6 +186,39 @@ def test_experts_are_balanced_under_kto_as_in_trl(world: worlds.World, tmp_path:
     ours.train()
     worlds.assert_same_logs(ours, theirs, ("loss", "aux_loss", "grad_norm", "rewards/chosen", "kl"), TOLERANCE)
     worlds.assert_same_weights(ours, theirs, TOLERANCE)
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+@pytest.mark.parametrize("kind", ["ORPO", "CPO"])
+def test_orpo_and_cpo_balance_experts_where_the_model_asks_for_it(
+    world: worlds.World, tmp_path: Path, kind: str, asked_for: bool
+) -> None:
+    model = tiny_model("MixtralConfig", len(world.tokenizer), num_local_experts=4)
+    model.config.router_aux_loss_coef, model.config.output_router_logits = 0.5, asked_for
+    path = str(tmp_path / "model")
+    model.save_pretrained(path)
+    data = Dataset.from_list(rows_of("DPO", 24))
+    theirs, ours = (
+        make(library, kind, world, tmp_path, data, model=path)
+        for library in (importlib.import_module(f"trl.experimental.{kind.lower()}"), preftune)
+    )
+    theirs.train()
+    ours.train()
+    worlds.assert_same_logs(ours, theirs, ("loss", "grad_norm", "rewards/chosen"), TOLERANCE)
+    worlds.assert_same_weights(ours, theirs, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_without_a_load_balancing_loss(world: worlds.World, tmp_path: Path, kind: str) -> None:
+    """Llama 4's configuration has a weight for it, which TRL multiplies with nothing."""
+    sizes: dict[str, Any] = {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64}
+    model = tiny_model("Llama4TextConfig", len(world.tokenizer), **sizes)
+    data = Dataset.from_list(rows_of(kind, 8))
+    trainer = make(preftune, kind, world, tmp_path, data, model=model, max_steps=1)
+    trainer.train()
+    assert "aux_loss" not in trainer.state.log_history[0]
+    with pytest.raises(ConfigError, match="router_aux_loss_coef: Llama4ForCausalLM has experts and returns no"):
+        make(preftune, kind, world, tmp_path, data, model=model, router_aux_loss_coef=0.1)
 
 
 @pytest.mark.parametrize("kind", ["ORPO", "CPO", "DPO"])

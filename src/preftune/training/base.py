@@ -401,6 +401,9 @@ class PackedTrainer(RecoveringTrainer):
         elif "train_loss" in logs:
             # The last steps of a run, where no line of their own was due.
             logs = {**logs, **self._train_sums.pop(self._reduce)}
+            tokens = self._tokens_trained()
+            if all(line.get("num_tokens") != tokens for line in self.state.log_history):
+                logs["num_tokens"] = tokens
         watch_line(self, logs)
         super().log(logs, start_time)
 

@@ -55,6 +55,8 @@ class ReferenceFreeTrainer(DPOTrainer):
             the rejected completion, and whose labels are zeros, the index of the chosen one.
     """
 
+    balances_experts = False
+
     args: ReferenceFreeConfig  # type: ignore[assignment]
     config_class: ClassVar[type[ReferenceFreeConfig]]
     #: Whether the supervised term covers the prompt.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from preftune.errors import ConfigError
@@ -57,9 +58,26 @@ class RouterLoss:
         if coef is None and not always and not config.output_router_logits:
             return None
         weight = float(getattr(config, "router_aux_loss_coef", 0.0) if coef is None else coef)
+        if weight and not _returns_loss(base_model(model)):
+            if coef:
+                raise ConfigError(
+                    f"{type(base_model(model)).__name__} has experts and returns no load-balancing loss",
+                    where="router_aux_loss_coef",
+                    value=coef,
+                    remedy="leave router_aux_loss_coef out",
+                )
+            return None
         return cls(weight) if weight else None
 
     def term(self, output: Any) -> Tensor:
         """The unweighted loss of one micro-batch, a scalar with graph."""
         loss: Tensor = output.aux_loss
         return loss
+
+
+def _returns_loss(base: Any) -> bool:
+    """Whether the model makes the loss of what its configuration speaks of: Llama 4 does not."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
+    with torch.no_grad():
+        output = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **RouterLoss.keywords)
+    return getattr(output, "aux_loss", None) is not None
