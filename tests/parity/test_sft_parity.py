@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from tests.models.tiny import tiny_model
 from tests.parity import worlds
 
 pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
@@ -50,6 +51,25 @@ def test_steps_are_trls(world: worlds.World, tmp_path: Path, options: dict[str, 
     )
     worlds.assert_same_logs(ours, theirs, FIGURES, TOLERANCE)
     worlds.assert_same_weights(ours, theirs, TOLERANCE)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_class_of_another_name_counts_first_tokens(world: worlds.World, tmp_path: Path, accumulation: int) -> None:
+    """``GPT2LMHeadModel``: transformers does not know that its loss shifts the labels."""
+    import trl
+
+    import preftune
+
+    path = str(tmp_path / "model")
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    tiny_model("GPT2Config", len(world.tokenizer), **dropouts).save_pretrained(path)
+    data = Dataset.from_list([{"text": row["prompt"] + row["chosen"]} for row in worlds.pair_rows(22)])
+    options = {"gradient_accumulation_steps": accumulation, "max_steps": 4}
+    both: list[tuple[Any, Any]] = [(preftune.SFTTrainer, preftune.SFTConfig), (trl.SFTTrainer, trl.SFTConfig)]
+    ours, theirs = (
+        worlds.train(trainer, config, tmp_path, path, world.tokenizer, data, **options) for trainer, config in both
+    )
+    worlds.assert_same_logs(ours, theirs, FIGURES, TOLERANCE)
 
 
 def test_the_text_of_a_formatting_function_is_trained_on(world: worlds.World, tmp_path: Path) -> None:

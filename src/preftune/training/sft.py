@@ -178,8 +178,13 @@ class SFTTrainer(PackedTrainer):
         return (Tree(_NO_PREFIX, (Branch(example["input_ids"], 2 * number, example["loss_mask"]),)),)
 
     def example_totals(self, examples: list[Example]) -> list[float]:
-        """Number of examples, and of trained tokens."""
-        return [float(len(examples)), float(sum(int(e["loss_mask"][1:].sum()) for e in examples))]
+        """Number of examples, and of trained tokens.
+
+        For classes that are not called ``...ForCausalLM``, as GPT-2's, transformers counts a sequence's first token,
+        although nothing predicts it, and the loss of TRL's run is divided by that.
+        """
+        first = 1 if getattr(self, "_loss_shifts_labels", True) else 0
+        return [float(len(examples)), float(sum(int(e["loss_mask"][first:].sum()) for e in examples))]
 
     def example_lengths(self, dataset: Any) -> ExampleLengths | None:
         """Token counts of tokenised examples."""
