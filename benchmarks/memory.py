@@ -181,7 +181,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "growth": memory.growth,
         "step_seconds": statistics.median(starts[FIRST_STEPS:]),
         "traced_bytes_per_token": predicted["memory"]["activations"] / predicted["memory"]["row_tokens"],
-        "trainer_bytes_per_token": trainer.bytes_per_token,
+        "trainer_bytes_per_token": trainer.step.bytes_per_token,
         "predicted": predicted,
         "matmul_flops_per_second": {"fp32": machine.fp32, "bf16": machine.bf16},
     }

@@ -19,6 +19,7 @@ from preftune.evaluation.generations import FILE_NAME as SAMPLES
 from preftune.evaluation.generations import GenerationCache
 from preftune.evaluation.judge import FILE_NAME as ANSWERS
 from preftune.evaluation.scoring import Scorer
+from preftune.references.scoring import SequenceScorer
 from tests.evaluation.conftest import Start
 
 FAST: dict[str, Any] = {"num_prompts": 0, "num_resamples": 200}
@@ -218,7 +219,7 @@ def test_a_second_run_scores_and_samples_nothing(world: Path, tmp_path: Path, mo
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(Scorer, "_row", never)
+    monkeypatch.setattr(SequenceScorer, "_row", never)
     monkeypatch.setattr("preftune.evaluation.generations.continue_prompts", never)
     second = evaluate(str(world / "policy"), str(world / "pairs.jsonl"), **arguments)
     assert second.metrics == first.metrics
@@ -227,15 +228,15 @@ def test_a_second_run_scores_and_samples_nothing(world: Path, tmp_path: Path, mo
 
 def test_interrupted_scoring_keeps_what_it_has(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "store"))
-    original, calls = Scorer._row, []
+    original, calls = SequenceScorer._row, []
 
-    def limited(self: Scorer, items: Any, keys: Any) -> Any:
+    def limited(self: SequenceScorer, items: Any, keys: Any) -> Any:
         calls.append(len(items))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return original(self, items, keys)
 
-    monkeypatch.setattr(Scorer, "_row", limited)
+    monkeypatch.setattr(SequenceScorer, "_row", limited)
     arguments: dict[str, Any] = {"ref_model": str(world / "ref"), "max_tokens_per_row": 120, **FAST}
     with pytest.raises(KeyboardInterrupt):
         evaluate(str(world / "policy"), str(world / "pairs.jsonl"), **arguments)
@@ -294,13 +295,13 @@ def test_training_and_evaluation_share_reference_and_numbers(
     )
     trained = trainer.evaluate()
     scored: list[str] = []
-    original = Scorer._row
+    original = SequenceScorer._row
 
-    def watched(self: Scorer, items: Any, keys: Any) -> Any:
-        scored.extend(str(self.weights_key) for _ in items)
+    def watched(self: SequenceScorer, items: Any, keys: Any) -> Any:
+        scored.extend(self._weights_key() for _ in items)
         return original(self, items, keys)
 
-    monkeypatch.setattr(Scorer, "_row", watched)
+    monkeypatch.setattr(SequenceScorer, "_row", watched)
     found = evaluate(str(world / "policy"), rows, ref_model=str(world / "ref"), beta=0.1, **FAST)
     # The reference was in the store already; only the policy had to be scored.
     assert len(set(scored)) == 1

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from preftune import ConfigError, DPOConfig, KTOConfig, KTOTrainer, ModelError
+from preftune.kernels.head import TokenScores
 from preftune.packing import PackedRow
 from tests.models.tiny import save_tiny_model, train_tokenizer
 from tests.parity import worlds
@@ -225,13 +226,13 @@ def test_a_single_answer_is_scored_once(world: worlds.World, tmp_path: Path, mon
 
     monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "cache"))
     tokens: list[int] = []
-    plain = Reference.row_logps
+    plain = Reference.row_scores
 
-    def counting(self: Reference, row: PackedRow) -> torch.Tensor:
+    def counting(self: Reference, row: PackedRow, **options: bool) -> TokenScores:
         tokens.append(row.num_tokens)
-        return plain(self, row)
+        return plain(self, row, **options)
 
-    monkeypatch.setattr(Reference, "row_logps", counting)
+    monkeypatch.setattr(Reference, "row_scores", counting)
     rows = worlds.unpaired_rows(12)
     trainer = KTOTrainer(
         model=world.path,

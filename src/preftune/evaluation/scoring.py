@@ -1,12 +1,7 @@
-"""Log-probs of given completions under one model: packed rows, shared prompts, kept in the store.
-
-Sequences go in as items, lists of (prompt, completion) that belong together: the two answers of a pair, or all samples
-of a prompt. Equal prompts of one item are computed once.
-"""
+"""A model of its own, made ready to score completions; see :mod:`preftune.references.scoring`."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -21,20 +16,12 @@ from preftune.errors import ModelError
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict, check_declared, probe
 from preftune.models.head import base_model, probe_head
-from preftune.packing import Branch, Tree, build_row
-from preftune.references.fingerprint import model_weights_key, sequence_keys, trained_adapter
+from preftune.references.fingerprint import model_weights_key, trained_adapter
+from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
-
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
-#: (prompt, completion) of sequences that belong together.
-Item = Sequence[tuple[Ids, Ids]]
 
 #: Longer rows do not run faster.
 _MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
-_ITEMS_PER_CHUNK = 512
-#: What an interrupted pass loses at most, in seconds.
-_SECONDS_BETWEEN_WRITES = 5.0
 
 
 class Scorer:
@@ -52,10 +39,6 @@ class Scorer:
         max_length: Longest sequence, for position encodings that depend on it.
         like: A scorer whose verdict on packing holds for this model too, if class and configuration are the same.
         show_progress: Draw progress bars.
-
-    Attributes:
-        num_scored: Items computed so far.
-        num_found: Items found in the store so far.
     """
 
     def __init__(
@@ -74,9 +57,6 @@ class Scorer:
         show_progress: bool = False,
     ) -> None:
         self.model = model.eval()
-        self.store = store
-        self.num_scored = 0
-        self.num_found = 0
         self._adapter_off = adapter_off
         self._bf16 = bf16
         self._show = show_progress
@@ -87,6 +67,13 @@ class Scorer:
         head = like.forward.head if like is not None and like.model is model else probe_head(model)
         alone = self.verdict.alone
         self.forward: RowForward = RowForward(model, self.verdict.ok, backend, head, pad_token_id, alone=alone)
+        self._scorer = SequenceScorer(
+            lambda row, tail: self.forward(row, with_tail=tail)[0],
+            lambda: self.forward,
+            store=store,
+            weights_key=lambda: self.weights_key,
+            around=self._rows,
+        )
 
     def _verdict(self, mode: str, backend: str, pad: int, max_length: int | None, like: Scorer | None) -> Verdict:
         if like is not None and _same_kind(like.model, self.model):
@@ -119,6 +106,21 @@ class Scorer:
         off = self.model.disable_adapter() if self._adapter_off else nullcontext()
         with off, torch.no_grad(), self.autocast():
             yield self.model
+
+    @contextmanager
+    def _rows(self) -> Iterator[None]:
+        with self.running(), self.forward.active():
+            yield
+
+    @property
+    def num_scored(self) -> int:
+        """Items computed so far."""
+        return self._scorer.num_scored
+
+    @property
+    def num_found(self) -> int:
+        """Items found in the store so far."""
+        return self._scorer.num_found
 
     def logps(self, items: Sequence[Item], description: str = "Scoring") -> list[list[Floats]]:
         """Log-probs of every completion token, from the store where known.
@@ -157,8 +159,9 @@ class Scorer:
         self._check_vocabulary(items)
         out: list[list[Floats]] = []
         with tqdm(total=len(items), desc=description, unit="item", disable=None if self._show else True) as bar:
-            for start in range(0, len(items), _ITEMS_PER_CHUNK):
-                out += self._chunk(items[start : start + _ITEMS_PER_CHUNK], bar, tail)
+            for start in range(0, len(items), ITEMS_PER_CHUNK):
+                chunk = items[start : start + ITEMS_PER_CHUNK]
+                out += self._scorer.values(chunk, self._max_tokens, tail=tail, progress=bar.update)
         return out
 
     def sums(self, items: Sequence[Item], description: str = "Scoring") -> npt.NDArray[np.float64]:
@@ -178,85 +181,6 @@ class Scorer:
                 remedy="policy, reference and tokenizer have to share one vocabulary",
             )
 
-    def _chunk(self, items: Sequence[Item], bar: Any, tail: bool) -> list[list[Floats]]:
-        keys = _keys(items)
-        if tail:
-            keys = [tuple(map(_tail_key, each)) for each in keys]
-        known: dict[bytes, Floats] = {}
-        if self.store is not None:
-            known.update(self.store.get_many(self.weights_key, [key for each in keys for key in each]))
-        # Equal items are scored once.
-        missing = {each: n for n, each in enumerate(keys) if any(key not in known for key in each)}
-        self.num_found += len(items) - len(missing)
-        bar.update(len(items) - len(missing))
-        numbers = list(missing.values())
-        fresh: dict[bytes, Floats] = {}
-        written = time.monotonic()
-        with self.running(), self.forward.active():
-            try:
-                for row_items in self._plan([items[n] for n in numbers]):
-                    chosen = [numbers[k] for k in row_items]
-                    fresh.update(self._row([items[n] for n in chosen], tail))
-                    bar.update(len(chosen))
-                    if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
-                        known.update(self._keep(fresh))
-                        written = time.monotonic()
-            finally:
-                # Also after Ctrl-C: what is computed stays computed.
-                known.update(self._keep(fresh))
-        self.num_scored += len(numbers)
-        return [[known[key] for key in each] for each in keys]
-
-    def _keep(self, fresh: dict[bytes, Floats]) -> dict[bytes, Floats]:
-        if self.store is not None and fresh:
-            self.store.put_many(self.weights_key, fresh)
-        done = dict(fresh)
-        fresh.clear()
-        return done
-
-    def _plan(self, items: Sequence[Item]) -> list[list[int]]:
-        lengths = [sum(tree.num_tokens for tree in _trees(item, 0)) for item in items]
-        if not items:
-            return []
-        if self.forward.packed or self.forward.alone:
-            return self.forward.rows_of(lengths, self._max_tokens)
-        # Padded rows hold items of like length, or most of them would be padding.
-        rows: list[list[int]] = [[]]
-        longest = [max(len(prompt) + len(completion) for prompt, completion in item) for item in items]
-        for number in sorted(range(len(items)), key=lambda n: longest[n]):
-            count = sum(len(items[n]) for n in rows[-1]) + len(items[number])
-            if rows[-1] and longest[number] * count > self._max_tokens:
-                rows.append([])
-            rows[-1].append(number)
-        return rows
-
-    def _row(self, items: Sequence[Item], tail: bool) -> dict[bytes, Floats]:
-        """Log-probs of the sequences of some items, and their tail probabilities if wanted, by key."""
-        trees: list[Tree] = []
-        keys: list[bytes] = []
-        for item, names in zip(items, _keys(items), strict=True):
-            trees += _trees(item, len(keys))
-            keys += names
-        row = build_row(trees, range(len(items)))
-        scores = self.forward(row, with_tail=tail)[0]
-        # Targets of one sequence stand together and in order, but an item's sequences may be apart.
-        order = np.argsort(row.target_slot, kind="stable")
-        ends = np.cumsum(np.bincount(row.target_slot, minlength=len(keys)))[:-1]
-        found = dict(zip(keys, _split(scores.logps, order, ends), strict=True))
-        if scores.tail is not None:
-            found |= zip(map(_tail_key, keys), _split(scores.tail, order, ends), strict=True)
-        return found
-
-
-def _split(values: torch.Tensor, order: Any, ends: Any) -> list[Floats]:
-    parts = np.split(values.detach().float().cpu().numpy()[order], ends)
-    return [np.array(part, dtype=np.float32) for part in parts]
-
-
-def _tail_key(key: bytes) -> bytes:
-    """Key of a sequence's tail probabilities in the store, beside that of its log-probs."""
-    return b"tail:" + key
-
 
 def _same_kind(one: Any, other: Any) -> bool:
     """Whether two models compute alike but for their weights, so that one start-up probe speaks for both."""
@@ -266,25 +190,3 @@ def _same_kind(one: Any, other: Any) -> bool:
     drop = ("_name_or_path", "transformers_version")
     configs = [{k: v for k, v in each.config.to_dict().items() if k not in drop} for each in (first, second)]
     return type(first) is type(second) and configs[0] == configs[1] and type(one) is type(other)
-
-
-def _trees(item: Item, first_slot: int) -> list[Tree]:
-    trees: list[Tree] = []
-    for slot, (prompt, completion) in enumerate(item, first_slot):
-        branch = Branch(completion, slot)
-        if trees and len(prompt) and np.array_equal(trees[-1].prefix, prompt):
-            trees[-1] = Tree(prompt, (*trees[-1].branches, branch))
-        else:
-            trees.append(Tree(prompt, (branch,)))
-    return trees
-
-
-def _keys(items: Sequence[Item]) -> list[tuple[bytes, ...]]:
-    pairs = [pair for item in items for pair in item]
-    if not pairs:
-        return []
-    sequences = [np.concatenate(pair) for pair in pairs]
-    masks = [np.arange(len(ids)) >= max(len(prompt), 1) for ids, (prompt, _) in zip(sequences, pairs, strict=True)]
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])])
-    keys = iter(sequence_keys(np.concatenate(sequences), np.concatenate(masks), offsets))
-    return [tuple(next(keys) for _ in item) for item in items]

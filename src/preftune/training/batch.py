@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 
 Example = dict[str, Any]
+Examples = Sequence[Example]
+#: Sums over all examples of a step, see ``Task.totals``.
+Totals = Sequence[float]
 
 
 @dataclass
@@ -54,6 +57,6 @@ def as_arrays(example: Example) -> Example:
     return out
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Examples) -> Batch:
     """Collate function of every preftune trainer: nothing is padded, nothing becomes a tensor yet."""
     return Batch([as_arrays(example) for example in examples], [len(examples)])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preftune.errors import ConfigError, DataError, ModelError, SetupError
+from preftune.errors import ConfigError, DataError, ModelError, SetupError, TrainingError
 from preftune.training.config import PackedConfig
 
 #: Schedules that transformers builds without looking at ``lr_scheduler_kwargs``.
@@ -39,8 +39,8 @@ def refuse_overrides(trainer: type[Any]) -> None:
                 raise ConfigError(what, where=each.__name__, remedy=remedy)
 
 
-def refuse_collator(data_collator: Any) -> None:
-    """Packed rows are not collated."""
+def check_arguments(model: Any, ref_model: Any, data_collator: Any, train_dataset: Any) -> None:
+    """Refuse arguments of a trainer that cannot be used, or that contradict each other."""
     if data_collator is not None:
         raise ConfigError(
             "a data collator cannot be used: examples are packed into rows, not padded into batches",
@@ -48,10 +48,8 @@ def refuse_collator(data_collator: Any) -> None:
             value=type(data_collator).__name__,
             remedy="leave data_collator out",
         )
-
-
-def refuse_same(model: Any, ref_model: Any) -> None:
-    """A model compared with itself while it moves would always agree."""
+    if train_dataset is None:
+        raise DataError("training data are missing", where="train_dataset", remedy="pass train_dataset")
     if ref_model is model and not isinstance(model, str | None):
         raise ModelError(
             "model and ref_model are the same object, so that they would always agree",
@@ -60,10 +58,14 @@ def refuse_same(model: Any, ref_model: Any) -> None:
         )
 
 
-def require_dataset(dataset: Any) -> None:
-    """Training needs data."""
-    if dataset is None:
-        raise DataError("training data are missing", where="train_dataset", remedy="pass train_dataset")
+def check_devices(args: PackedConfig) -> None:
+    """One process drives one device."""
+    if args.n_gpu > 1:
+        raise TrainingError(
+            "one process sees several GPUs",
+            value=args.n_gpu,
+            remedy="start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU",
+        )
 
 
 def check_token_ids(model: nn.Module, dataset: Any, columns: Sequence[str], name: str) -> None:

@@ -19,7 +19,7 @@ from preftune.errors import ConfigError
 from preftune.kernels.head import TokenScores
 from preftune.models.grouped import Parts, adapter_parameters, add_copies, grouped
 from preftune.packing import PackedRow, plan_rows
-from preftune.training.batch import Batch, Example
+from preftune.training.batch import Batch, Examples, Totals
 from preftune.training.dpo_config import DPOConfig
 from preftune.training.metrics import Term
 from preftune.training.sequences import pair_metrics
@@ -74,9 +74,7 @@ class FusedTask(PairTask):
         self._training = training
         super().before_rows(rows, batch, scoring, training=training)
 
-    def row_terms(
-        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
-    ) -> RowTerms:
+    def row_terms(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> RowTerms:
         """Sum of all configurations' losses; metrics under ``<number>/``."""
         logps = self.pair_logps(row, scores, examples, totals)
         self.check_pairs(logps)

@@ -37,13 +37,13 @@ def describe(run: Run) -> TrainingPlan:
         num_packed_tokens=0 if lengths is None else int(lengths.row.sum()),
         num_padded_tokens=0 if lengths is None else lengths.padded_tokens(args.train_batch_size),
         max_tokens_per_row=step.max_tokens_per_row,
-        path="packed" if run.verdict.ok else "padded",
+        path="packed" if step.verdict.ok else "padded",
         backend=_backend(run),
-        backend_reason=run.verdict.reason,
+        backend_reason=step.verdict.reason,
         reference=_reference(reference),
         memory=memory.estimate(
             model,
-            per_token=run.bytes_per_token,
+            per_token=step.bytes_per_token,
             row_tokens=min(row, max(step.checkpoint_above, 1)) if args.gradient_checkpointing else row,
             head_bytes=_head_bytes(run, row),
             reference_bytes=_reference_bytes(reference),
@@ -62,7 +62,7 @@ def _num_steps(args: PackedConfig, num: int) -> int:
 
 
 def _backend(run: Run) -> str:
-    if not run.verdict.ok:
+    if not run.step.verdict.ok:
         return "the model's own attention"
     return ", ".join(sorted(run.step.forward.backends_used)) or run.args.attention_backend
 

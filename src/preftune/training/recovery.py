@@ -1,24 +1,15 @@
-"""What a run survives: memory that runs out in a row, and values that are not finite.
-
-A step whose loss or gradient is not finite is skipped; weights, optimizer and schedule stay as they were, and the rows
-that caused it are named.
-"""
+"""Memory that runs out in a row: how it is noticed, and how much shorter rows become."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor, nn
 
-from preftune.errors import SetupError, TrainingError
+from preftune.errors import SetupError
 from preftune.packing import PackedRow
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -73,57 +64,3 @@ def shorter_budget(
 
 def _flat(error: BaseException) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-# ---- values that are not finite -------------------------------------------------------------------------------------
-
-
-def is_finite(norm: Any, loss: Tensor | None, device: torch.device) -> bool:
-    """Whether a step's gradient norm and this process's loss are numbers."""
-    full = getattr(norm, "full_tensor", None)
-    value = full() if full is not None else torch.as_tensor(norm, device=device)
-    if loss is not None:
-        value = value.to(torch.float32) + loss.to(torch.float32) * 0
-    return bool(torch.isfinite(value).all())
-
-
-def skip_step(model: nn.Module, accelerator: Accelerator) -> None:
-    """Leave weights, optimizer and schedule as they are, at the end of a step."""
-    for parameter in model.parameters():
-        parameter.grad = None
-    # accelerate's optimizer does nothing between synchronisations, and a skipped step leaves the schedule alone.
-    accelerator.gradient_state._set_sync_gradients(False)
-    for optimizer in accelerator._optimizers:
-        optimizer._is_overflow = True
-
-
-def forget_skip(accelerator: Accelerator) -> None:
-    """Let the next step count again."""
-    if accelerator.scaler is None:
-        for optimizer in accelerator._optimizers:
-            optimizer._is_overflow = False
-
-
-def say_skipped(step: int, loss: Tensor | None, rows: str, in_a_row: int, most: int) -> None:
-    """Say that a step was skipped.
-
-    Args:
-        step: Its number.
-        loss: Its loss.
-        rows: Which rows it comes from, in words.
-        in_a_row: Steps skipped one after the other, this one included.
-        most: How many are allowed.
-
-    Raises:
-        TrainingError: They are too many.
-    """
-    finite_loss = loss is None or bool(torch.isfinite(loss))
-    what = f"step {step}: the {'gradient' if finite_loss else 'loss'} is not finite"
-    if in_a_row > most:
-        raise TrainingError(
-            f"{what}, in {in_a_row} steps in a row; {rows}",
-            remedy="look at these rows; lower learning_rate, set max_grad_norm, or train in bf16 or fp32",
-        )
-    warnings.warn(
-        f"{what}; the step is skipped, weights and optimizer stay as they were; {rows}", UserWarning, stacklevel=3
-    )

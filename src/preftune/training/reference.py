@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +23,12 @@ from preftune.errors import TrainingError
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
-from preftune.packing import Branch, PackedRow, Tree, build_row, pair_trees
-from preftune.references.fingerprint import model_weights_key, sequence_keys, trained_adapter
+from preftune.packing import PackedRow
+from preftune.references.fingerprint import model_weights_key, trained_adapter
 from preftune.references.live import Shadow, using_adapter
+from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
-from preftune.training.batch import Example, as_arrays
+from preftune.training.batch import Example, Examples, as_arrays
 from preftune.training.sequences import sequence_sums
 
 if TYPE_CHECKING:
@@ -36,40 +36,8 @@ if TYPE_CHECKING:
 
 #: Columns that hold the reference's sums.
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-_PAIRS_PER_CHUNK = 512
 
-Floats = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
-
-
-@dataclass
-class PairSequences:
-    """The two sequences of a pair, as the store and the packed row need them.
-
-    Attributes:
-        chosen: Prompt and chosen completion, token ids.
-        rejected: Prompt and rejected completion, token ids.
-        chosen_prompt: Prompt tokens in ``chosen``.
-        rejected_prompt: Prompt tokens in ``rejected``.
-    """
-
-    chosen: Any
-    rejected: Any
-    chosen_prompt: int
-    rejected_prompt: int
-
-    @classmethod
-    def of(cls, example: Example) -> PairSequences:
-        """Join prompt and completions of a tokenised pair."""
-        prompt = example["prompt_ids"]
-        other = example.get("rejected_prompt_ids")
-        other = prompt if other is None else other
-        return cls(
-            np.concatenate([prompt, example["chosen_ids"]]),
-            np.concatenate([other, example["rejected_ids"]]),
-            len(prompt),
-            len(other),
-        )
 
 
 class Reference:
@@ -108,8 +76,6 @@ class Reference:
         self.store = store
         self.ld_alpha = ld_alpha
         self.follows = follows
-        self.num_scored = 0
-        self.num_found = 0
         self.policy_moved = False
         self.shadow: Shadow | None = None
         self._autocast = autocast
@@ -117,6 +83,12 @@ class Reference:
         self._reload = reload
         self._show_progress = show_progress
         self._key: str | None = None
+        self._scorer = SequenceScorer(
+            lambda row, tail: self.row_scores(row, with_tail=tail),
+            self._ready,
+            store=store,
+            weights_key=lambda: self.weights_key,
+        )
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
 
     # ---- fixed references -----------------------------------------------------------------------------------------
@@ -136,7 +108,7 @@ class Reference:
         *,
         max_tokens: int,
         share: tuple[int, int] = (0, 1),
-        exchange: Callable[[dict[bytes, Any]], dict[bytes, Any]] = lambda values: values,
+        exchange: Callable[[dict[Any, Any]], dict[Any, Any]] = lambda values: values,
         description: str = "Reference",
     ) -> Sums:
         """Reference sums of the pairs ``indices``, from the store where known, computed and stored where not.
@@ -146,84 +118,40 @@ class Reference:
             indices: Rows that are needed.
             max_tokens: Token budget of a row of the reference pass.
             share: This process's number and the number of processes, which divide the missing pairs.
-            exchange: Gathers ``{key: values}`` from all processes.
+            exchange: Gathers a mapping from all processes.
             description: Title of the progress bar.
 
         Returns:
             ``(len(dataset), 2)``: chosen and rejected; NaN in rows that were not asked for.
         """
-        assert self.store is not None
         out = np.full((len(dataset), 2), np.nan)
-        chunks = [indices[i : i + _PAIRS_PER_CHUNK] for i in range(0, len(indices), _PAIRS_PER_CHUNK)]
         # Unset, a bar is drawn where there is a terminal: in a file it would be one long line.
         hidden = True if share[0] != 0 or not self._show_progress else None
         with tqdm(total=len(indices), desc=description, unit="pair", disable=hidden) as bar:
-            for chunk in chunks:
-                pairs = [PairSequences.of(as_arrays(example)) for example in _rows(dataset, chunk)]
-                values = self._values(pairs, max_tokens, share, exchange)
-                for index, pair, keys in zip(chunk, pairs, _pair_keys(pairs), strict=True):
-                    out[index] = self._weighted_sums(values[keys[0]], values[keys[1]], pair)
+            for start in range(0, len(indices), ITEMS_PER_CHUNK):
+                chunk = indices[start : start + ITEMS_PER_CHUNK]
+                items = [_sequences(as_arrays(example)) for example in _rows(dataset, chunk)]
+                values = self._scorer.values(items, max_tokens, share=share, exchange=exchange)
+                for index, found in zip(chunk, values, strict=True):
+                    out[index] = self._weighted_sums(found[0], found[-1])
                 bar.update(len(chunk))
         return out
 
-    def _values(
-        self,
-        pairs: list[PairSequences],
-        max_tokens: int,
-        share: tuple[int, int],
-        exchange: Callable[[dict[bytes, Any]], dict[bytes, Any]],
-    ) -> dict[bytes, Floats]:
-        assert self.store is not None
-        keys = _pair_keys(pairs)
-        known: dict[bytes, Floats] = dict(self.store.get_many(self.weights_key, [key for both in keys for key in both]))
-        missing = {both: n for n, both in enumerate(keys) if not (both[0] in known and both[1] in known)}
-        self.num_found += len(pairs) - len(missing)
-        if share[1] > 1:
-            # Another process may have stored a value between two look-ups: what one misses, all count as missing.
-            union = exchange(dict(missing.keys()))
-            missing = {both: n for n, both in enumerate(keys) if both[0] in union and union[both[0]] == both[1]}
-        numbers = sorted(missing.values())[share[0] :: share[1]]
-        computed = self._score_pairs([pairs[n] for n in numbers], [keys[n] for n in numbers], max_tokens)
-        if computed:
-            self.store.put_many(self.weights_key, computed)
-        known.update(exchange(computed))
-        return known
+    @property
+    def num_scored(self) -> int:
+        """Pairs computed so far."""
+        return self._scorer.num_scored
 
-    def _score_pairs(
-        self, pairs: list[PairSequences], keys: list[tuple[bytes, bytes]], max_tokens: int
-    ) -> dict[bytes, Floats]:
-        if not pairs:
-            return {}
+    @property
+    def num_found(self) -> int:
+        """Pairs found in the store so far."""
+        return self._scorer.num_found
+
+    def _ready(self) -> RowForward:
+        """The model that computes the reference, loaded again where nothing of it is left."""
         if self.policy_moved and not self._lasts and self.shadow is None:
             self.separate = self._reloaded()
-        # A single answer stands as both of its pair's sequences, and is scored once.
-        single = [one == other for one, other in keys]
-        trees = [_trees(pair, 0, alone) for pair, alone in zip(pairs, single, strict=True)]
-        lengths = [sum(tree.num_tokens for tree in each) for each in trees]
-        found: dict[bytes, Floats] = {}
-        for numbers in self._plan(lengths, max_tokens):
-            in_row = [tree for k, n in enumerate(numbers) for tree in _trees(pairs[n], 2 * k, single[n])]
-            row = build_row(in_row, numbers)
-            logps = self.row_logps(row).float().cpu().numpy()
-            slots = row.target_slot
-            for k, n in enumerate(numbers):
-                found[keys[n][0]] = logps[slots == 2 * k]
-                if not single[n]:
-                    found[keys[n][1]] = logps[slots == 2 * k + 1]
-        self.num_scored += len(pairs)
-        return found
-
-    def _plan(self, lengths: list[int], max_tokens: int) -> list[list[int]]:
-        """Rows of the reference pass. Padded rows hold pairs of like length, or most of them would be padding."""
-        forward = self.separate or self.policy
-        if forward.packed or forward.alone:
-            return forward.rows_of(lengths, max_tokens)
-        rows: list[list[int]] = [[]]
-        for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
-            if rows[-1] and 2 * lengths[number] * (len(rows[-1]) + 1) > max_tokens:
-                rows.append([])
-            rows[-1].append(number)
-        return rows
+        return self.separate or self.policy
 
     def _reloaded(self) -> RowForward:
         """The reference, loaded from where the policy came from and proved to be the same by its content."""
@@ -238,7 +166,7 @@ class Reference:
             remedy="pass these pairs as eval_dataset from the start, give a ref_model, or set reference_store: false",
         )
 
-    def _weighted_sums(self, chosen: Floats, rejected: Floats, pair: PairSequences) -> tuple[float, float]:
+    def _weighted_sums(self, chosen: Floats, rejected: Floats) -> tuple[float, float]:
         if self.ld_alpha is None:
             return float(chosen.sum(dtype=np.float64)), float(rejected.sum(dtype=np.float64))
         lengths = torch.tensor([len(chosen), len(rejected)])
@@ -311,12 +239,12 @@ class Reference:
 
     # ---- what a row's loss asks for ---------------------------------------------------------------------------------
 
-    def run_along(self, rows: Sequence[PackedRow], examples: Sequence[Example]) -> None:
+    def run_along(self, rows: Sequence[PackedRow], examples: Examples) -> None:
         """Score the rows of a step, where the values are not in the data."""
         if not (examples and COLUMNS[0] in examples[0]):
             self._live = {id(row): sequence_sums(row, self.row_logps(row), self.ld_alpha) for row in rows}
 
-    def row_sums(self, row: PackedRow, examples: Sequence[Example], like: Tensor) -> tuple[Tensor, Tensor]:
+    def row_sums(self, row: PackedRow, examples: Examples, like: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of a row's chosen and rejected completions, from the data or from :meth:`run_along`.
 
         Raises:
@@ -334,24 +262,13 @@ class Reference:
         return values[:, 0], values[:, 1]
 
 
-def _trees(pair: PairSequences, first_slot: int, alone: bool) -> tuple[Tree, ...]:
-    prompt, chosen = pair.chosen[: pair.chosen_prompt], pair.chosen[pair.chosen_prompt :]
-    if alone:
-        return (Tree(prompt, (Branch(chosen, first_slot),)),)
-    other, rejected = pair.rejected[: pair.rejected_prompt], pair.rejected[pair.rejected_prompt :]
-    same = len(prompt) == len(other) and np.array_equal(prompt, other)
-    return pair_trees(prompt, chosen, rejected, None if same else other, (first_slot, first_slot + 1))
-
-
-def _pair_keys(pairs: list[PairSequences]) -> list[tuple[bytes, bytes]]:
-    sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
-    prompts = [length for pair in pairs for length in (pair.chosen_prompt, pair.rejected_prompt)]
-    if not sequences:
-        return []
-    masks = [np.arange(len(ids)) >= max(length, 1) for ids, length in zip(sequences, prompts, strict=True)]
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])])
-    keys = sequence_keys(np.concatenate(sequences), np.concatenate(masks), offsets)
-    return list(zip(keys[0::2], keys[1::2], strict=True))
+def _sequences(example: Example) -> Item:
+    """The two sequences of a pair; a single answer that stands as both is one."""
+    prompt, other = example["prompt_ids"], example.get("rejected_prompt_ids")
+    other = prompt if other is None else other
+    chosen, rejected = (prompt, example["chosen_ids"]), (other, example["rejected_ids"])
+    same = all(map(np.array_equal, chosen, rejected))
+    return [chosen] if same else [chosen, rejected]
 
 
 def _rows(dataset: Dataset, indices: Sequence[int]) -> Iterable[Example]:

@@ -7,6 +7,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import TrainerCallback
 
 from preftune.models.forward import RowForward
@@ -16,6 +19,15 @@ from preftune.training.explicit import reloaded
 from preftune.training.preference_config import ReferenceConfig
 from preftune.training.reference import COLUMNS, Reference
 from preftune.training.step import Step
+
+#: Difference of policy and reference in nats per token that rounding can explain, by half-precision or not.
+_AGREEMENT = {True: 5e-2, False: 2e-3}
+
+
+def agreement(accelerator: Accelerator, model: nn.Module) -> float:
+    """Nats per token that a policy and itself may differ by, computed twice."""
+    half = accelerator.mixed_precision != "no" or next(model.parameters()).dtype != torch.float32
+    return _AGREEMENT[half]
 
 
 def make_reference(
@@ -68,50 +80,34 @@ class SyncReference(TrainerCallback):
             self._reference.follow(args.ref_model_mixup_alpha)
 
 
-class ReferencePass:
-    """Completes data with what a fixed reference makes of them.
+def with_reference(step: Step, dataset: Any, name: str, rows: list[int] | None = None) -> Any:
+    """Data with what the fixed reference of a run makes of them.
 
     Args:
-        reference: A reference with a store.
-        step: Token budgets, and the processes that divide what is missing.
+        step: The reference's task, token budgets, and the processes that divide what is missing.
+        dataset: Tokenised examples; of a stream nothing is known beforehand, and the reference will run along.
+        name: Name of the data, for the progress bar.
+        rows: Which of them are needed; by default all.
     """
-
-    def __init__(self, reference: Reference, step: Step) -> None:
-        self._reference = reference
-        self._step = step
-
-    def complete(self, dataset: Any, name: str, rows: list[int] | None = None) -> Any:
-        """The data with the reference's sums.
-
-        Args:
-            dataset: Tokenised examples; of a stream nothing is known beforehand, and the reference will run along.
-            name: Name of the data, for the progress bar.
-            rows: Which of them are needed; by default all.
-        """
-        if not isinstance(dataset, datasets.Dataset):
-            self._reference.keep_shadow()
-            return dataset
-        rows = list(range(len(dataset))) if rows is None else rows
-        if set(COLUMNS) <= set(dataset.column_names):
-            known = np.isfinite(np.asarray(dataset[COLUMNS[0]], dtype=np.float32))
-            if known[rows].all():
-                return dataset
-            dataset = dataset.remove_columns(list(COLUMNS))
-        processes = self._step.processes
-        sums = self._reference.sums(
-            dataset,
-            rows,
-            max_tokens=memory.reference_budget(self._step.max_tokens_per_row, self._step.device),
-            share=(processes.index, processes.number),
-            exchange=processes.merged,
-            description=f"Reference log-probs ({name})",
-        )
-        for column, values in zip(COLUMNS, sums.T, strict=True):
-            dataset = dataset.add_column(column, values)
+    reference, processes = step.task.reference, step.processes
+    assert reference is not None
+    if not isinstance(dataset, datasets.Dataset):
+        reference.keep_shadow()
         return dataset
-
-    def complete_each(self, data: Any) -> Any:
-        """The same for evaluation data: one set, several by name, or none."""
-        if isinstance(data, dict):
-            return {name: self.complete(each, name) for name, each in data.items()}
-        return None if data is None else self.complete(data, "eval")
+    rows = list(range(len(dataset))) if rows is None else rows
+    if set(COLUMNS) <= set(dataset.column_names):
+        known = np.isfinite(np.asarray(dataset[COLUMNS[0]], dtype=np.float32))
+        if known[rows].all():
+            return dataset
+        dataset = dataset.remove_columns(list(COLUMNS))
+    sums = reference.sums(
+        dataset,
+        rows,
+        max_tokens=memory.reference_budget(step.max_tokens_per_row, step.device),
+        share=(processes.index, processes.number),
+        exchange=processes.merged,
+        description=f"Reference log-probs ({name})",
+    )
+    for column, values in zip(COLUMNS, sums.T, strict=True):
+        dataset = dataset.add_column(column, values)
+    return dataset

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from transformers import TrainerState
 
-from preftune.models.gate import Verdict
 from preftune.training.config import PackedConfig
 from preftune.training.lengths import ExampleLengths
 from preftune.training.step import Step
@@ -14,59 +13,33 @@ from preftune.training.task import Task
 
 
 class Run(Protocol):
-    """A training run, as observers see it. The trainer is one; nothing of it is changed through this."""
+    """A training run, as observers see it. The trainer is one; nothing of it is changed through this.
 
-    @property
-    def args(self) -> PackedConfig:
-        """Settings."""
+    Attributes:
+        args: Settings.
+        task: What is trained, with its objective and its reference.
+        step: The policy's forward, token budgets, the processes that train together, and what guards are shown.
+        state: How far the run is.
+        model: The policy.
+        processing_class: The tokenizer.
+        train_dataset: Prepared training data.
+        eval_dataset: Prepared evaluation data: one set, a mapping of names to sets, or ``None``.
+        reports: What became of the rows of each data set.
+        lengths: Token counts of the training data; ``None`` where they are unknown.
+        callback_handler: The callbacks.
+    """
 
-    @property
-    def task(self) -> Task:
-        """What is trained, its objective and its reference included."""
-
-    @property
-    def model(self) -> Any:
-        """The policy."""
-
-    @property
-    def processing_class(self) -> Any:
-        """The tokenizer."""
-
-    @property
-    def train_dataset(self) -> Any:
-        """Prepared training data."""
-
-    @property
-    def eval_dataset(self) -> Any:
-        """Prepared evaluation data: one set, a mapping of names to sets, or ``None``."""
-
-    @property
-    def reports(self) -> dict[str, Any]:
-        """What became of the rows of each data set."""
-
-    @property
-    def lengths(self) -> ExampleLengths | None:
-        """Token counts of the training data; ``None`` where they are unknown."""
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the model is packed, and why not."""
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Memory that a token of a row takes between forward and backward."""
-
-    @property
-    def step(self) -> Step:
-        """The policy's forward, token budgets, the processes that train together, and what guards are shown."""
-
-    @property
-    def state(self) -> TrainerState:
-        """How far the run is."""
-
-    @property
-    def callback_handler(self) -> Any:
-        """The callbacks."""
+    args: PackedConfig
+    task: Task
+    step: Step
+    state: TrainerState
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+    reports: dict[str, Any]
+    lengths: ExampleLengths | None
+    callback_handler: Any
 
     def is_world_process_zero(self) -> bool:
         """Whether this process writes files and speaks."""

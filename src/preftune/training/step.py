@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
+from preftune.models.gate import Verdict
+from preftune.models.head import base_model
 from preftune.objectives import PairLogps
 from preftune.packing import PackedRow, build_row
 from preftune.training import memory
-from preftune.training.batch import Batch, Example
+from preftune.training.batch import Batch, Examples
 from preftune.training.checkpoints import rng
 from preftune.training.config import PackedConfig
 from preftune.training.guards.evidence import Watch
@@ -36,7 +38,8 @@ from preftune.training.noise import EmbeddingNoise
 from preftune.training.processes import Processes
 from preftune.training.recovery import ran_out_of_memory, shorter_budget
 from preftune.training.router import RouterLoss
-from preftune.training.task import JointLoss, RowTerms, Task, Trees
+from preftune.training.task import RowTerms, Task, Trees
+from preftune.training.tasks.pairs import PairTask
 
 #: Per-sequence sums that a joint loss has a gradient for.
 _INPUTS = ("chosen_logps", "rejected_logps", "chosen_sum_logps")
@@ -51,9 +54,11 @@ class Step:
         accelerator: Accelerate's, for mixed precision and the backward.
         args: Settings.
         processes: All that train together.
-        row_terms: A row's loss and metrics: the task's, unless a trainer has its own.
 
     Attributes:
+        terms_of: Gives a row's loss and metrics: the task's method, unless a trainer has its own.
+        verdict: Whether rows are packed, and why not.
+        bytes_per_token: Memory that a token of a row takes between forward and backward.
         router: The load-balancing loss, or ``None``.
         noise: NEFTune, or ``None``.
         watch: What guards are shown.
@@ -65,8 +70,12 @@ class Step:
         with_stats: Whether the present step's log line is due, so that entropy, mean logit and top-1 are worth their
             time.
         batch: Examples of the present step.
+        number: Its number, from one.
         loss: Its loss, or ``None`` before the first.
     """
+
+    verdict: Verdict
+    bytes_per_token: float
 
     def __init__(
         self,
@@ -75,7 +84,6 @@ class Step:
         accelerator: Accelerator,
         args: PackedConfig,
         processes: Processes,
-        row_terms: Callable[..., RowTerms],
     ) -> None:
         self.task = task
         self.forward = forward
@@ -90,9 +98,10 @@ class Step:
         self.num_tokens = torch.zeros((), dtype=torch.float64, device=args.device)
         self.max_tokens_per_row = self.checkpoint_above = 1 << 62
         self.with_stats = False
-        self.batch = Batch()
+        self.batch, self.number = Batch(), 0
         self.loss: Tensor | None = None
-        self._row_terms = row_terms
+        self.terms_of: Callable[..., RowTerms] = task.row_terms
+        self._num_parameters: int | None = None
         self._kept: tuple[dict[str, Any], Any] = ({}, None)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -112,7 +121,7 @@ class Step:
             SetupError: Memory ran out, and rows cannot be made shorter, or not by this process alone.
         """
         totals = self.processes.sums(self.task.totals(batch.examples))
-        self.batch, self._kept = batch, (self.state(), self.task.kept())
+        self.batch, self.number, self._kept = batch, number, (self.state(), self.task.kept())
         state = rng.capture(self.args.device)
         while True:
             rows: list[PackedRow] = []
@@ -161,11 +170,17 @@ class Step:
         groups = batch.groups() if self.router else self.forward.rows_of(lengths, self.max_tokens_per_row)
         return [self._row(batch.examples, numbers, self.task.trees) for numbers in groups]
 
-    def _lengths(self, examples: Sequence[Example], trees: Trees) -> list[int]:
+    def _lengths(self, examples: Examples, trees: Trees) -> list[int]:
         return [sum(tree.num_tokens for tree in trees(example, 0)) for example in examples]
 
-    def _row(self, examples: Sequence[Example], numbers: Sequence[int], trees: Trees) -> PackedRow:
+    def _row(self, examples: Examples, numbers: Sequence[int], trees: Trees) -> PackedRow:
         return build_row([tree for k, n in enumerate(numbers) for tree in trees(examples[n], k)], numbers)
+
+    def flops(self, batch: Batch) -> int:
+        """Floating-point operations of a batch: six per parameter and computed token."""
+        if self._num_parameters is None:
+            self._num_parameters = base_model(self.forward.model).num_parameters(exclude_embeddings=True)
+        return int(6 * sum(self._lengths(batch.examples, self.task.trees)) * self._num_parameters)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -178,8 +193,8 @@ class Step:
 
     def run_rows(self, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
         """Forward and backward row by row. Returns this process's share of the loss, detached."""
-        if self.task.joint is not None:
-            return self._run_jointly(self.task.joint, model, rows, batch, totals)
+        if self.task.joint:
+            return self._run_jointly(model, rows, batch, totals)
         loss = torch.zeros((), device=self.args.device)
         # Rows that repeat an earlier one only keep sharded processes in step and weigh nothing.
         real = {id(row) for row in rows}
@@ -201,7 +216,7 @@ class Step:
     def row_terms(self, model: nn.Module, row: PackedRow, batch: Batch, totals: list[float], stats: bool) -> RowTerms:
         """Score a row, and take its loss and metrics."""
         scores, output = self.score(model, row, stats)
-        terms = self._row_terms(row, scores, [batch.examples[n] for n in row.examples], totals)
+        terms = self.terms_of(row, scores, [batch.examples[n] for n in row.examples], totals)
         if self.router is not None:
             terms.router = self.router.term(output)
             terms.metrics["aux_loss"] = (terms.router.detach(), 1.0)
@@ -244,7 +259,7 @@ class Step:
         """Each value summed over all processes."""
         return self.processes.sums(values)
 
-    def scored(self, examples: Sequence[Example], trees: Trees) -> Iterator[tuple[PackedRow, Tensor, bool]]:
+    def scored(self, examples: Examples, trees: Trees) -> Iterator[tuple[PackedRow, Tensor, bool]]:
         """Rows of some trees of the examples, the policy's log-probs without graph, and whether the row counts."""
         # Without a graph a row costs a fraction of a training row's memory.
         budget = memory.reference_budget(self.max_tokens_per_row, self.args.device)
@@ -259,28 +274,28 @@ class Step:
 
     # ---- losses that join the examples of a step --------------------------------------------------------------------
 
-    def _run_jointly(
-        self, joint: JointLoss, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]
-    ) -> Tensor:
+    def _run_jointly(self, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
+        task = self.task
+        assert isinstance(task, PairTask)
         examples = [[batch.examples[n] for n in row.examples] for row in rows]
         with torch.no_grad(), self.computing():
             scored = [self.score(model, row, with_stats=True)[0] for row in rows]
-            pairs = [joint.pair_logps(*each, totals) for each in zip(rows, scored, examples, strict=True)]
+            pairs = [task.pair_logps(*each, totals) for each in zip(rows, scored, examples, strict=True)]
         # Rows that repeat an earlier one stand at the end; they only keep sharded processes in step and weigh nothing.
         real = len({id(row) for row in rows})
         everyone, start = self._of_all_processes(PairLogps.concat(pairs[:real]))
         leaves = {name: getattr(everyone, name).detach().requires_grad_(True) for name in _INPUTS}
         with torch.enable_grad():
-            loss = joint.losses(replace(everyone, **leaves)).loss.sum() / totals[0]
+            loss = task.losses(replace(everyone, **leaves)).loss.sum() / totals[0]
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for row, scores, logps in zip(rows[:real], scored, pairs, strict=False):
-            terms = joint.terms(row, scores, logps, None)
+            terms = task.terms(row, scores, logps, None)
             self.sums.add(terms.metrics)
             self.watch.add_train(terms.pairs)
         with self.computing(), memory.offloading(self.args.activation_offloading):
             for number, row in enumerate(rows):
                 scores = self.score(model, row, with_stats=False)[0]
-                logps = joint.pair_logps(row, scores, examples[number], totals)
+                logps = task.pair_logps(row, scores, examples[number], totals)
                 # A repeated row takes part in the exchange alone.
                 own = slice(start, start + logps.num_pairs) if number < real else slice(0, logps.num_pairs)
                 start += logps.num_pairs if number < real else 0

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from preftune.data import DataOptions, PrepareReport
 from preftune.kernels.head import TokenScores
-from preftune.objectives import Objective, ObjectiveResult, PairLogps
+from preftune.objectives import Objective
 from preftune.packing import PackedRow, Tree
-from preftune.training.batch import Batch, Example
+from preftune.training.batch import Batch, Example, Examples, Totals
 from preftune.training.carried import RunningDelta
 from preftune.training.config import PackedConfig
 from preftune.training.guards.settings import COMMON
@@ -58,7 +58,7 @@ class Scoring(Protocol):
     def device(self) -> torch.device:
         """Where the model computes."""
 
-    def scored(self, examples: Sequence[Example], trees: Trees) -> Iterator[tuple[PackedRow, Tensor, bool]]:
+    def scored(self, examples: Examples, trees: Trees) -> Iterator[tuple[PackedRow, Tensor, bool]]:
         """Rows of some trees of the examples, the policy's log-probs without graph, and whether the row counts.
 
         Rows that do not count repeat an earlier one, to keep sharded processes in step.
@@ -66,23 +66,6 @@ class Scoring(Protocol):
 
     def sum_over_processes(self, values: list[float]) -> list[float]:
         """Each value summed over all processes."""
-
-
-class JointLoss(Protocol):
-    """A loss that joins all pairs of a step."""
-
-    def pair_logps(
-        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
-    ) -> PairLogps:
-        """What the loss asks about a row's pairs."""
-
-    def losses(self, logps: PairLogps) -> ObjectiveResult:
-        """The losses of all pairs of a step."""
-
-    def terms(
-        self, row: PackedRow, scores: TokenScores, logps: PairLogps, parts: Mapping[str, Tensor] | None
-    ) -> RowTerms:
-        """A row's metrics."""
 
 
 class Task:
@@ -97,7 +80,7 @@ class Task:
         reference: What the policy is compared with; given by the trainer where ``needs_reference``.
         running_delta: BCO's reward shift, where the method has it.
         ld_alpha: Weight of tokens beyond the shorter completion in sums over sequences; ``None`` for one.
-        joint: The loss, where it joins all examples of a step and so takes two passes.
+        joint: Whether the loss joins all pairs of a step, and so takes two passes.
         needs_reference: Whether there is a reference.
         needs_log_sum_sq: Whether every step needs the log of the sum of squared probabilities.
         disables_dropout: Whether dropout is switched off in policy and reference.
@@ -122,7 +105,7 @@ class Task:
     reference: Reference | None = None
     running_delta: RunningDelta | None = None
     ld_alpha: float | None = None
-    joint: JointLoss | None = None
+    joint = False
     needs_reference = False
     needs_log_sum_sq = False
     disables_dropout = False
@@ -153,7 +136,7 @@ class Task:
         """Token counts of prepared data; ``None`` where they are unknown."""
         raise NotImplementedError
 
-    def num_tokens(self, examples: Sequence[Example]) -> int:
+    def num_tokens(self, examples: Examples) -> int:
         """Tokens of the examples, prompts counted once per sequence as padded trainers count them."""
         raise NotImplementedError
 
@@ -163,7 +146,7 @@ class Task:
         """Trees of the ``number``-th example of a row, with slots of its own."""
         raise NotImplementedError
 
-    def totals(self, examples: Sequence[Example]) -> list[float]:
+    def totals(self, examples: Examples) -> list[float]:
         """Numbers to be summed over all examples of a step and all processes; the first is the number of examples."""
         return [float(len(examples))]
 
@@ -174,9 +157,7 @@ class Task:
         """Totals of all evaluation data, where they enter an example's loss; ``None`` where a batch's own will do."""
         return None
 
-    def row_terms(
-        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
-    ) -> RowTerms:
+    def row_terms(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> RowTerms:
         """Summed loss and metrics of one row; ``totals`` are those of the whole step."""
         raise NotImplementedError
 

@@ -26,22 +26,25 @@ _Metrics = Callable[[Any], dict[str, float]] | None
 
 
 class _NamedTrainer(TaskTrainer):
-    """A trainer of a task of the table, found by its name."""
+    """A trainer of a task of the table, found by the name of its settings."""
 
     config_class: ClassVar[type[PackedConfig]]
 
-    @classmethod
-    def _suffix(cls) -> str:
-        """``DPO`` of ``DPOConfig``."""
-        return cls.config_class.__name__.removesuffix("Config")
-
-    @classmethod
-    def _settings(cls, model: Any, args: Any) -> Any:
-        return args or cls.config_class(default_output_dir(model, cls._suffix()))
-
     def make_task(self, args: Any) -> Task:
         """The task with its settings."""
-        return TASKS[self._suffix().lower()](args)
+        return TASKS[_name(type(self)).lower()](args)
+
+    def _begin(self, given: dict[str, Any]) -> None:
+        """Go on with the arguments of a constructor, settings completed."""
+        own = {name: value for name, value in given.items() if name not in ("self", "__class__")}
+        model = own["model"]
+        args = own.pop("args") or self.config_class(default_output_dir(model, _name(type(self))))
+        super().__init__(self.make_task(args), args=args, **own)
+
+
+def _name(trainer: type[_NamedTrainer]) -> str:
+    """``DPO`` of ``DPOConfig``."""
+    return trainer.config_class.__name__.removesuffix("Config")
 
 
 class _WithReference(_NamedTrainer):
@@ -60,22 +63,7 @@ class _WithReference(_NamedTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        args = self._settings(model, args)
-        super().__init__(
-            self.make_task(args),
-            model,
-            args,
-            ref_model=ref_model,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        self._begin(locals())
 
 
 class DPOTrainer(_WithReference):
@@ -134,20 +122,8 @@ class _WithoutReference(_NamedTrainer):
     ) -> None:
         _refuse_logits(preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         model = _one_model(model, model_init)
-        args = self._settings(model, args)
-        super().__init__(
-            self.make_task(args),
-            model,
-            args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-        )
+        del model_init, preprocess_logits_for_metrics
+        self._begin(locals())
 
 
 class CPOTrainer(_WithoutReference):
@@ -233,34 +209,26 @@ class SFTTrainer(_NamedTrainer):
         if args is not None and not isinstance(args, SFTConfig):
             # What ``to_dict`` gives is for showing: a token in it is masked.
             args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
-        settings: SFTConfig = self._settings(model, args)
         _refuse_logits(
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if settings.packing:
+        self._formatting_func = formatting_func
+        del compute_loss_func, compute_metrics, preprocess_logits_for_metrics, formatting_func
+        self._begin(locals())
+
+    def make_task(self, args: SFTConfig) -> TextTask:
+        """Texts, made of rows by the user's function where there is one."""
+        if args.packing:
             warnings.warn(
                 "packing never mixes examples here, so that a batch still counts examples: with"
                 " per_device_train_batch_size as it was, there are more and smaller steps than where examples are"
                 " joined",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-        super().__init__(
-            TextTask(settings, formatting_func),
-            model,
-            settings,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        return TextTask(args, self._formatting_func)
 
     def _prepared_train(self, dataset: Any, tokenizer: Any, args: Any) -> Any:
         streamed = isinstance(dataset, datasets.IterableDataset)

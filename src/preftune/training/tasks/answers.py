@@ -21,7 +21,7 @@ from preftune.data.unpaired import prepare_unpaired
 from preftune.kernels.head import TokenScores
 from preftune.objectives import UnpairedLogps, check_kto_weights, kl_baseline_from_sum
 from preftune.packing import Branch, PackedRow, Tree
-from preftune.training.batch import Batch, Example
+from preftune.training.batch import Batch, Example, Examples, Totals
 from preftune.training.guards.evidence import of_answers
 from preftune.training.kto_config import KTOConfig
 from preftune.training.lengths import ExampleLengths, pair_lengths
@@ -76,7 +76,7 @@ class AnswerTask(PreferenceTask):
         prompt = pairs.row - pairs.completion
         return ExampleLengths(prompt=prompt, completion=total - prompt, row=total, sequences=sequences)
 
-    def num_tokens(self, examples: Sequence[Example]) -> int:
+    def num_tokens(self, examples: Examples) -> int:
         """Tokens of prompts and own completions."""
         return sum(len(e["prompt_ids"]) + len(e["chosen_ids"]) for e in examples)
 
@@ -105,7 +105,7 @@ class AnswerTask(PreferenceTask):
         total, number = scoring.sum_over_processes(torch.stack(sums).sum(0).tolist())
         return kl_baseline_from_sum(torch.tensor(total, dtype=torch.float64, device=scoring.device), int(number))
 
-    def _exchanged_ratios(self, row: PackedRow, logps: Tensor, examples: Sequence[Example]) -> Tensor:
+    def _exchanged_ratios(self, row: PackedRow, logps: Tensor, examples: Examples) -> Tensor:
         """Log-ratios of the exchanged completions of some examples, ``(examples,)``, without graph."""
         policy = _sums(row, logps)
         if COLUMNS[1] in examples[0]:
@@ -120,9 +120,7 @@ class AnswerTask(PreferenceTask):
         """Prompt and completion."""
         return (Tree(example["prompt_ids"], (Branch(example["chosen_ids"], 2 * number),)),)
 
-    def row_terms(
-        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
-    ) -> RowTerms:
+    def row_terms(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> RowTerms:
         """Objective and TRL's metrics of one row; the baseline, which joins the examples of a step, is a constant."""
         policy = _sums(row, scores.logps)
         weights = weights_of(examples)

@@ -14,7 +14,7 @@ from preftune.errors import DataError
 from preftune.kernels.head import TokenScores
 from preftune.objectives import ObjectiveResult, PairLogps
 from preftune.packing import PackedRow, Tree, pair_trees
-from preftune.training.batch import Batch, Example
+from preftune.training.batch import Batch, Example, Examples, Totals
 from preftune.training.carried import RunningDelta
 from preftune.training.dpo_config import DPOConfig
 from preftune.training.guards.evidence import of_pairs
@@ -43,7 +43,7 @@ class Pairs(PreferenceTask):
         """Token counts of tokenised pairs."""
         return pair_lengths(dataset)
 
-    def num_tokens(self, examples: Sequence[Example]) -> int:
+    def num_tokens(self, examples: Examples) -> int:
         """Tokens of both sequences of every pair."""
         total = 0
         for e in examples:
@@ -74,7 +74,7 @@ class PairTask(Pairs):
         super().__init__(args)
         self.ld_alpha = args.ld_alpha
         self.use_weighting = self.needs_log_sum_sq = args.use_weighting
-        self.joint = None if self.objective.separable else self
+        self.joint = not self.objective.separable
         self.running_delta = RunningDelta() if self.objective.uses_running_delta else None
 
     # ---- data -----------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class PairTask(Pairs):
             (2 * number, 2 * number + 1),
         )
 
-    def totals(self, examples: Sequence[Example]) -> list[float]:
+    def totals(self, examples: Examples) -> list[float]:
         """Number of pairs, and of scored chosen tokens."""
         return [float(len(examples)), float(sum(map(_scored, examples)))]
 
@@ -116,9 +116,7 @@ class PairTask(Pairs):
             self.running_delta.begin()
         super().before_rows(rows, batch, scoring, training=training)
 
-    def pair_logps(
-        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
-    ) -> PairLogps:
+    def pair_logps(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> PairLogps:
         """Everything the objective may ask for about a row's pairs."""
         device = scores.logps.device
         chosen, rejected = sequence_sums(row, scores.logps, self.ld_alpha)
@@ -149,9 +147,7 @@ class PairTask(Pairs):
         """The objective of some pairs, with the numbers that belong to the whole step."""
         return self.objective(logps, bco_delta=None if self.running_delta is None else self.running_delta.state.delta)
 
-    def row_terms(
-        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
-    ) -> RowTerms:
+    def row_terms(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> RowTerms:
         """Objective and TRL's metrics of one row."""
         logps = self.pair_logps(row, scores, examples, totals)
         result = self.losses(logps)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from preftune.objectives import Objective
 from preftune.packing import PackedRow
-from preftune.training.batch import Batch, Example
+from preftune.training.batch import Batch, Examples
 from preftune.training.explicit import choose_adapters
 from preftune.training.guards.settings import GUARD_NAMES
 from preftune.training.preference_config import PreferenceConfig, ReferenceConfig
@@ -49,7 +49,7 @@ class PreferenceTask(Task):
         if self.reference is not None:
             self.reference.run_along(rows, batch.examples)
 
-    def reference_sums(self, row: PackedRow, examples: Sequence[Example], like: Tensor) -> tuple[Any, Any]:
+    def reference_sums(self, row: PackedRow, examples: Examples, like: Tensor) -> tuple[Any, Any]:
         """The reference's log-probs of the chosen and the rejected completions, or ``None`` twice without one."""
         return (None, None) if self.reference is None else self.reference.row_sums(row, examples, like)
 

@@ -10,7 +10,6 @@ lets the two differ by a token that merges with the prompt's end in one of them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -21,7 +20,7 @@ from preftune.kernels.head import TokenScores
 from preftune.objectives import PairLogps
 from preftune.objectives.numerics import log_odds, per_token
 from preftune.packing import PackedRow, Tree, pair_trees
-from preftune.training.batch import Example
+from preftune.training.batch import Example, Examples, Totals
 from preftune.training.guards.evidence import of_pairs
 from preftune.training.metrics import Term
 from preftune.training.reference_free_config import ReferenceFreeConfig
@@ -59,7 +58,7 @@ class ContrastTask(Pairs):
             first + 2 if self.scores_prompt else None,
         )
 
-    def totals(self, examples: Sequence[Example]) -> list[float]:
+    def totals(self, examples: Examples) -> list[float]:
         """Number of pairs, and of tokens in the supervised term."""
         scored = 0
         for e in examples:
@@ -68,9 +67,7 @@ class ContrastTask(Pairs):
             scored += len(e["chosen_ids"]) + (prompt - 1 if self.scores_prompt else -(prompt == 0))
         return [float(len(examples)), float(scored)]
 
-    def _pair_logps(
-        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
-    ) -> PairLogps:
+    def _pair_logps(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> PairLogps:
         """Sums and token counts of a row's pairs."""
         logps = scores.logps if scores.logps.device.type == "mps" else scores.logps.double()
         slots = torch.from_numpy(row.target_slot).to(logps.device)
@@ -89,9 +86,7 @@ class ContrastTask(Pairs):
             mean_chosen_scored=totals[1] / totals[0],
         )
 
-    def row_terms(
-        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
-    ) -> RowTerms:
+    def row_terms(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> RowTerms:
         """Objective and TRL's metrics of one row."""
         logps = self._pair_logps(row, scores, examples, totals)
         loss = self.objective(logps).loss.sum()

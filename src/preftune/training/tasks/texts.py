@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -15,7 +15,7 @@ from preftune.errors import ConfigError, DataError, ModelError
 from preftune.kernels.head import TokenScores
 from preftune.packing import Branch, PackedRow, Tree
 from preftune.training import setup
-from preftune.training.batch import Example
+from preftune.training.batch import Example, Examples, Totals
 from preftune.training.lengths import ExampleLengths, sequence_lengths
 from preftune.training.metrics import Term
 from preftune.training.sft_config import SFTConfig
@@ -85,7 +85,7 @@ class TextTask(Task):
         """Token counts of tokenised examples."""
         return sequence_lengths(dataset)
 
-    def num_tokens(self, examples: Sequence[Example]) -> int:
+    def num_tokens(self, examples: Examples) -> int:
         """Tokens of all examples."""
         return sum(len(e["input_ids"]) for e in examples)
 
@@ -95,7 +95,7 @@ class TextTask(Task):
         """One tree with one branch, the whole example."""
         return (Tree(_NO_PREFIX, (Branch(example["input_ids"], 2 * number, example["loss_mask"]),)),)
 
-    def totals(self, examples: Sequence[Example]) -> list[float]:
+    def totals(self, examples: Examples) -> list[float]:
         """Number of examples, and of trained tokens.
 
         For classes that are not called ``...ForCausalLM``, as GPT-2's, transformers counts a sequence's first token,
@@ -104,9 +104,7 @@ class TextTask(Task):
         first = 1 if self.shifts_labels else 0
         return [float(len(examples)), float(sum(int(e["loss_mask"][first:].sum()) for e in examples))]
 
-    def row_terms(
-        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
-    ) -> RowTerms:
+    def row_terms(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> RowTerms:
         """Negative log-likelihood over the step's trained tokens."""
         losses = -scores.logps
         if self._args.loss_type == "dft":

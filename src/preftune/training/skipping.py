@@ -1,19 +1,80 @@
-"""Which rows of the training data a loss or gradient that is not finite comes from."""
+"""Steps whose loss or gradient is not finite: they are skipped, and the rows that cause them are named.
+
+Weights, optimizer and schedule stay as they were.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from preftune.errors import TrainingError
 from preftune.training.batch import Batch, Example
 from preftune.training.checkpoints import rng
 from preftune.training.step import Step
 
 _MOST_NAMED = 8
 _NUM_TOKENS = 8
+
+
+def is_finite(step: Step, norm: Any) -> bool:
+    """Whether a step's gradient norm and loss are numbers, in every process.
+
+    Args:
+        step: The step.
+        norm: Norm of its gradient, the same everywhere; losses are not.
+    """
+    full = getattr(norm, "full_tensor", None)
+    value = full() if full is not None else torch.as_tensor(norm, device=step.device)
+    if step.loss is not None:
+        value = value.to(torch.float32) + step.loss.to(torch.float32) * 0
+    return step.processes.all_well(bool(torch.isfinite(value).all()))
+
+
+def skip_step(step: Step, model: nn.Module) -> None:
+    """Leave weights, optimizer and schedule as they are, and everything else as it was before the step."""
+    step.undo()
+    for parameter in model.parameters():
+        parameter.grad = None
+    # accelerate's optimizer does nothing between synchronisations, and a skipped step leaves the schedule alone.
+    step.accelerator.gradient_state._set_sync_gradients(False)
+    for optimizer in step.accelerator._optimizers:
+        optimizer._is_overflow = True
+
+
+def forget_skip(accelerator: Accelerator) -> None:
+    """Let the next step count again."""
+    if accelerator.scaler is None:
+        for optimizer in accelerator._optimizers:
+            optimizer._is_overflow = False
+
+
+def say_skipped(step: Step, rows: str, in_a_row: int) -> None:
+    """Say that a step was skipped.
+
+    Args:
+        step: The step.
+        rows: Which rows its values come from, in words.
+        in_a_row: Steps skipped one after the other, this one included.
+
+    Raises:
+        TrainingError: They are more than ``max_skipped_steps``.
+    """
+    finite_loss = step.loss is None or bool(torch.isfinite(step.loss))
+    what = f"step {step.number}: the {'gradient' if finite_loss else 'loss'} is not finite"
+    if in_a_row > step.args.max_skipped_steps:
+        raise TrainingError(
+            f"{what}, in {in_a_row} steps in a row; {rows}",
+            remedy="look at these rows; lower learning_rate, set max_grad_norm, or train in bf16 or fp32",
+        )
+    warnings.warn(
+        f"{what}; the step is skipped, weights and optimizer stay as they were; {rows}", UserWarning, stacklevel=3
+    )
 
 
 def blamed_rows(step: Step, model: nn.Module, dataset: Any, tokenizer: Any) -> str:

@@ -1,0 +1,216 @@
+"""Log-probs of given completions under one model: packed rows, shared prompts, kept in the store.
+
+Sequences go in as items, lists of (prompt, completion) that belong together: the two answers of a pair, or all samples
+of a prompt. Equal prompts of one item are computed once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from preftune.kernels.head import TokenScores
+from preftune.packing import Branch, PackedRow, Tree, build_row
+from preftune.references.fingerprint import sequence_keys
+from preftune.references.store import ReferenceStore
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+#: (prompt, completion) of sequences that belong together.
+Item = Sequence[tuple[Ids, Ids]]
+_Keys = tuple[bytes, ...]
+
+ITEMS_PER_CHUNK = 512
+#: What an interrupted pass loses at most, in seconds.
+_SECONDS_BETWEEN_WRITES = 5.0
+
+
+class Packing(Protocol):
+    """How a model packs rows."""
+
+    @property
+    def packed(self) -> bool:
+        """Packed or padded path."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether every item needs a row of its own."""
+
+    def rows_of(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """Items of so many tokens by row."""
+
+
+class SequenceScorer:
+    """Scores items under one model, and never one twice.
+
+    Args:
+        score: Scores a row, with tail probabilities where asked for.
+        packing: Gives the model's packing, when something has to be computed.
+        store: Where log-probs are kept; ``None`` keeps nothing.
+        weights_key: Gives the content key of the model.
+        around: Makes the region that a pass over several rows runs in.
+
+    Attributes:
+        num_scored: Items computed so far.
+        num_found: Items found in the store so far.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[PackedRow, bool], TokenScores],
+        packing: Callable[[], Packing],
+        *,
+        store: ReferenceStore | None = None,
+        weights_key: Callable[[], str] = str,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.num_scored = 0
+        self.num_found = 0
+        self._score = score
+        self._packing = packing
+        self._store = store
+        self._weights_key = weights_key
+        self._around = around
+
+    def values(
+        self,
+        items: Sequence[Item],
+        max_tokens: int,
+        *,
+        tail: bool = False,
+        share: tuple[int, int] = (0, 1),
+        exchange: Callable[[dict[Any, Any]], dict[Any, Any]] = lambda values: values,
+        progress: Callable[[int], Any] = lambda number: None,
+    ) -> list[list[Floats]]:
+        """Log-probs of every completion token, or tail probabilities, from the store where known.
+
+        Args:
+            items: Sequences that belong together.
+            max_tokens: Token budget of a row.
+            tail: Tail probabilities instead; log-probs come along and are in the store afterwards.
+            share: This process's number and the number of processes, which divide what is missing.
+            exchange: Gathers a mapping from all processes.
+            progress: Told how many items are done.
+
+        Returns:
+            Per item and sequence, the value of each scored token; the first token of a sequence without a prompt is not
+            scored.
+        """
+        keys = item_keys(items)
+        if tail:
+            keys = [tuple(map(_tail_key, each)) for each in keys]
+        known: dict[bytes, Floats] = {}
+        if self._store is not None:
+            known.update(self._store.get_many(self._weights_key(), [key for each in keys for key in each]))
+        # Equal items are scored once.
+        missing = {each: n for n, each in enumerate(keys) if any(key not in known for key in each)}
+        self.num_found += len(items) - len(missing)
+        if share[1] > 1:
+            # Another process may have stored a value between two look-ups: what one misses, all count as missing.
+            union = exchange(dict.fromkeys(missing))
+            missing = {each: n for n, each in enumerate(keys) if each in union}
+        progress(len(items) - len(missing))
+        numbers = sorted(missing.values())[share[0] :: share[1]]
+        computed: dict[bytes, Floats] = {}
+        if numbers:
+            for values in self._computed([items[n] for n in numbers], max_tokens, tail, progress):
+                computed |= values
+        known.update(exchange(computed))
+        return [[known[key] for key in each] for each in keys]
+
+    def _computed(
+        self, items: Sequence[Item], max_tokens: int, tail: bool, progress: Callable[[int], Any]
+    ) -> Iterator[dict[bytes, Floats]]:
+        fresh: dict[bytes, Floats] = {}
+        written = time.monotonic()
+        packing = self._packing()
+        with self._around():
+            try:
+                for numbers in _plan(packing, items, max_tokens):
+                    values = self._row([items[n] for n in numbers], tail)
+                    fresh |= values
+                    yield values
+                    progress(len(numbers))
+                    if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
+                        self._keep(fresh)
+                        written = time.monotonic()
+            finally:
+                # Also after Ctrl-C: what is computed stays computed.
+                self._keep(fresh)
+        self.num_scored += len(items)
+
+    def _keep(self, fresh: dict[bytes, Floats]) -> None:
+        if self._store is not None and fresh:
+            self._store.put_many(self._weights_key(), fresh)
+        fresh.clear()
+
+    def _row(self, items: Sequence[Item], tail: bool) -> dict[bytes, Floats]:
+        """Log-probs of the sequences of some items, and their tail probabilities if wanted, by key."""
+        trees: list[Tree] = []
+        keys: list[bytes] = []
+        for item, names in zip(items, item_keys(items), strict=True):
+            trees += item_trees(item, len(keys))
+            keys += names
+        row = build_row(trees, range(len(items)))
+        scores = self._score(row, tail)
+        # Targets of one sequence stand together and in order, but an item's sequences may be apart.
+        order = np.argsort(row.target_slot, kind="stable")
+        ends = np.cumsum(np.bincount(row.target_slot, minlength=len(keys)))[:-1]
+        found = dict(zip(keys, _split(scores.logps, order, ends), strict=True))
+        if scores.tail is not None:
+            found |= zip(map(_tail_key, keys), _split(scores.tail, order, ends), strict=True)
+        return found
+
+
+def item_trees(item: Item, first_slot: int) -> list[Tree]:
+    """Trees of an item, its sequences in slots from ``first_slot`` on."""
+    trees: list[Tree] = []
+    for slot, (prompt, completion) in enumerate(item, first_slot):
+        branch = Branch(completion, slot)
+        if trees and len(prompt) and np.array_equal(trees[-1].prefix, prompt):
+            trees[-1] = Tree(prompt, (*trees[-1].branches, branch))
+        else:
+            trees.append(Tree(prompt, (branch,)))
+    return trees
+
+
+def item_keys(items: Sequence[Item]) -> list[_Keys]:
+    """Content keys of the sequences of every item."""
+    pairs = [pair for item in items for pair in item]
+    if not pairs:
+        return []
+    sequences = [np.concatenate(pair) for pair in pairs]
+    masks = [np.arange(len(ids)) >= max(len(prompt), 1) for ids, (prompt, _) in zip(sequences, pairs, strict=True)]
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])])
+    keys = iter(sequence_keys(np.concatenate(sequences), np.concatenate(masks), offsets))
+    return [tuple(next(keys) for _ in item) for item in items]
+
+
+def _plan(packing: Packing, items: Sequence[Item], max_tokens: int) -> Iterable[list[int]]:
+    if packing.packed or packing.alone:
+        return packing.rows_of([sum(tree.num_tokens for tree in item_trees(item, 0)) for item in items], max_tokens)
+    # Padded rows hold items of like length, or most of them would be padding.
+    rows: list[list[int]] = [[]]
+    longest = [max(len(prompt) + len(completion) for prompt, completion in item) for item in items]
+    for number in sorted(range(len(items)), key=lambda n: longest[n]):
+        count = sum(len(items[n]) for n in rows[-1]) + len(items[number])
+        if rows[-1] and longest[number] * count > max_tokens:
+            rows.append([])
+        rows[-1].append(number)
+    return rows
+
+
+def _split(values: Tensor, order: Any, ends: Any) -> list[Floats]:
+    parts = np.split(values.detach().float().cpu().numpy()[order], ends)
+    return [np.array(part, dtype=np.float32) for part in parts]
+
+
+def _tail_key(key: bytes) -> bytes:
+    """Key of a sequence's tail probabilities in the store, beside that of its log-probs."""
+    return b"tail:" + key

@@ -1,0 +1,128 @@
+"""How data reach a trainer: preparation, order, shares of processes, whole optimizer steps, and workers that die."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import datasets
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from preftune.data import DataOptions, PrepareReport
+from preftune.errors import TrainingError
+from preftune.training.batch import Batch, collate
+from preftune.training.config import PackedConfig
+from preftune.training.setup import prepared_train
+from preftune.training.task import Task
+from preftune.training.workers import limited, worker_errors
+
+logger = logging.getLogger(__name__)
+
+
+class TaskFeeding(Trainer):
+    """The part of a trainer that prepares a task's data and reads them, never padded.
+
+    Data-loader workers that hang or die are told as a ``SetupError``.
+    """
+
+    args: PackedConfig
+    task: Task
+    eval_dataset: Any
+    #: What became of the rows of each data set.
+    reports: dict[str, PrepareReport]
+
+    # ---- preparing --------------------------------------------------------------------------------------------------
+
+    @property
+    def _data_options(self) -> DataOptions:
+        return self.task.options
+
+    def _prepared(self, dataset: Any, tokenizer: Any, name: str) -> Any:
+        prepared, report = self.task.prepare(dataset, tokenizer, name)
+        if report is not None:
+            self.reports[name] = report
+        return prepared
+
+    def _prepared_train(self, dataset: Any, tokenizer: Any, args: PackedConfig) -> Any:
+        return prepared_train(dataset, args, lambda rows: self._prepared(rows, tokenizer, "train"))
+
+    def _evaluated(self) -> dict[str, Any]:
+        """Evaluation data by name."""
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        return {name: each for name, each in named.items() if each is not None}
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(self.task.columns)  # type: ignore[assignment]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Transformers' sampler, told the lengths where it goes by them: prepared data have no column of them."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            lengths = self.task.lengths(dataset)
+            if lengths is not None:
+                dataset = datasets.Dataset.from_dict({self.args.length_column_name: lengths.row})
+        return super()._get_train_sampler(dataset)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of this process's share of the training data."""
+        return limited(super().get_train_dataloader(), self.args.worker_timeout)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Batches of this process's share of the evaluation data, every example exactly once over all processes."""
+        args = self.args
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("Trainer: evaluation requires an eval_dataset.")
+        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
+            dataset = self._remove_unused_columns(dataset, description="evaluation")
+        if args.world_size > 1:
+            if not hasattr(dataset, "shard"):
+                raise TrainingError("this dataset cannot be split over processes", value=type(dataset).__name__)
+            dataset = dataset.shard(args.world_size, args.process_index, contiguous=False)
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=args.eval_batch_size,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        return limited(loader, args.worker_timeout)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Batches of data to predict on, shared out as for evaluation."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any
+    ) -> tuple[list[Any], None]:
+        """All micro-batches of an optimizer step as one, preceded by empty ones to keep transformers' step count."""
+        batches = list(islice(epoch_iterator, num_batches))
+        return [*(Batch() for _ in batches[1:]), Batch.merged(batches)] if batches else [], None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see transformers' ``Trainer.train``."""
+        with worker_errors(self.args):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; see transformers' ``Trainer.evaluate``."""
+        with worker_errors(self.args):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict; see transformers' ``Trainer.predict``. There are no logits: predictions are rewards, or ``None``."""
+        with worker_errors(self.args):
+            found: Any = super().predict(*args, **kwargs)
+        if found.predictions is None:
+            # Rewards are kept for whom they are of use, the user's compute_metrics.
+            logger.warning("predict returns metrics and no predictions: logits are never built")
+        return found
