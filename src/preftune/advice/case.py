@@ -103,11 +103,11 @@ class Case:
     """A run that is to be advised on.
 
     Attributes:
-        verb: ``dpo``, ``orpo``, ``cpo`` or ``kto``.
+        verb: A verb that learns from preferences, such as ``dpo``.
         methods: Names in the table of methods.
         num_parameters: Of the policy.
         lora: Whether an adapter is trained.
-        num_pairs: Training pairs, or examples for ``kto``.
+        num_pairs: Training pairs, or single answers.
         num_processes: Processes that share a step.
         lengths: Tokens of the pairs, if known.
         noise: Label noise, if known.

@@ -178,7 +178,7 @@ class PairLogps:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UnpairedLogps:
-    """Log-probs of single completions with a desirable/undesirable label, for KTO and its kin.
+    """Log-probs of single completions with a desirable/undesirable label, for methods without pairs.
 
     Attributes:
         logps: log pi(completion | prompt), summed over completion tokens, ``(examples,)`` in nats.

@@ -119,7 +119,7 @@ class Objective:
     @property
     def uses_kl(self) -> bool:
         """Whether ``kl`` must be given at every call."""
-        return "kto" in self.names
+        return any(spec.needs_kl for spec in self.specs)
 
     @property
     def averages_tokens(self) -> bool:
@@ -153,7 +153,7 @@ class Objective:
         Args:
             batch: ``PairLogps``, or ``UnpairedLogps`` for an unpaired method.
             bco_delta: ``BCOState.delta``, exactly when ``uses_running_delta``.
-            kl: KTO's baseline of the whole step, exactly when ``uses_kl``.
+            kl: KL baseline of the whole step, exactly when ``uses_kl``.
 
         Returns:
             Unreduced losses.
@@ -173,7 +173,7 @@ class Objective:
         total: Tensor | None = None
         for name, weight, spec in zip(self.names, self.weights, self.specs, strict=True):
             settings = {key: value for key, value in self.knobs[name].items() if key not in _NOT_IN_FUNCTION}
-            if name == "kto":
+            if spec.needs_kl:
                 settings["kl"] = kl
             if self.knobs[name].get("bco_running_delta"):
                 settings["delta"] = bco_delta

@@ -64,6 +64,11 @@ class MethodSpec:
         """Key of the paper's BibTeX entry."""
         return self.paper.key
 
+    @property
+    def needs_kl(self) -> bool:
+        """Whether a KL baseline joins the answers of a step, which have no pair of their own."""
+        return not (self.paired or self.separable)
+
 
 def _named(*taken: Knob) -> Mapping[str, Knob]:
     return MappingProxyType({knob.name: knob for knob in taken})

@@ -16,7 +16,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from preftune import __version__
 from preftune.errors import SetupError
 from preftune.report import page as pages
 from preftune.report import parts
@@ -24,6 +23,7 @@ from preftune.report.files import objects
 from preftune.report.page import Page, page_payload
 from preftune.report.settings import text_of
 from preftune.report.tables import figure, interval, is_interval, level_of, title_of
+from preftune.version import __version__
 
 _HERE = Path(__file__).parent
 #: Scripts of the page in the order in which they run; the last one starts it.

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-import preftune
 from preftune.files import replace_text
 from preftune.models.head import base_model
 from preftune.objectives import METHODS
 from preftune.training import provenance
 from preftune.training.run import Run
 from preftune.training.tasks import TASKS
+from preftune.version import __version__
 
 FILE_NAME = "README.md"
 
@@ -121,7 +121,7 @@ def of_run(
         papers=list(dict.fromkeys((paper.title, paper.link) for paper in papers)),
         settings=settings,
         metrics={k: v for k, v in figures.items() if not k.endswith(("_runtime", "_per_second"))},
-        versions={"preftune": preftune.__version__, **provenance.versions()},
+        versions={"preftune": __version__, **provenance.versions()},
         is_adapter=hasattr(run.step.forward.model, "peft_config"),
         extra_tags=_several(tags),
         has_provenance=(Path(str(run.args.output_dir)) / provenance.FILE_NAME).is_file(),
