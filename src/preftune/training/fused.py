@@ -20,8 +20,8 @@ from preftune.kernels.head import TokenScores
 from preftune.models.grouped import Parts, adapter_parameters, add_copies, grouped
 from preftune.packing import PackedRow, plan_rows
 from preftune.training.batch import Batch, Examples, Totals
-from preftune.training.dpo_config import DPOConfig
 from preftune.training.metrics import Term
+from preftune.training.preference_config import DPOConfig
 from preftune.training.sequences import pair_metrics
 from preftune.training.step import Step
 from preftune.training.task import RowTerms, Scoring

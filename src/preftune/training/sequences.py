@@ -54,22 +54,39 @@ def wpo_weights(row: PackedRow, scores: TokenScores) -> Tensor:
 
 def pair_metrics(row: PackedRow, scores: TokenScores, logps: PairLogps, rewards: Tensor) -> dict[str, Term]:
     """TRL's metrics of a row's pairs; ``rewards`` are ``(pairs, 2)``, chosen and rejected."""
-    chosen, rejected = rewards.unbind(1)
-    pairs = float(logps.num_pairs)
-    terms: dict[str, Term] = {
+    sums = (logps.chosen_logps.detach(), logps.rejected_logps.detach())
+    return reward_metrics(rewards, *sums) | token_metrics(row, scores, 2)
+
+
+def reward_metrics(rewards: Tensor, chosen_logps: Tensor, rejected_logps: Tensor) -> dict[str, Term]:
+    """What is logged of rewards ``(pairs, 2)``, and of the log-probs ``(pairs,)`` that are logged beside them."""
+    (chosen, rejected), pairs = rewards.unbind(1), float(len(rewards))
+    return {
         "rewards/chosen": (chosen.sum(), pairs),
         "rewards/rejected": (rejected.sum(), pairs),
         "rewards/accuracies": ((chosen > rejected).sum(), pairs),
         "rewards/margins": ((chosen - rejected).sum(), pairs),
-        "logps/chosen": (logps.chosen_logps.detach().sum(), pairs),
-        "logps/rejected": (logps.rejected_logps.detach().sum(), pairs),
+        "logps/chosen": (chosen_logps.sum(), pairs),
+        "logps/rejected": (rejected_logps.sum(), pairs),
     }
-    if scores.entropy is not None and scores.mean_logit is not None and scores.top1 is not None:
-        is_chosen = torch.from_numpy(row.target_slot % 2 == 0).to(scores.entropy.device)
-        number = float(len(row.target_slot))
-        num_chosen = float((row.target_slot % 2 == 0).sum())
-        terms["entropy"] = (scores.entropy.sum(), number)
-        terms["logits/chosen"] = ((scores.mean_logit * is_chosen).sum(), num_chosen)
-        terms["logits/rejected"] = ((scores.mean_logit * ~is_chosen).sum(), number - num_chosen)
-        terms["mean_token_accuracy"] = ((scores.top1 & is_chosen).sum(), num_chosen)
-    return terms
+
+
+def token_metrics(row: PackedRow, scores: TokenScores, slots: int) -> dict[str, Term]:
+    """Means over completion tokens, where they were computed.
+
+    Args:
+        row: The row.
+        scores: Scores of its targets.
+        slots: Slots of a pair: chosen and rejected completion, then what is scored of the prompt and left out here.
+    """
+    if scores.entropy is None or scores.mean_logit is None or scores.top1 is None:
+        return {}
+    place = torch.from_numpy(row.target_slot % slots).to(scores.entropy.device)
+    is_chosen, is_rejected = place == 0, place == 1
+    num_chosen, num_rejected = is_chosen.sum(), is_rejected.sum()
+    return {
+        "entropy": ((scores.entropy * (place < 2)).sum(), num_chosen + num_rejected),
+        "logits/chosen": ((scores.mean_logit * is_chosen).sum(), num_chosen),
+        "logits/rejected": ((scores.mean_logit * is_rejected).sum(), num_rejected),
+        "mean_token_accuracy": ((scores.top1 & is_chosen).sum(), num_chosen),
+    }

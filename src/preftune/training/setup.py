@@ -255,11 +255,9 @@ def wrap_peft(model: Any, peft_config: Any, args: PackedConfig) -> Any:
 _DROPOUT = re.compile(r"dropout|pdrop|layerdrop|drop_path")
 
 
-def disable_dropout(model: nn.Module | None) -> None:
-    """Switch off every dropout of a model, those that attention layers keep as plain numbers included."""
-    if model is None:
-        return
-    for module in model.modules():
+def disable_dropout(*models: nn.Module | None) -> None:
+    """Switch off every dropout of some models, those that attention layers keep as plain numbers included."""
+    for module in (module for model in models if model is not None for module in model.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():

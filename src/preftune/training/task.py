@@ -90,6 +90,8 @@ class Task:
 
     #: The verb on the command line, and the last tag of the model card.
     name: ClassVar[str]
+    #: Class of its settings.
+    config_class: ClassVar[type[PackedConfig]]
     #: What the data are, in the card's words.
     trains_on: ClassVar[str] = "preference pairs"
     #: Columns of prepared data that the data loader hands on.

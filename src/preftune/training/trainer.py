@@ -100,8 +100,7 @@ class TaskTrainer(TaskFeeding, CheckpointedTrainer):
         if isinstance(args, ReferenceConfig):
             ref_model = explicit_reference(ref_model, model, tokenizer, args)
         if task.disables_dropout:
-            for each in (model, ref_model):
-                setup.disable_dropout(each)
+            setup.disable_dropout(model, ref_model)
         self.reports = {}
         train_dataset = self._prepared_train(train_dataset, tokenizer, args)
         if isinstance(eval_dataset, dict):

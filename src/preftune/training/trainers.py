@@ -10,15 +10,12 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from preftune.errors import ConfigError
-from preftune.training.config import PackedConfig
-from preftune.training.dpo_config import DPOConfig
-from preftune.training.kto_config import KTOConfig
-from preftune.training.preference_config import ReferenceConfig
+from preftune.training.preference_config import DPOConfig, KTOConfig, ReferenceConfig
 from preftune.training.reference_free_config import CPOConfig, ORPOConfig, ReferenceFreeConfig
 from preftune.training.setup import default_output_dir
 from preftune.training.sft_config import SFTConfig
 from preftune.training.task import Task
-from preftune.training.tasks import TASKS, TextTask
+from preftune.training.tasks import AnswerTask, ContrastTask, OddsRatioTask, PairTask, TextTask
 from preftune.training.trainer import TaskTrainer
 
 _Callbacks = list[TrainerCallback] | None
@@ -26,25 +23,18 @@ _Metrics = Callable[[Any], dict[str, float]] | None
 
 
 class _NamedTrainer(TaskTrainer):
-    """A trainer of a task of the table, found by the name of its settings."""
-
-    config_class: ClassVar[type[PackedConfig]]
+    task_class: ClassVar[type[Task]]
 
     def make_task(self, args: Any) -> Task:
         """The task with its settings."""
-        return TASKS[_name(type(self)).lower()](args)
+        return self.task_class(args)
 
     def _begin(self, given: dict[str, Any]) -> None:
         """Go on with the arguments of a constructor, settings completed."""
-        own = {name: value for name, value in given.items() if name not in ("self", "__class__")}
-        model = own["model"]
-        args = own.pop("args") or self.config_class(default_output_dir(model, _name(type(self))))
+        own = {name: value for name, value in given.items() if name not in ("self", "__class__", "args")}
+        name = self.task_class.name.upper()
+        args = given["args"] or self.task_class.config_class(default_output_dir(given["model"], name))
         super().__init__(self.make_task(args), args=args, **own)
-
-
-def _name(trainer: type[_NamedTrainer]) -> str:
-    """``DPO`` of ``DPOConfig``."""
-    return trainer.config_class.__name__.removesuffix("Config")
 
 
 class _WithReference(_NamedTrainer):
@@ -88,7 +78,7 @@ class DPOTrainer(_WithReference):
     """
 
     args: DPOConfig
-    config_class = DPOConfig
+    task_class = PairTask
 
 
 class KTOTrainer(_WithReference):
@@ -101,7 +91,7 @@ class KTOTrainer(_WithReference):
     """
 
     args: KTOConfig
-    config_class = KTOConfig
+    task_class = AnswerTask
 
 
 class _WithoutReference(_NamedTrainer):
@@ -148,7 +138,7 @@ class CPOTrainer(_WithoutReference):
     """
 
     args: CPOConfig
-    config_class = CPOConfig
+    task_class = ContrastTask
 
 
 class ORPOTrainer(_WithoutReference):
@@ -158,7 +148,7 @@ class ORPOTrainer(_WithoutReference):
     """
 
     args: ORPOConfig
-    config_class = ORPOConfig
+    task_class = OddsRatioTask
 
 
 class SFTTrainer(_NamedTrainer):
@@ -186,7 +176,7 @@ class SFTTrainer(_NamedTrainer):
     """
 
     args: SFTConfig
-    config_class = SFTConfig
+    task_class = TextTask
 
     def __init__(
         self,

@@ -23,9 +23,9 @@ from preftune.objectives import UnpairedLogps, check_kto_weights, kl_baseline_fr
 from preftune.packing import Branch, PackedRow, Tree
 from preftune.training.batch import Batch, Example, Examples, Totals
 from preftune.training.guards.evidence import of_answers
-from preftune.training.kto_config import KTOConfig
 from preftune.training.lengths import ExampleLengths, pair_lengths
 from preftune.training.metrics import Term
+from preftune.training.preference_config import KTOConfig
 from preftune.training.reference import COLUMNS
 from preftune.training.task import RowTerms, Scoring, weights_of
 from preftune.training.tasks.preference import PreferenceTask
@@ -39,6 +39,7 @@ class AnswerTask(PreferenceTask):
     """
 
     name = "kto"
+    config_class = KTOConfig
     trains_on = "labelled answers"
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_prompt_ids", "weight", "label", *COLUMNS)
     balances_experts = True

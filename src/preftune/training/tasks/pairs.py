@@ -16,9 +16,9 @@ from preftune.objectives import ObjectiveResult, PairLogps
 from preftune.packing import PackedRow, Tree, pair_trees
 from preftune.training.batch import Batch, Example, Examples, Totals
 from preftune.training.carried import RunningDelta
-from preftune.training.dpo_config import DPOConfig
 from preftune.training.guards.evidence import of_pairs
 from preftune.training.lengths import ExampleLengths, pair_lengths
+from preftune.training.preference_config import DPOConfig
 from preftune.training.reference import COLUMNS
 from preftune.training.sequences import pair_metrics, sequence_sums, wpo_weights
 from preftune.training.task import RowTerms, Scoring, weights_of
@@ -68,6 +68,7 @@ class PairTask(Pairs):
     """
 
     name = "dpo"
+    config_class = DPOConfig
     balances_experts = True
 
     def __init__(self, args: DPOConfig) -> None:

@@ -23,7 +23,8 @@ from preftune.packing import PackedRow, Tree, pair_trees
 from preftune.training.batch import Example, Examples, Totals
 from preftune.training.guards.evidence import of_pairs
 from preftune.training.metrics import Term
-from preftune.training.reference_free_config import ReferenceFreeConfig
+from preftune.training.reference_free_config import CPOConfig, ORPOConfig, ReferenceFreeConfig
+from preftune.training.sequences import reward_metrics, token_metrics
 from preftune.training.task import RowTerms, weights_of
 from preftune.training.tasks.pairs import Pairs
 
@@ -39,6 +40,7 @@ class ContrastTask(Pairs):
     """
 
     name = "cpo"
+    config_class = CPOConfig
     #: Whether the supervised term covers the prompt.
     scores_prompt: ClassVar[bool] = False
 
@@ -92,30 +94,22 @@ class ContrastTask(Pairs):
         loss = self.objective(logps).loss.sum()
         rewards = torch.stack(self.objective.rewards(logps), 1)
         with torch.no_grad():
-            metrics = self._metrics(logps, rewards) | _token_metrics(row, scores)
+            metrics = self._metrics(logps, rewards) | token_metrics(row, scores, _SLOTS)
         return RowTerms(loss, float(logps.num_pairs), metrics, rewards, of_pairs(logps, rewards))
 
     def _metrics(self, logps: PairLogps, rewards: Tensor) -> dict[str, Term]:
-        (chosen, rejected), pairs = rewards.unbind(1), float(logps.num_pairs)
         compared = self.objective.specs[0].scores
         assert compared is not None
         # Averages over tokens or sums, whichever the method compares.
-        chosen_logps, rejected_logps = compared(logps, 0.0)
-        return {
-            "rewards/chosen": (chosen.sum(), pairs),
-            "rewards/rejected": (rejected.sum(), pairs),
-            "rewards/accuracies": ((chosen > rejected).sum(), pairs),
-            "rewards/margins": ((chosen - rejected).sum(), pairs),
-            "logps/chosen": (chosen_logps.sum(), pairs),
-            "logps/rejected": (rejected_logps.sum(), pairs),
-            "nll_loss": (-logps.sft_logps.sum(), logps.sft_tokens.sum()),
-        }
+        nll: Term = (-logps.sft_logps.sum(), logps.sft_tokens.sum())
+        return reward_metrics(rewards, *compared(logps, 0.0)) | {"nll_loss": nll}
 
 
 class OddsRatioTask(ContrastTask):
     """ORPO's: the supervised term covers prompt and chosen completion, as TRL's does."""
 
     name = "orpo"
+    config_class = ORPOConfig
     scores_prompt = True
 
     def _metrics(self, logps: PairLogps, rewards: Tensor) -> dict[str, Term]:
@@ -126,18 +120,3 @@ class OddsRatioTask(ContrastTask):
             "log_odds_ratio": (torch.nn.functional.logsigmoid(odds_ratio).sum(), pairs),
             "log_odds_chosen": (odds_ratio.sum(), pairs),
         }
-
-
-def _token_metrics(row: PackedRow, scores: TokenScores) -> dict[str, Term]:
-    """Means over completion tokens; prompts and padding, which TRL's mean logits include, are left out."""
-    if scores.entropy is None or scores.mean_logit is None or scores.top1 is None:
-        return {}
-    slots = torch.from_numpy(row.target_slot % _SLOTS).to(scores.entropy.device)
-    is_chosen, is_rejected = slots == 0, slots == 1
-    num_chosen, num_rejected = is_chosen.sum(), is_rejected.sum()
-    return {
-        "entropy": ((scores.entropy * (slots < 2)).sum(), num_chosen + num_rejected),
-        "logits/chosen": ((scores.mean_logit * is_chosen).sum(), num_chosen),
-        "logits/rejected": ((scores.mean_logit * is_rejected).sum(), num_rejected),
-        "mean_token_accuracy": ((scores.top1 & is_chosen).sum(), num_chosen),
-    }

@@ -33,6 +33,7 @@ class TextTask(Task):
     """
 
     name = "sft"
+    config_class = SFTConfig
     trains_on = "completions"
     columns = ("input_ids", "loss_mask")
     denominator = 1
