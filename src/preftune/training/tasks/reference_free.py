@@ -21,6 +21,7 @@ from preftune.objectives import PairLogps
 from preftune.objectives.numerics import log_odds, per_token
 from preftune.packing import PackedRow, Tree, pair_trees
 from preftune.training.batch import Example, Examples, Totals
+from preftune.training.config import PackedConfig
 from preftune.training.guards.evidence import of_pairs
 from preftune.training.metrics import Term
 from preftune.training.reference_free_config import CPOConfig, ORPOConfig, ReferenceFreeConfig
@@ -40,7 +41,7 @@ class ContrastTask(Pairs):
     """
 
     name = "cpo"
-    config_class = CPOConfig
+    config_class: ClassVar[type[PackedConfig]] = CPOConfig
     #: Whether the supervised term covers the prompt.
     scores_prompt: ClassVar[bool] = False
 
