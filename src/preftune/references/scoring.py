@@ -32,15 +32,15 @@ _SECONDS_BETWEEN_WRITES = 5.0
 
 
 class Packing(Protocol):
-    """How a model packs rows."""
+    """How a model packs rows.
 
-    @property
-    def packed(self) -> bool:
-        """Packed or padded path."""
+    Attributes:
+        packed: Packed or padded path.
+        alone: Whether every item needs a row of its own.
+    """
 
-    @property
-    def alone(self) -> bool:
-        """Whether every item needs a row of its own."""
+    packed: bool
+    alone: bool
 
     def rows_of(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         """Items of so many tokens by row."""

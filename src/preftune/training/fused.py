@@ -103,7 +103,7 @@ class FusedTask(PairTask):
 
     def undo(self, kept: Any) -> None:
         """Put the losses back."""
-        self.loss_sums = kept
+        self.loss_sums = kept.clone()
 
 
 class FusedStep(Step):

@@ -159,7 +159,8 @@ class Step:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on with the sums of :meth:`state`."""
         self.sums.load_state(state["metrics"])
-        self.num_tokens = state["num_tokens"].to(self.args.device)
+        # A copy: what is kept of a step may be needed again.
+        self.num_tokens = state["num_tokens"].to(self.args.device, copy=True)
         self.watch.load_state(state["watch"])
 
     # ---- rows -------------------------------------------------------------------------------------------------------
