@@ -262,7 +262,7 @@ def _results(
     import transformers
 
     from preftune import __version__
-    from preftune.evaluation.stats import paired_difference
+    from preftune.stats.intervals import paired_difference
 
     headline = min(after, key=lambda beta: (abs(beta - _HEADLINE_BETA), beta))
     policy = after[headline]

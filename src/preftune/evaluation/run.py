@@ -22,13 +22,13 @@ from preftune.evaluation.config import DEFAULT_BETA, EvalConfig
 from preftune.evaluation.judge import Judge, key_from
 from preftune.evaluation.metrics import Metric, Summary
 from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
-from preftune.evaluation.resampling import Array
 from preftune.evaluation.result import EvalResult
 from preftune.evaluation.sampling import Sample
 from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.winrate import win_rate
 from preftune.references.fingerprint import trained_adapter
 from preftune.references.store import ReferenceStore
+from preftune.stats.resampling import Array
 
 #: Prompts that are shown with both completions.
 NUM_SHOWN = 8

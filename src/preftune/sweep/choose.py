@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from preftune.evaluation.stats import holm, mcnemar, paired_difference
+from preftune.stats.intervals import holm, mcnemar, paired_difference
 from preftune.sweep.scores import GAIN, PAIRED, Array, HeldOut
 
 LEVEL = 0.05

@@ -18,14 +18,14 @@ from benchmarks import coverage
 from preftune.errors import DataError
 from preftune.evaluation.compare import compare
 from preftune.evaluation.metrics import Summary
-from preftune.evaluation.power import detectable_difference, detectable_proportion
-from preftune.evaluation.stats import (
+from preftune.stats.intervals import (
     bootstrap_mean,
     mcnemar,
     paired_proportion_interval,
     proportion_interval,
     wilson_interval,
 )
+from preftune.stats.power import detectable_difference, detectable_proportion
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "evaluation" / "coverage.json"
 

@@ -1,4 +1,4 @@
-"""Resampling of whole groups, and what the intervals of :mod:`preftune.evaluation.stats` are read off from it."""
+"""Resampling of whole groups, and what the intervals of :mod:`preftune.stats.intervals` are read off from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals and tests for evaluation results; detectable effects are in `preftune.evaluation.power`.
+"""Intervals and tests for evaluation results; detectable effects are in `preftune.stats.power`.
 
 Rows that share a prompt are not independent. Wherever `groups` is taken, whole groups are resampled, so that the
 interval answers for new prompts, not for new completions of the same ones.
@@ -15,7 +15,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from preftune.errors import ConfigError, DataError
-from preftune.evaluation.resampling import Array, bca_shares, linear_error, resample_ratio, student_ends
+from preftune.stats.resampling import Array, bca_shares, linear_error, resample_ratio, student_ends
 
 # Where nothing varies the estimate itself solves the equation of the interval's ends; the ends lie further out.
 _ASIDE = 1e-9

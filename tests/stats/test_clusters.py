@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from preftune.training.guards.statistics import clustered, r_squared, separation_influence, t_interval
+from preftune.stats.clusters import clustered, r_squared, separation_influence, t_interval
 
 
 def test_without_clusters_it_is_the_usual_error() -> None:

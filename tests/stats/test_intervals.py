@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from preftune.errors import ConfigError, DataError
-from preftune.evaluation.stats import (
+from preftune.stats.intervals import (
     Interval,
     Method,
     bootstrap_mean,
