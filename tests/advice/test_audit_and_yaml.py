@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from preftune.advice import Case, Noise, advise
-from preftune.advice.advise import write_json
+from preftune.advice.advisor import write_json
 from preftune.advice.case import noise_from_audit
 from preftune.advice.yaml_file import configuration, write_configuration
 from preftune.errors import ConfigError, DataError

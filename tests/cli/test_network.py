@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from preftune.cli import network
+from preftune.runs import network
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ def config_of(verb: str) -> type[Any]:
     """Settings class of a verb, or a skip that says why."""
     if verb not in VERBS or importlib.util.find_spec(f"preftune.cli.{verb}") is None:
         pytest.skip(f"`preftune {verb}` is not part of this version")
-    from preftune.cli.training import settings_classes
+    from preftune.runs.run import settings_classes
 
     return settings_classes(verb)[0]
 

@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     own, rest = _own_settings(line)
     from rich.console import Console
 
-    from preftune.cli.failures import plain_warnings
+    from preftune.runs.failures import plain_warnings
 
     console = Console(stderr=own["json"])
     with plain_warnings(console):
@@ -133,9 +133,9 @@ def _own_settings(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
 
 def _find_verb(asked: str | None, line: CommandLine) -> tuple[str, CommandLine]:
     """The training verb that a configuration is for, from its loss and from settings that only one verb has."""
-    from preftune.cli.training import settings_classes
     from preftune.config.fields import fields_of
     from preftune.config.sources import settings_from_file
+    from preftune.runs.run import settings_classes
 
     written: dict[str, Any] = {}
     for number, path in enumerate(line.configs):
@@ -175,7 +175,7 @@ def _verb_of_loss(loss: str) -> str | None:
 def _run(console: Console, verb: str, own: Mapping[str, Any], line: CommandLine) -> None:
     from preftune.advice import advise
     from preftune.advice.machines import find_machine
-    from preftune.cli.training import cli_defaults, complete_pairing, settings_classes
+    from preftune.runs.run import cli_defaults, complete_pairing, settings_classes
 
     settings: Resolved[Any] = resolve(
         line, settings_classes(verb)[0], defaults=cli_defaults() | {"on_bad_rows": "warn"}
@@ -201,7 +201,7 @@ def _run(console: Console, verb: str, own: Mapping[str, Any], line: CommandLine)
 
 def _written(advice: Advice, settings: Resolved[Any], own: Mapping[str, Any]) -> list[str]:
     """Write the files that are asked for."""
-    from preftune.advice.advise import write_json
+    from preftune.advice.advisor import write_json
 
     written = []
     if own["out"]:
@@ -220,15 +220,15 @@ def _written(advice: Advice, settings: Resolved[Any], own: Mapping[str, Any]) ->
 
 
 def _dumped(advice: Advice) -> str:
-    from preftune.advice.advise import plain
+    from preftune.advice.advisor import plain
 
     return json.dumps(plain(advice.as_dict()), allow_nan=False)
 
 
 def _shape(settings: Resolved[Any], own: Mapping[str, Any], notes: list[str]) -> Shape:
     from preftune.advice.shapes import config_of_size, load_config, shape_of
-    from preftune.cli.network import go_offline_if_unreachable
     from preftune.models.loading import peft_config_from
+    from preftune.runs.network import go_offline_if_unreachable
 
     model, args = settings.model, settings.trainer
     if own["num_parameters"] is not None:
@@ -315,10 +315,10 @@ def _noise(own: Mapping[str, Any], output_dir: str | None, notes: list[str]) -> 
 def _data(verb: str, settings: Resolved[Any], own: Mapping[str, Any], notes: list[str]) -> tuple[int, Lengths | None]:
     """Number of rows, and token lengths of a sample before truncation."""
     from preftune.advice import Lengths
-    from preftune.cli.network import go_offline_if_unreachable
-    from preftune.cli.training import dataset_names, load_splits
     from preftune.data import prepare
     from preftune.models.loading import load_tokenizer
+    from preftune.runs.network import go_offline_if_unreachable
+    from preftune.runs.run import dataset_names, load_splits
     from preftune.training.lengths import pair_lengths
     from preftune.training.setup import data_options
 
@@ -384,7 +384,7 @@ def show_at_start(this: Any, trainer: Any, plan: Any) -> None:
     """Print at most a few lines of warnings before a training, and leave ``advice.json``; never in its way.
 
     Args:
-        this: The :class:`~preftune.cli.training.Run`.
+        this: The :class:`~preftune.runs.run.Run`.
         trainer: Its trainer.
         plan: What it is going to do.
     """
@@ -394,7 +394,7 @@ def show_at_start(this: Any, trainer: Any, plan: Any) -> None:
         if this.settings.origins["advice"].kind != "default":
             this.console.print(f"nothing is advised for {this.verb}", style="dim", highlight=False)
         return
-    from preftune.advice.advise import write_json
+    from preftune.advice.advisor import write_json
 
     try:
         advice = _advice_at_start(this, trainer, plan)

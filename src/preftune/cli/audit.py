@@ -70,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from rich.console import Console
 
-    from preftune.cli.failures import plain_warnings
-    from preftune.cli.training import cli_defaults, settings_classes
+    from preftune.runs.failures import plain_warnings
+    from preftune.runs.run import cli_defaults, settings_classes
 
     own, rest = _own_settings(line)
     # What is printed beside JSON must not end up in it.
@@ -111,10 +111,10 @@ def _own_settings(line: CommandLine) -> tuple[_Own, CommandLine]:
 
 
 def _audit(console: Console, settings: Resolved[Any], own: _Own) -> AuditReport:
-    from preftune.cli.network import go_offline_if_unreachable
-    from preftune.cli.training import dataset_names
     from preftune.data.audit import audit
     from preftune.models.loading import load_tokenizer
+    from preftune.runs.network import go_offline_if_unreachable
+    from preftune.runs.run import dataset_names
 
     script, model, args = settings.script, settings.model, settings.trainer
     script.require_dataset()
@@ -163,8 +163,8 @@ def _options(settings: Resolved[Any]) -> Any:
 
 def _load(settings: Resolved[Any]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Training data, the test split if there is one, and where the bad rows were."""
-    from preftune.cli.training import reading_of
     from preftune.data import load
+    from preftune.runs.run import reading_of
 
     script, args = settings.script, settings.trainer
     common: dict[str, Any] = {

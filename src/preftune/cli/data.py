@@ -73,8 +73,8 @@ def main(argv: Sequence[str]) -> int:
 def _show(line: CommandLine) -> None:
     from rich.console import Console
 
-    from preftune.cli.failures import plain_warnings
-    from preftune.cli.training import cli_defaults, complete_pairing, settings_classes
+    from preftune.runs.failures import plain_warnings
+    from preftune.runs.run import cli_defaults, complete_pairing, settings_classes
 
     own, rest = _own_settings(line)
     console = Console()
@@ -108,12 +108,12 @@ def _own_settings(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
 
 
 def _print_rows(console: Console, settings: Resolved[Any], own: dict[str, Any]) -> None:
-    from preftune.cli.network import go_offline_if_unreachable
-    from preftune.cli.training import dataset_names, load_splits
     from preftune.data import show
     from preftune.data.view import ENCLOSING, REMARKS
     from preftune.data.view import VERBS as KINDS
     from preftune.models.loading import load_tokenizer
+    from preftune.runs.network import go_offline_if_unreachable
+    from preftune.runs.run import dataset_names, load_splits
     from preftune.training.setup import data_options, use_template_and_eos
 
     settings.script.require_dataset()

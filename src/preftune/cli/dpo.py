@@ -14,6 +14,6 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
-    from preftune.cli.training import run
+    from preftune.runs.run import run
 
     return run("dpo", argv)

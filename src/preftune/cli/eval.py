@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from rich.console import Console
 
-    from preftune.cli.failures import foreseen, plain_warnings
+    from preftune.runs.failures import foreseen, plain_warnings
 
     console = Console()
     with plain_warnings(console):
@@ -95,11 +95,11 @@ def _complete(settings: Resolved[EvalConfig]) -> None:
 def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from preftune.cli.network import go_offline_if_unreachable
     from preftune.data import DataOptions
     from preftune.evaluation.judge import key_from
     from preftune.evaluation.run import evaluate
     from preftune.evaluation.table import show
+    from preftune.runs.network import go_offline_if_unreachable
 
     disable_progress_bar()
     config, script, model = settings.trainer, settings.script, settings.model

@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from preftune.cli.failures import plain_warnings
 from preftune.cli.main import INTERRUPTED
 from preftune.config import CommandLine, redact, split_command_line
 from preftune.errors import ConfigError, PreftuneError, SetupError
+from preftune.runs.failures import plain_warnings
 from preftune.sweep.plan import Plan
 
 VERBS = ("dpo", "orpo", "cpo")
@@ -207,9 +207,9 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def _sweep(options: Options, rest: CommandLine, folder: Path, console: Console) -> int:
-    from preftune.cli.sweep_plan import begin
     from preftune.cli.sweep_view import summary
     from preftune.sweep.board import Board
+    from preftune.sweep.setup import begin
 
     plan, notes = begin(options, rest, folder)
     if options.dry_run:
@@ -229,9 +229,9 @@ def _sweep(options: Options, rest: CommandLine, folder: Path, console: Console) 
 
 
 def _run_trials(options: Options, plan: Plan, folder: Path, board: Any, console: Console, num_done: int) -> None:
-    from preftune.cli.sweep_trial import runner_of
     from preftune.cli.sweep_view import View
     from preftune.sweep.result import drop_weights
+    from preftune.sweep.trials import runner_of
     from preftune.sweep.work import work
 
     class Tidying(View):
@@ -244,7 +244,7 @@ def _run_trials(options: Options, plan: Plan, folder: Path, board: Any, console:
         if options.ray is not None:
             from preftune.sweep.ray_tune import run_on_ray
 
-            factory = "preftune.cli.sweep_trial:runner_of"
+            factory = "preftune.sweep.trials:runner_of"
             run_on_ray(plan, folder, options.ray, options.workers, board, view, factory)
         elif options.workers > 1 and not board.is_done():
             _with_workers(options, plan, folder, board, view)
@@ -300,11 +300,11 @@ def _environment(number: int, workers: int, storage: str | None) -> dict[str, st
 
 
 def _as_worker(folder: Path) -> int:
-    from preftune.cli.sweep_plan import nothing_begun
-    from preftune.cli.sweep_trial import runner_of
     from preftune.sweep.board import Board
     from preftune.sweep.plan import read_plan
     from preftune.sweep.result import drop_weights
+    from preftune.sweep.setup import nothing_begun
+    from preftune.sweep.trials import runner_of
     from preftune.sweep.work import Reporter, work
 
     begun = read_plan(folder)
@@ -382,7 +382,7 @@ def _report(folder: Path) -> str:
 
 def retrain(plan: Plan, folder: Path) -> int:
     """Train the sweet spot once more, through its verb."""
-    from preftune.cli.training import run
+    from preftune.runs.run import run
     from preftune.sweep.result import BEST_NAME
 
     return run(plan.verb, ["--config", str(folder / BEST_NAME)])

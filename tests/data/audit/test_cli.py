@@ -80,9 +80,9 @@ def test_the_margins_are_those_of_a_slow_computation(world: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from preftune.cli.audit import _margins, _options
-    from preftune.cli.training import cli_defaults, settings_classes
     from preftune.config import resolve
     from preftune.models.loading import load_tokenizer
+    from preftune.runs.run import cli_defaults, settings_classes
 
     rows = clean_rows(6)
     folder = str(world / "model")

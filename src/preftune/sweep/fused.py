@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from preftune.cli.failures import foreseen
-from preftune.cli.sweep_trial import PairTrials, base_key
-from preftune.cli.trackers import grouped, replay, take_trackers
-from preftune.cli.training import Run, build_trainer, complete_settings, end_trainer, leave_records, snapshot_of
 from preftune.files import replace_text
+from preftune.runs.failures import foreseen
+from preftune.runs.run import Run, build_trainer, complete_settings, end_trainer, leave_records, snapshot_of
 from preftune.sweep import runner
 from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import Plan, write_yaml
@@ -21,6 +19,8 @@ from preftune.sweep.result import trial_settings
 from preftune.sweep.runner import Observer, Outcome, TrialSpec
 from preftune.sweep.scores import held_out_of, metrics_of
 from preftune.sweep.shared import sharing
+from preftune.sweep.trackers import grouped, replay, take_trackers
+from preftune.sweep.trials import PairTrials, base_key
 from preftune.sweep.watch import Watch
 from preftune.training.provenance import plain
 

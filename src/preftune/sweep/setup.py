@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preftune.cli.training import cli_defaults, load_splits, settings_classes
 from preftune.config import CommandLine, ModelConfig, Resolved, ScriptConfig, is_secret, redact, resolve
 from preftune.config.fields import fields_of_all
 from preftune.config.secrets import REDACTED
 from preftune.errors import ConfigError, DataError, PreftuneError, SetupError
+from preftune.runs.run import cli_defaults, load_splits, settings_classes
 from preftune.sweep import space
 from preftune.sweep.holdout import FOLDER, split_off
 from preftune.sweep.plan import BASE_NAME, FILE_NAME, Plan, change_plan, compare, read_plan, settle_plan, study_name

@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from preftune.cli.failures import flat, foreseen, plain_warnings, trainer_errors
 from preftune.cli.main import INTERRUPTED, VERBS
 from preftune.config import ModelConfig, Resolved, ScriptConfig, redact_argv, resolve, split_command_line
 from preftune.config.fields import fields_of
 from preftune.errors import ConfigError, SetupError
+from preftune.runs.failures import flat, foreseen, plain_warnings, trainer_errors
 
 #: Verbs that train, those with most settings last.
 TRAINING_VERBS = ("sft", "orpo", "cpo", "kto", "dpo")
@@ -182,7 +182,7 @@ def complete_pairing(verb: str, settings: Resolved[Any]) -> None:
 
 def _require_hub() -> None:
     """A run that cannot be pushed in the end should say so at the beginning."""
-    from preftune.cli.network import hub_answers, is_offline
+    from preftune.runs.network import hub_answers, is_offline
 
     if is_offline() or not hub_answers():
         raise SetupError(
@@ -236,7 +236,7 @@ def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, A
     Raises:
         PreftuneError: Data, model or settings cannot be used.
     """
-    from preftune.cli.network import go_offline_if_unreachable
+    from preftune.runs.network import go_offline_if_unreachable
 
     script, model, args = this.settings.script, this.settings.model, this.args
     with this.console.status("loading data"):
@@ -349,8 +349,8 @@ def _show(this: Run, plan: Any) -> None:
 
 
 def _train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> int:
-    from preftune.cli.callbacks import StopOnSignal, replace_progress, say_to_stderr
-    from preftune.cli.trackers import OneMlflowRun
+    from preftune.cli.progress import StopOnSignal, replace_progress, say_to_stderr
+    from preftune.sweep.trackers import OneMlflowRun
     from preftune.training.guards import find_guards
     from preftune.training.live import LiveLog
 
@@ -417,7 +417,7 @@ def resume_command(verb: str, argv: Sequence[str]) -> str:
 
 def leave_records(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Provenance and model card beside the weights."""
-    from preftune.cli.records import make_card
+    from preftune.runs.records import make_card
     from preftune.training import card, provenance
 
     data = {
@@ -465,7 +465,7 @@ def _push(this: Run, trainer: Any) -> None:
 
 def end_trainer(trainer: Any) -> None:
     """End what goes on beside a trainer: trackers and process groups."""
-    from preftune.cli.trackers import OneMlflowRun
+    from preftune.sweep.trackers import OneMlflowRun
 
     run = trainer.pop_callback(OneMlflowRun)
     if run is not None:

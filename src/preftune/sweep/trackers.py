@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from preftune.cli.failures import flat
 from preftune.errors import SetupError
+from preftune.runs.failures import flat
 from preftune.sweep.locks import one_at_a_time
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from preftune.cli.failures import flat, foreseen
-from preftune.cli.trackers import OneMlflowRun, grouped
-from preftune.cli.training import (
+from preftune.config import CommandLine, ModelConfig, Resolved, resolve
+from preftune.errors import DataError, ModelError, PreftuneError, TrainingError
+from preftune.runs.failures import flat, foreseen
+from preftune.runs.run import (
     Run,
     Sources,
     build_trainer,
@@ -29,8 +30,6 @@ from preftune.cli.training import (
     settings_classes,
     snapshot_of,
 )
-from preftune.config import CommandLine, ModelConfig, Resolved, resolve
-from preftune.errors import DataError, ModelError, PreftuneError, TrainingError
 from preftune.sweep import runner
 from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
@@ -39,6 +38,7 @@ from preftune.sweep.runner import Observer, Outcome, TrialSpec
 from preftune.sweep.scores import KL, TAIL, HeldOut, held_out_of, metrics_of, with_interval
 from preftune.sweep.shared import Base, Shelf, sharing
 from preftune.sweep.space import as_flag
+from preftune.sweep.trackers import OneMlflowRun, grouped
 from preftune.sweep.watch import Watch
 
 #: Settings of the adapter: they do not touch the base that is loaded.
@@ -292,7 +292,7 @@ def _free_memory() -> None:
 def runner_of(plan: Plan, folder: Path) -> PairTrials:
     """The runner of a sweep's trials; paths count from where the sweep was begun."""
     if plan.fuse > 1:
-        from preftune.cli.sweep_fused import FusedTrials
+        from preftune.sweep.fused import FusedTrials
 
         return FusedTrials(plan, folder)
     return PairTrials(plan, folder)
