@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from preftune.advice.case import Case, Flag, Setting
@@ -15,7 +13,6 @@ from preftune.advice.machines import Machine
 from preftune.advice.memory import Plan, estimate_memory, estimate_time, lengths_or_guess, optimizer_states
 from preftune.advice.rules import settings_for
 from preftune.advice.shapes import Shape
-from preftune.files import replace_text
 from preftune.objectives import METHODS
 
 #: Lines at the head of a training.
@@ -135,19 +132,3 @@ def plan_of(case: Case, shape: Shape) -> Plan:
 def with_advice(case: Case, advice: Advice) -> Case:
     """The case as it would be with the advised settings."""
     return replace(case, given={**case.given, **advice.values()})
-
-
-def write_json(document: Mapping[str, Any], path: str | Path) -> None:
-    """Write a JSON document whole or not at all; numbers that are none become null."""
-    replace_text(Path(path), json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON takes it: numbers that are none become ``None``."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

@@ -8,7 +8,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from preftune.cli.main import VERBS
 from preftune.config import ModelConfig, Resolved, ScriptConfig, resolve, split_command_line
 from preftune.errors import ConfigError, SetupError
 from preftune.evaluation.config import EvalConfig
@@ -50,14 +49,15 @@ def main(argv: Sequence[str]) -> int:
     """
     line = split_command_line(argv)
     if line.help:
-        from preftune.cli.help import render
+        from preftune.cli.help import render, sections_of
 
         groups = {"evaluation": EvalConfig, "data": ScriptConfig, "model": ModelConfig}
-        print(render("eval", VERBS["eval"], groups, without=_TRAINING_ONLY))
+        print(render("eval", sections_of(groups, without=_TRAINING_ONLY)))
         return 0
     from rich.console import Console
 
-    from preftune.runs.failures import foreseen, plain_warnings
+    from preftune.cli.console import plain_warnings
+    from preftune.runs.failures import foreseen
 
     console = Console()
     with plain_warnings(console):

@@ -1,22 +1,13 @@
-"""Failures that belong to the settings or to the machine, and warnings, each as one line."""
+"""Failures that belong to the settings or to the machine, each as one line."""
 
 from __future__ import annotations
 
 import errno
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
-from rich.console import Console
-
-from preftune.errors import ConfigError, PreftuneError, SetupError
-
-
-def flat(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+from preftune.errors import ConfigError, PreftuneError, SetupError, flat
 
 
 @contextmanager
@@ -70,40 +61,3 @@ def foreseen(args: Any) -> Iterator[None]:
         raise SetupError(
             f"cannot write ({error.strerror})", where=where, remedy="free some space, or set another output_dir"
         ) from error
-
-
-@contextmanager
-def plain_warnings(console: Console) -> Iterator[None]:
-    """Show warnings as one line each, none of the libraries' notes to developers, and bars in a terminal alone."""
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if not issubclass(category, (DeprecationWarning, FutureWarning)) and not console.quiet:
-            Console(stderr=True).print(f"preftune: warning: {message}", markup=False, highlight=False, soft_wrap=True)
-
-    with warnings.catch_warnings(), _no_bars_in_files():
-        warnings.showwarning = show
-        yield
-
-
-@contextmanager
-def _no_bars_in_files() -> Iterator[None]:
-    """Where nobody watches, hide the bars that datasets draws while it copies rows."""
-    if sys.stderr.isatty():
-        yield
-        return
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    were = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were:
-            enable_progress_bars()

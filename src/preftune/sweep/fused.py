@@ -11,7 +11,7 @@ from typing import Any
 
 from preftune.files import replace_text
 from preftune.runs.failures import foreseen
-from preftune.runs.run import Run, build_trainer, complete_settings, end_trainer, leave_records, snapshot_of
+from preftune.runs.run import Run, build_trainer, end_trainer, record
 from preftune.sweep import runner
 from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import Plan, write_yaml
@@ -74,8 +74,7 @@ class FusedTrials(PairTrials):
         first = runs[0]
         with foreseen(first.args):
             for run in runs:
-                complete_settings(run)
-                run.snapshot.update(snapshot_of(run.settings))
+                run.complete()
             key = (base_key(first.settings.model), first.args.chat_template, first.args.pad_token)
             trainer, splits = build_trainer(first, sharing(Configured, self.shelf, key, collect))
             trackers = take_trackers(trainer)
@@ -139,7 +138,7 @@ class FusedTrials(PairTrials):
             trainer.processing_class.save_pretrained(str(trial.folder))
         replace_text(trial.folder / "all_results.json", json.dumps(plain(dict(results)), indent=4) + "\n")
         replace(trainer.state, log_history=history).save_to_json(str(trial.folder / "trainer_state.json"))
-        leave_records(this, trainer, trainer.plan(), splits, results)
+        record(this, trainer, trainer.plan(), splits, results)
 
 
 def own_lines(history: Sequence[Mapping[str, Any]], number: int) -> list[dict[str, Any]]:

@@ -110,6 +110,12 @@ def read_plan(folder: Path) -> Plan | None:
         ) from error
 
 
+def nothing_begun(folder: Path) -> ConfigError:
+    """The error where a folder is named alone, as for going on, and holds no sweep."""
+    remedy = "check the name; or, to begin one, add the trials' settings: --config FILE.yaml or --name value"
+    return ConfigError("no sweep was begun here", where="--out", value=str(folder), remedy=remedy)
+
+
 def settle_plan(folder: Path, plan: Plan) -> Plan:
     """Begin a sweep in ``folder``, or join the one that was begun there.
 

@@ -5,27 +5,38 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from preftune.config import CommandLine, ModelConfig, Resolved, ScriptConfig, is_secret, redact, resolve
+from preftune.config import CommandLine, ModelConfig, Resolved, ScriptConfig, redact
 from preftune.config.fields import fields_of_all
 from preftune.config.secrets import REDACTED
 from preftune.errors import ConfigError, DataError, PreftuneError, SetupError
-from preftune.runs.run import cli_defaults, load_splits, settings_classes
+from preftune.runs.data import load_splits
+from preftune.runs.settings import explicit, read_settings, settings_classes
 from preftune.sweep import space
 from preftune.sweep.holdout import FOLDER, split_off
-from preftune.sweep.plan import BASE_NAME, FILE_NAME, Plan, change_plan, compare, read_plan, settle_plan, study_name
+from preftune.sweep.options import Options
+from preftune.sweep.plan import (
+    BASE_NAME,
+    FILE_NAME,
+    Plan,
+    change_plan,
+    compare,
+    nothing_begun,
+    read_plan,
+    settle_plan,
+    study_name,
+)
 from preftune.sweep.propose import propose
 from preftune.sweep.scores import ACCURACY, GAIN, KL, LOWER_IS_BETTER, MARGIN, PAIRED, PER_TOKEN, TAIL
 from preftune.sweep.space import Dimension, as_flag
-
-if TYPE_CHECKING:
-    from preftune.cli.sweep import Options
 
 #: Settings that a sweep sets itself, or that would part the trials' held-out pairs.
 _NOT_SEARCHED = ("output_dir", "resume_from_checkpoint", "do_eval", "do_train", "do_predict", "dry_run", "push_to_hub")
 _SOURCE = ("dataset_name", "dataset_config", "dataset_mixture", "dataset_mixer", "dataset_splits", "dataset_columns")
 _DATA = (*_SOURCE, "dataset_format", "dataset_train_split", "dataset_test_split", "pairing", "quarantine_path")
+#: Settings that mean one run.
+_OF_ONE_RUN = ("output_dir", "dry_run", "resume_from_checkpoint", "disable_tqdm")
 _EVAL_SHARE = 0.1
 _NUM_TRIALS = 20
 _NUM_SAMPLES = 100
@@ -58,12 +69,6 @@ def begin(options: Options, line: CommandLine, folder: Path) -> tuple[Plan, tupl
     asked = dataclasses.replace(asked, study=study_name(folder, asked))
     plan = settle_plan(folder, dataclasses.replace(asked, storage=_writable(options.storage)))
     return dataclasses.replace(plan, storage=options.storage or plan.storage), (*notes, *more)
-
-
-def nothing_begun(folder: Path) -> ConfigError:
-    """The error where a folder is named alone, as for going on, and holds no sweep."""
-    remedy = "check the name; or, to begin one, add the trials' settings: --config FILE.yaml or --name value"
-    return ConfigError("no sweep was begun here", where="--out", value=str(folder), remedy=remedy)
 
 
 def _go_on(begun: Plan, options: Options, folder: Path) -> Plan:
@@ -126,14 +131,14 @@ def make_plan(options: Options, line: CommandLine) -> tuple[Plan, list[str]]:
         ConfigError: A setting is wrong, alone or in one of the combinations.
     """
     config_class = settings_classes(options.verb)[0]
-    settings = resolve(line, config_class, defaults=cli_defaults())
+    settings = read_settings(options.verb, line)
     settings.script.require_dataset()
     settings.model.require_model()
     if settings.trainer.push_to_hub:
         raise ConfigError(
             "trials are not pushed", where="push_to_hub", value=True, remedy="push the sweet spot when it is found"
         )
-    base = explicit(settings)
+    base = {name: value for name, value in explicit(settings).items() if name not in _OF_ONE_RUN}
     _refuse_secrets(base)
     # Trials compare held-out pairs at their end, and go on from no checkpoint unless the settings want some.
     if str(getattr(settings.trainer.eval_strategy, "value", settings.trainer.eval_strategy)) == "no":
@@ -178,7 +183,7 @@ def make_plan(options: Options, line: CommandLine) -> tuple[Plan, list[str]]:
     if plan.fuse > 1:
         _check_fused(plan, use_peft=bool(settings.model.use_peft))
     _check_metric(plan, options, settings, notes)
-    _check_cells(plan, line, config_class)
+    _check_cells(plan, line)
     return plan, notes
 
 
@@ -224,21 +229,6 @@ def _unused(settings: Resolved[Any]) -> list[str]:
     return notes
 
 
-def explicit(settings: Resolved[Any]) -> dict[str, Any]:
-    """The settings that somebody set, as a file for ``--config`` holds them."""
-    from preftune.training.provenance import plain
-
-    found: dict[str, Any] = {}
-    for holder in (settings.script, settings.model, settings.trainer):
-        for item in dataclasses.fields(holder):
-            origin = settings.origins.get(item.name)
-            if item.init and origin is not None and origin.kind != "default" and not is_secret(item.name):
-                found.setdefault(item.name, plain(getattr(holder, item.name)))
-    for name in ("output_dir", "dry_run", "resume_from_checkpoint", "disable_tqdm"):
-        found.pop(name, None)
-    return found
-
-
 def _methods(args: Any) -> list[str]:
     return list(args.build_objective().names)
 
@@ -253,19 +243,15 @@ def _proposed(settings: Resolved[Any], base: Mapping[str, Any], verb: str) -> tu
 
 def _advised(settings: Resolved[Any], verb: str, methods: Sequence[str], adapter: bool) -> dict[str, tuple[float, str]]:
     """Beta and learning rate for a model of this size, with the reason."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from preftune.advice import Case, advise
-    from preftune.advice.shapes import load_config
+    from preftune.advice.shapes import empty_model, load_config
 
     model = settings.model
     try:
         config = load_config(
             model.require_model(), revision=model.model_revision, trust_remote_code=model.trust_remote_code
         )
-        with torch.device("meta"):
-            size = int(AutoModelForCausalLM.from_config(config).num_parameters())
+        size = int(empty_model(config).num_parameters())
     except (PreftuneError, ValueError, OSError):
         # The published values will do; what is wrong with the model is said when it is loaded.
         return {}
@@ -327,7 +313,7 @@ def _check_metric(plan: Plan, options: Options, settings: Resolved[Any], notes: 
         )
 
 
-def _check_cells(plan: Plan, line: CommandLine, config_class: type[Any]) -> None:
+def _check_cells(plan: Plan, line: CommandLine) -> None:
     """Build every trial's settings now: a mistake in the last one should not show after hours."""
     cells = list(plan.cells)
     if not cells:
@@ -337,7 +323,7 @@ def _check_cells(plan: Plan, line: CommandLine, config_class: type[Any]) -> None
     kept = tuple(flag for flag in line.flags if flag[0] not in searched)
     for cell in cells:
         flags = tuple((name, as_flag(value), f"--param {name}") for name, value in cell.items())
-        resolve(CommandLine(line.configs, kept + flags), config_class, defaults=cli_defaults())
+        read_settings(plan.verb, CommandLine(line.configs, kept + flags))
 
 
 def _ends(dimension: Dimension) -> tuple[float | int, ...]:
@@ -382,10 +368,6 @@ def _with_held_out(plan: Plan, folder: Path, line: CommandLine) -> tuple[Plan, l
 
 
 def _trial_like(plan: Plan, line: CommandLine) -> Resolved[Any]:
-    config_class = settings_classes(plan.verb)[0]
     searched = {dimension.name for dimension in plan.dimensions}
     kept = tuple(flag for flag in line.flags if flag[0] not in searched)
-    return resolve(CommandLine(line.configs, kept), config_class, defaults=cli_defaults())
-
-
-__all__ = ["begin", "explicit", "make_plan", "nothing_begun"]
+    return read_settings(plan.verb, CommandLine(line.configs, kept))

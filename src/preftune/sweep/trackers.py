@@ -13,41 +13,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from preftune.errors import SetupError
-from preftune.runs.failures import flat
+from preftune.errors import SetupError, flat
+from preftune.runs.mlflow import open_run
 from preftune.sweep.locks import one_at_a_time
-
-
-class OneMlflowRun(TrainerCallback):
-    """What is logged after training, such as the last evaluation, goes where training was logged.
-
-    transformers ends MLflow's run together with training. Every figure after that would go to a second run without name
-    or settings, which MLflow opens by itself.
-    """
-
-    def __init__(self) -> None:
-        self._run_id: str | None = None
-        self._reopened = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remember the run; the integration, which stands before this callback, has just opened it."""
-        self._run_id = _mlflow_run()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open it once more."""
-        if self._run_id is not None and _mlflow_run() is None:
-            sys.modules["mlflow"].start_run(run_id=self._run_id)
-            self._reopened = True
-
-    def close(self) -> None:
-        """End the run, if it was opened here."""
-        if self._reopened and _mlflow_run() == self._run_id:
-            sys.modules["mlflow"].end_run()
-        self._reopened = False
 
 
 @contextmanager
@@ -66,7 +34,7 @@ def grouped(name: str, trackers: Sequence[str], folder: Path) -> Iterator[None]:
     Raises:
         SetupError: MLflow cannot be reached.
     """
-    before = _mlflow_run()
+    before = open_run()
     wanted = {"WANDB_RUN_GROUP": name, "MLFLOW_EXPERIMENT_NAME": name} if trackers else {}
     added = {variable: value for variable, value in wanted.items() if variable not in os.environ}
     os.environ.update(added)
@@ -127,13 +95,6 @@ def take_trackers(trainer: Any) -> list[type[TrainerCallback]]:
     return kinds
 
 
-def _mlflow_run() -> str | None:
-    """MLflow's open run, without importing it where nobody else has."""
-    active = getattr(sys.modules.get("mlflow"), "active_run", None)
-    run = active() if callable(active) else None
-    return None if run is None else str(run.info.run_id)
-
-
 def _make_experiment(folder: Path) -> None:
     """Workers that make MLflow's tables at the same time fail: one goes first."""
     mlflow = importlib.import_module("mlflow")
@@ -150,7 +111,7 @@ def _make_experiment(folder: Path) -> None:
 
 
 def _close_runs(before: str | None, *, failed: bool) -> None:
-    run = _mlflow_run()
+    run = open_run()
     if run is not None and run != before:
         sys.modules["mlflow"].end_run(status="FAILED" if failed else "FINISHED")
     wandb: Any = sys.modules.get("wandb")

@@ -13,23 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from preftune.config import CommandLine, ModelConfig, Resolved, resolve
-from preftune.errors import DataError, ModelError, PreftuneError, TrainingError
-from preftune.runs.failures import flat, foreseen
-from preftune.runs.run import (
-    Run,
-    Sources,
-    build_trainer,
-    cli_defaults,
-    complete_settings,
-    end_trainer,
-    leave_records,
-    load_splits,
-    settings_classes,
-    snapshot_of,
-)
+from preftune.config import CommandLine, ModelConfig, Resolved
+from preftune.errors import DataError, ModelError, PreftuneError, TrainingError, flat
+from preftune.runs.data import load_splits
+from preftune.runs.failures import foreseen
+from preftune.runs.mlflow import OneMlflowRun
+from preftune.runs.run import Run, Sources, build_trainer, end_trainer, record
+from preftune.runs.settings import read_settings, settings_classes
 from preftune.sweep import runner
 from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
@@ -38,7 +29,7 @@ from preftune.sweep.runner import Observer, Outcome, TrialSpec
 from preftune.sweep.scores import KL, TAIL, HeldOut, held_out_of, metrics_of, with_interval
 from preftune.sweep.shared import Base, Shelf, sharing
 from preftune.sweep.space import as_flag
-from preftune.sweep.trackers import OneMlflowRun, grouped
+from preftune.sweep.trackers import grouped
 from preftune.sweep.watch import Watch
 
 #: Settings of the adapter: they do not touch the base that is loaded.
@@ -152,9 +143,9 @@ class PairTrials:
         if "project" not in self.plan.base:
             flags.append(("project", (place,), "--out"))
         line = CommandLine((str(self.folder / BASE_NAME),), tuple(flags))
-        resolved = resolve(line, settings_classes(verb)[0], defaults=cli_defaults())
+        resolved = read_settings(verb, line)
         argv = tuple(text for name, values, _ in flags for text in (f"--{name}", *values))
-        return Run(verb, ("--config", line.configs[0], *argv), resolved, {}, Console(quiet=True), self.sources)
+        return Run(verb, ("--config", line.configs[0], *argv), resolved, sources=self.sources)
 
     def _train(self, trial: TrialSpec, observer: Observer) -> Outcome:
         this = self.settings(trial)
@@ -170,8 +161,7 @@ class PairTrials:
             return {}
 
         with foreseen(this.args):
-            complete_settings(this)
-            this.snapshot.update(snapshot_of(this.settings))
+            this.complete()
             key = (base_key(this.settings.model), this.args.chat_template, this.args.pad_token)
             trainer_class = sharing(settings_classes(self.plan.verb)[1], self.shelf, key, collect)
             trainer, splits = build_trainer(this, trainer_class)
@@ -242,7 +232,7 @@ class PairTrials:
         elif self.plan.keep != "all":
             remove_weights(trial.folder)
         trainer.save_state()
-        leave_records(this, trainer, trainer.plan(), splits, results)
+        record(this, trainer, trainer.plan(), splits, results)
         end_trainer(trainer)
 
     def _sampled(self, trainer: Any) -> dict[str, dict[str, Any]]:
@@ -287,12 +277,3 @@ def _free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def runner_of(plan: Plan, folder: Path) -> PairTrials:
-    """The runner of a sweep's trials; paths count from where the sweep was begun."""
-    if plan.fuse > 1:
-        from preftune.sweep.fused import FusedTrials
-
-        return FusedTrials(plan, folder)
-    return PairTrials(plan, folder)

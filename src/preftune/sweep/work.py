@@ -84,6 +84,7 @@ def work(
     folder: Path,
     *,
     reporter: Reporter | None = None,
+    tidy: Callable[[], None] = lambda: None,
     wait: bool = True,
     most: int | None = None,
     sleep: Callable[[float], None] = time.sleep,
@@ -95,6 +96,7 @@ def work(
         runner: Runs the trials.
         folder: The sweep's folder.
         reporter: Told what happens.
+        tidy: Called after each trial.
         wait: Stay until the trials of other workers are done too, and take over from those that die.
         most: Stop after this many trials.
         sleep: Waits between two looks.
@@ -109,7 +111,7 @@ def work(
             reporter.note(line)
         claims = board.claim(runner.max_trials)
         if claims:
-            num_run += _run(board, runner, folder, claims, reporter)
+            num_run += _run(board, runner, folder, claims, reporter, tidy)
             continue
         if not wait or board.is_done():
             break
@@ -127,7 +129,14 @@ def run_folder(folder: Path, claim: Claim) -> Path:
     return folder / "trials" / name
 
 
-def _run(board: Board, runner: TrialRunner, folder: Path, claims: list[Claim], reporter: Reporter) -> int:
+def _run(
+    board: Board,
+    runner: TrialRunner,
+    folder: Path,
+    claims: list[Claim],
+    reporter: Reporter,
+    tidy: Callable[[], None],
+) -> int:
     specs = [TrialSpec(claim.slot, claim.params, run_folder(folder, claim)) for claim in claims]
     with board.released_on_error(claims) as finished:
         known = {claim.slot: board.known(claim) for claim in claims}
@@ -148,4 +157,5 @@ def _run(board: Board, runner: TrialRunner, folder: Path, claims: list[Claim], r
                 )
             finished(claim)
             reporter.finished(spec, outcome)
+            tidy()
     return len(claims)
