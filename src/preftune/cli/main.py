@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from preftune import __version__
 from preftune.cli.verbs import INTERRUPTED, TRAINING_VERBS, VERBS
 from preftune.errors import ConfigError, PreftuneError, SetupError
+from preftune.version import __version__
 
 # These read their arguments themselves: settings are the fields of classes whose import takes seconds.
 _READ_THEMSELVES = frozenset({"advise", "data", "demo", "sweep", "eval"})

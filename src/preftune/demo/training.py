@@ -14,9 +14,9 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from preftune import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from preftune.bars import hidden_bars
 from preftune.demo.pairs import Pair
+from preftune.training import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 # (steps done, steps in all)
 Progress = Callable[[int, int], None]

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import preftune
 from preftune.config import Origin, Resolved, redact
 from preftune.config.secrets import is_secret
 from preftune.runs.data import dataset_names
 from preftune.training import card, provenance
+from preftune.version import __version__
 
 # Decisive even where nobody touched them.
 _ALWAYS = ("beta", "learning_rate", "num_train_epochs", "max_length", "seed")
@@ -95,7 +95,7 @@ def make_card(
         settings=settings,
         metrics={name: value for name, value in results.items() if _is_figure(name)},
         data_lines=data_lines(plan.data),
-        versions={"preftune": preftune.__version__, **versions},
+        versions={"preftune": __version__, **versions},
         is_adapter=bool(values.get("use_peft")),
     )
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import preftune
 from preftune.errors import ConfigError, SetupError
 from preftune.files import replace_text
 from preftune.sweep.space import Cell, Dimension
+from preftune.version import __version__
 
 FILE_NAME = "plan.json"
 BASE_NAME = "base.yaml"
@@ -69,7 +69,7 @@ class Plan:
     storage: str | None = None
     study: str = "preftune"
     cwd: str = field(default_factory=os.getcwd)
-    preftune: str = preftune.__version__
+    preftune: str = __version__
 
     def to_json(self) -> dict[str, Any]:
         """For ``plan.json``."""

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import preftune
 from preftune.config import ModelConfig, ScriptConfig, redact
 from preftune.config.fields import Field, fields_of_all
 from preftune.config.paths import inside
@@ -21,6 +20,7 @@ from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.runner import Outcome
 from preftune.sweep.scores import LOWER_IS_BETTER, PAIRED, HeldOut, left_reference
 from preftune.sweep.space import as_setting
+from preftune.version import __version__
 
 FILE_NAME, BEST_NAME = "sweep.json", "best.yaml"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "training_args.bin")
@@ -57,7 +57,7 @@ def summarise(plan: Plan, states: Sequence[SlotState], folder: Path) -> dict[str
     scored = sum(outcome.num_scored for outcome in outcomes)
     needed = max((outcome.num_scored + outcome.num_found for outcome in outcomes), default=0)
     return {
-        "preftune": preftune.__version__,
+        "preftune": __version__,
         "method": plan.method,
         "verb": plan.verb,
         "search": plan.search,

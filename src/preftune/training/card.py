@@ -105,11 +105,11 @@ def of_trainer(
     Returns:
         The card.
     """
-    import preftune
     from preftune.models.head import base_model
     from preftune.objectives import METHODS
     from preftune.training.provenance import FILE_NAME as PROVENANCE_FILE
     from preftune.training.provenance import plain, versions
+    from preftune.version import __version__
 
     methods = list(getattr(getattr(trainer, "objective", None), "names", ()))
     papers = [METHODS[name].paper for name in methods if name in METHODS]
@@ -126,7 +126,7 @@ def of_trainer(
         papers=list(dict.fromkeys((paper.title, paper.link) for paper in papers)),
         settings={name: plain(getattr(trainer.args, name)) for name in _DECISIVE if hasattr(trainer.args, name)},
         metrics={k: v for k, v in figures.items() if not k.endswith(("_runtime", "_per_second"))},
-        versions={"preftune": preftune.__version__, **versions()},
+        versions={"preftune": __version__, **versions()},
         is_adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
         extra_tags=_several(tags),
         has_provenance=(Path(str(trainer.args.output_dir)) / PROVENANCE_FILE).is_file(),

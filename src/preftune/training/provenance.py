@@ -19,10 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import preftune
 from preftune.config import Origin, redact, redact_argv
 from preftune.files import replace_text
 from preftune.models.trust import trusted_code
+from preftune.version import __version__
 
 FILE_NAME = "provenance.json"
 FORMAT = 1
@@ -65,7 +65,7 @@ def collect(
     seed = next((entry["seed"]["value"] for entry in values.values() if "seed" in entry), None)
     document = {
         "format": FORMAT,
-        "preftune": preftune.__version__,
+        "preftune": __version__,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": redact_argv(["preftune", *argv]),
         "seed": seed,

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-import preftune
 from preftune.config import redact
 from preftune.errors import ConfigError
 from preftune.files import replace_text, write_text
@@ -40,6 +39,7 @@ from preftune.training.checkpoints.trees import has_tree, load_tree, save_tree
 from preftune.training.checkpoints.watch import LoopWatch
 from preftune.training.config import PackedConfig
 from preftune.training.provenance import plain
+from preftune.version import __version__
 
 _STATE = "trainer_state.json"
 _SETTINGS = "training_args.json"
@@ -264,7 +264,7 @@ class CheckpointedTrainer(Trainer):
         if self._identity is None:
             self._identity = describe_run(self)
         body = {
-            "preftune": preftune.__version__,
+            "preftune": __version__,
             "step": self.state.global_step,
             "epoch": self.state.epoch,
             "resumable": not self.args.save_only_model,
