@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+from preftune.stats.resampling import Array, linear_error
+
 #: Two-sided 95 % and 99.9 % of the normal distribution. Guards look at many windows of a run, so that most of them
 #: take the wider one.
 Z95, Z999 = 1.959963984540054, 3.2905267314918945
@@ -58,15 +59,11 @@ def clustered(values: Array, groups: npt.NDArray[Any] | None = None) -> Estimate
     if not num:
         return Estimate(math.nan, math.nan, 0)
     mean = float(values.mean())
-    sums: npt.NDArray[Any]
-    if groups is None:
-        sums = values - mean
-    else:
+    sums, sizes = values, np.ones(num)
+    if groups is not None:
         _, places = np.unique(groups[known], return_inverse=True)
-        sums = np.bincount(places, weights=values - mean)
-    count = len(sums)
-    error = math.sqrt(count / (count - 1) * float(sums @ sums)) / num if count > 1 else math.nan
-    return Estimate(mean, error, num)
+        sums, sizes = np.bincount(places, weights=values), np.bincount(places).astype(np.float64)
+    return Estimate(mean, linear_error(sums, sizes, mean) if len(sums) > 1 else math.nan, num)
 
 
 def separation_influence(margins: Array) -> tuple[float, Array]:

@@ -140,7 +140,7 @@ def bootstrap_ratio(
         ConfigError: A setting is out of range.
         DataError: Too few rows or groups, lengths differ, a value is not finite or a denominator not positive.
     """
-    _check_level(level)
+    check_level(level)
     if method not in ("percentile", "bca", "student"):
         raise ConfigError("unknown interval", where="method", value=method, allowed="percentile, bca, student")
     if num_resamples < 100:
@@ -225,7 +225,7 @@ def wilson_interval(num_successes: int, num_trials: int, *, level: float = 0.95)
     Source:
         Wilson (1927), J. Am. Stat. Assoc. 22, 209-212.
     """
-    _check_level(level)
+    check_level(level)
     if num_trials < 1 or not 0 <= num_successes <= num_trials:
         raise DataError(
             "impossible counts",
@@ -233,21 +233,36 @@ def wilson_interval(num_successes: int, num_trials: int, *, level: float = 0.95)
             value=(num_successes, num_trials),
             allowed="0 <= successes <= trials, trials >= 1",
         )
-    z = _normal_quantile(0.5 + level / 2)
     share = num_successes / num_trials
-    centre = (share + z * z / (2 * num_trials)) / (1 + z * z / num_trials)
-    half = z / (1 + z * z / num_trials) * math.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2)
+    low, high = wilson_ends(share, num_trials, normal_quantile(0.5 + level / 2))
     return Interval(
         mean=share,
-        # Exact at the borders, where rounding would leave something like 1e-17.
-        low=0.0 if num_successes == 0 else centre - half,
-        high=1.0 if num_successes == num_trials else centre + half,
+        low=low,
+        high=high,
         level=level,
         standard_error=math.sqrt(share * (1 - share) / num_trials),
         num_values=num_trials,
         num_groups=num_trials,
         method="wilson",
     )
+
+
+def wilson_ends(share: float, number: float, quantile: float) -> tuple[float, float]:
+    """Ends of Wilson's interval.
+
+    Args:
+        share: Observed proportion.
+        number: Independent trials behind it; an effective number need not be whole.
+        quantile: Of the normal distribution, or of Student's.
+
+    Returns:
+        Lower and upper end, within [0, 1].
+    """
+    weight = quantile**2 / number
+    centre = (share + weight / 2) / (1 + weight)
+    half = quantile / (1 + weight) * math.sqrt(share * (1 - share) / number + weight / (4 * number))
+    # Exact at the borders, where rounding would leave something like 1e-17.
+    return 0.0 if share == 0 else max(0.0, centre - half), 1.0 if share == 1 else min(1.0, centre + half)
 
 
 def proportion_interval(
@@ -274,7 +289,7 @@ def proportion_interval(
     Source:
         Wilson (1927) with the effective sample size of Korn & Graubard (1998), Survey Methodology 24, 193-201.
     """
-    _check_level(level)
+    check_level(level)
     rows = _finite("values", values)
     if ((rows < 0) | (rows > 1)).any():
         raise DataError("not an outcome", where="values", value=float(rows[(rows < 0) | (rows > 1)][0]), allowed="0..1")
@@ -286,14 +301,11 @@ def proportion_interval(
     error = float(linear_error(sums, sizes, share))
     quantile = float(stats.t.ppf(0.5 + level / 2, len(sums) - 1))
     spread = share * (1 - share)
-    effective = _effective_number(spread, error, len(sums))
-    weight = quantile**2 / effective
-    centre = (share + weight / 2) / (1 + weight)
-    half = quantile / (1 + weight) * math.sqrt(spread / effective + weight / (4 * effective))
+    low, high = wilson_ends(share, _effective_number(spread, error, len(sums)), quantile)
     return Interval(
         mean=share,
-        low=0.0 if share == 0 else max(0.0, centre - half),
-        high=1.0 if share == 1 else min(1.0, centre + half),
+        low=low,
+        high=high,
         level=level,
         standard_error=error,
         num_values=len(rows),
@@ -324,7 +336,7 @@ def paired_proportion_interval(
     Source:
         Tango (1998), Statistics in Medicine 17, 891-908, eqs. 6 and 7; effective sample size as above.
     """
-    _check_level(level)
+    check_level(level)
     rows = _finite("differences", differences)
     if not np.isin(rows, (-1.0, 0.0, 1.0)).all():
         strange = float(rows[~np.isin(rows, (-1.0, 0.0, 1.0))][0])
@@ -332,7 +344,7 @@ def paired_proportion_interval(
     sums, sizes = _sum_by_group(rows, np.ones_like(rows), groups)
     mean = float(rows.mean())
     error = linear_error(sums, sizes, mean)
-    quantile, number = _normal_quantile(0.5 + level / 2), float(len(rows))
+    quantile, number = normal_quantile(0.5 + level / 2), float(len(rows))
     if (sizes > 1).any():
         quantile = float(stats.t.ppf(0.5 + level / 2, len(sums) - 1))
         number = _effective_number(float(rows.var()), error, len(sums))
@@ -445,10 +457,16 @@ def _finite(name: str, values: Sequence[float] | Array) -> Array:
     return array
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
+    """Refuse what is no confidence level.
+
+    Raises:
+        ConfigError: It is not between 0 and 1.
+    """
     if not 0 < level < 1:
         raise ConfigError("not a confidence level", where="level", value=level, allowed="between 0 and 1, such as 0.95")
 
 
-def _normal_quantile(share: float) -> float:
+def normal_quantile(share: float) -> float:
+    """Where the normal distribution has this share below it."""
     return float(special.ndtri(share))

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, stats
 
 from preftune.errors import ConfigError, DataError
+from preftune.stats.intervals import check_level, normal_quantile
 
 
 def detectable_difference(
@@ -71,7 +72,7 @@ def detectable_from_error(standard_error: float, *, power: float = 0.8, level: f
         The difference, in the unit of `standard_error`.
     """
     _check(power, level)
-    return (_normal_quantile(0.5 + level / 2) + _normal_quantile(power)) * standard_error
+    return (normal_quantile(0.5 + level / 2) + normal_quantile(power)) * standard_error
 
 
 def detectable_proportion(
@@ -141,7 +142,7 @@ def detectable_paired_proportion(
             value=(num_pairs, discordant_share),
             allowed="1 or more pairs, a share above 0 and up to 1",
         )
-    z_level, z_power = _normal_quantile(0.5 + level / 2), _normal_quantile(power)
+    z_level, z_power = normal_quantile(0.5 + level / 2), normal_quantile(power)
 
     def shortfall(difference: float) -> float:
         spread = math.sqrt(max(0.0, discordant_share - difference**2))
@@ -154,11 +155,6 @@ def detectable_paired_proportion(
 
 
 def _check(power: float, level: float) -> None:
-    if not 0 < level < 1:
-        raise ConfigError("not a confidence level", where="level", value=level, allowed="between 0 and 1, such as 0.95")
+    check_level(level)
     if not 0.5 <= power < 1:
         raise ConfigError("not a useful power", where="power", value=power, allowed="0.5 up to 1, such as 0.8")
-
-
-def _normal_quantile(share: float) -> float:
-    return float(special.ndtri(share))
