@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 
 @contextmanager
@@ -32,3 +33,11 @@ def _hidden_of_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def take_bars(trainer: Any) -> None:
+    """Take the library's own bar and printed log lines away from a ``transformers.Trainer``."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for kind in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(kind)

@@ -70,17 +70,7 @@ class _Own:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb.
-
-    Args:
-        argv: Arguments after the verb.
-
-    Returns:
-        0.
-
-    Raises:
-        PreftuneError: Wrong settings, or data or a model's configuration that cannot be read.
-    """
+    """Run the verb."""
     line = split_command_line(argv)
     if line.help:
         from preftune.cli.help import own_lines

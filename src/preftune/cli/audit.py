@@ -55,17 +55,7 @@ class _Own:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb.
-
-    Args:
-        argv: Arguments after ``preftune data audit``.
-
-    Returns:
-        0, whatever was found.
-
-    Raises:
-        PreftuneError: Wrong settings, or data that cannot be read.
-    """
+    """Run the verb."""
     line = split_command_line(argv)
     if line.help:
         from preftune.cli.help import own_lines

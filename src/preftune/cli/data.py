@@ -55,17 +55,7 @@ def _help() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb.
-
-    Args:
-        argv: Arguments after the verb.
-
-    Returns:
-        0.
-
-    Raises:
-        PreftuneError: Wrong settings, or data that cannot be prepared.
-    """
+    """Run the verb."""
     action = argv[0] if argv and not argv[0].startswith("-") else None
     if action is None and any(token in ("-h", "--help") for token in argv):
         print(_help())

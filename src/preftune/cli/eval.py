@@ -36,17 +36,7 @@ _INSTEAD = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb.
-
-    Args:
-        argv: Arguments after the verb.
-
-    Returns:
-        0.
-
-    Raises:
-        PreftuneError: Wrong settings, data or models that cannot be used, a judge that fails.
-    """
+    """Run the verb."""
     line = split_command_line(argv)
     if line.help:
         from preftune.cli.help import render, sections_of

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from preftune.bars import take_bars
 from preftune.cli.style import duration
 
 _SHOWN = (
@@ -114,10 +115,7 @@ def replace_progress(trainer: Any, console: Console) -> ProgressReport:
     Returns:
         The callback, for closing it after an error.
     """
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    for kind in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(kind)
+    take_bars(trainer)
     report = ProgressReport(console)
     trainer.add_callback(report)
     return report

@@ -20,17 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb.
-
-    Args:
-        argv: Arguments after the verb.
-
-    Returns:
-        0, or 130 after Ctrl-C.
-
-    Raises:
-        PreftuneError: Any foreseen failure.
-    """
+    """Run the verb."""
     line = split_command_line(argv)
     if line.help:
         print(help_text())

@@ -13,18 +13,7 @@ if TYPE_CHECKING:
 
 
 def main(verb: str, argv: Sequence[str]) -> int:
-    """Train.
-
-    Args:
-        verb: The training verb.
-        argv: Arguments after the verb.
-
-    Returns:
-        0, or 130 after Ctrl-C.
-
-    Raises:
-        PreftuneError: Any foreseen failure.
-    """
+    """Train."""
     line = split_command_line(argv)
     if line.help:
         from preftune.cli.help import help_of

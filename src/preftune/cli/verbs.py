@@ -1,4 +1,9 @@
-"""The verbs of the command line, and what each does."""
+"""The verbs of the command line, and what each does.
+
+A verb is a module of its name in this package. Either its ``main`` takes the arguments after the verb, or its
+``add_parser`` adds a parser for them and its ``run`` takes what was parsed. Both return the exit code (0, or 130 after
+Ctrl-C) and raise a :class:`~preftune.errors.PreftuneError` for whatever was foreseen. Those that train share one.
+"""
 
 from __future__ import annotations
 

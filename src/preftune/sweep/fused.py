@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from preftune.bars import take_bars
 from preftune.files import replace_text
 from preftune.runs.failures import foreseen
 from preftune.runs.run import Run, build_trainer, end_trainer, record
@@ -106,10 +107,7 @@ class FusedTrials(PairTrials):
 
     def _fit_together(self, trainer: Any, watches: Sequence[Watch]) -> list[dict[str, Any]]:
         """Train and evaluate. Returns the log lines, the last one those of the final evaluation."""
-        from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-        for kind in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(kind)
+        take_bars(trainer)
         trainer.add_callback(_Shared(watches))
         with one_at_a_time(self.folder / "reference.lock"):
             trainer.prepare_reference()

@@ -159,17 +159,16 @@ def figure(mean: Any, low: float | None = None, high: float | None = None, n: in
 def with_interval(
     values: Array, groups: Sequence[int] | np.ndarray[Any, Any], seed: int, *, outcome: bool = False
 ) -> dict[str, Any]:
-    """Mean with its 95 % interval over prompts; no interval where there are fewer than two prompts.
+    """Mean with a 95 % bootstrap interval over prompts; no interval where there are fewer than two prompts.
 
-    Outcomes, yes and no, have Wilson's interval, as in an evaluation; other numbers that of the bootstrap.
+    Of outcomes, yes and no, the interval is Wilson's where prompts do not differ: a bootstrap would be certain.
     """
     if len(values) == 0 or not np.isfinite(values).all():
         return figure(float("nan"), n=len(values))
     try:
-        if outcome:
+        found = bootstrap_mean(values, groups=list(groups), seed=seed)
+        if outcome and found.standard_error <= 1e-12:
             found = proportion_interval(values, groups=list(groups))
-        else:
-            found = bootstrap_mean(values, groups=list(groups), seed=seed)
     except DataError:
         return figure(float(values.mean()), n=len(values))
     return figure(found.mean, found.low, found.high, len(values))

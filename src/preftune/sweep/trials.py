@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from preftune.bars import take_bars
 from preftune.config import CommandLine, ModelConfig, Resolved
 from preftune.errors import DataError, ModelError, PreftuneError, TrainingError, flat
 from preftune.runs.data import load_splits
@@ -31,6 +32,7 @@ from preftune.sweep.shared import Base, Shelf, sharing
 from preftune.sweep.space import as_flag
 from preftune.sweep.trackers import grouped
 from preftune.sweep.watch import Watch
+from preftune.training.live import LiveLog
 
 #: Settings of the adapter: they do not touch the base that is loaded.
 _ADAPTER = ("lora_", "use_rslora", "use_dora")
@@ -193,12 +195,7 @@ class PairTrials:
         )
 
     def _fit(self, trial: TrialSpec, trainer: Any, watch: Watch) -> dict[str, Any]:
-        from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-        from preftune.training.live import LiveLog
-
-        for kind in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(kind)
+        take_bars(trainer)
         trainer.add_callback(watch)
         trainer.add_callback(LiveLog())
         trainer.add_callback(OneMlflowRun())
