@@ -34,7 +34,7 @@ from preftune.sweep.options import read_options
 from preftune.sweep.result import write_result
 from preftune.sweep.run import run_trials
 from preftune.sweep.setup import begin
-from preftune.sweep.work import Reporter
+from preftune.sweep.worker import Reporter
 
 options, rest = read_options(split_command_line(sys.argv[1:]))
 folder = Path(options.out)

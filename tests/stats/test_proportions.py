@@ -16,7 +16,7 @@ import scipy.stats
 
 from benchmarks import coverage
 from preftune.errors import DataError
-from preftune.evaluation.compare import compare
+from preftune.evaluation.comparison import compare
 from preftune.evaluation.metrics import Summary
 from preftune.stats.intervals import (
     bootstrap_mean,

@@ -23,7 +23,7 @@ from preftune.sweep.board import MAX_DEATHS, Board, Claim, open_storage
 from preftune.sweep.runner import Outcome, TrialSpec
 from preftune.sweep.scores import ACCURACY
 from preftune.sweep.space import Dimension
-from preftune.sweep.work import run_folder, work
+from preftune.sweep.worker import run_folder, work
 from tests.sweep.helpers import Noting, complete, make_plan, work_in
 
 ROOT = Path(__file__).resolve().parents[2]

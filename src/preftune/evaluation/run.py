@@ -16,8 +16,7 @@ import torch
 from preftune.config import ModelConfig, redact
 from preftune.data import DataOptions
 from preftune.errors import ConfigError
-from preftune.evaluation import compare as comparison
-from preftune.evaluation import generations, metrics, rewardbench, tracking
+from preftune.evaluation import comparison, generations, metrics, rewardbench, tracking
 from preftune.evaluation.config import DEFAULT_BETA, EvalConfig
 from preftune.evaluation.judge import Judge, key_from
 from preftune.evaluation.metrics import Metric, Summary

@@ -59,10 +59,10 @@ def clustered(values: Array, groups: npt.NDArray[Any] | None = None) -> Estimate
     if not num:
         return Estimate(math.nan, math.nan, 0)
     mean = float(values.mean())
-    sums, sizes = values, np.ones(num)
+    sums, sizes = values, np.ones(num, dtype=np.float64)
     if groups is not None:
         _, places = np.unique(groups[known], return_inverse=True)
-        sums, sizes = np.bincount(places, weights=values), np.bincount(places).astype(np.float64)
+        sums, sizes = np.bincount(places, weights=values), np.bincount(places, weights=np.ones(num))
     return Estimate(mean, linear_error(sums, sizes, mean) if len(sums) > 1 else math.nan, num)
 
 

@@ -23,7 +23,7 @@ from preftune.sweep.board import Board
 from preftune.sweep.options import STORAGE_VARIABLE
 from preftune.sweep.plan import Plan, read_plan
 from preftune.sweep.runner import Outcome, TrialRunner, TrialSpec
-from preftune.sweep.work import POLL_SECONDS, Reporter, work
+from preftune.sweep.worker import POLL_SECONDS, Reporter, work
 
 LOCAL = "local"
 #: Where processes of a cluster look for a runner: ``module:function(plan, folder)``.

@@ -15,7 +15,7 @@ from preftune.config.paths import inside
 from preftune.files import write_json
 from preftune.sweep import runner
 from preftune.sweep.board import SlotState
-from preftune.sweep.choose import Candidate, Choice, choose
+from preftune.sweep.choice import Candidate, Choice, choose
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.runner import Outcome
 from preftune.sweep.scores import LOWER_IS_BETTER, PAIRED, HeldOut, left_reference

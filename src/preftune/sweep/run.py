@@ -18,7 +18,7 @@ from preftune.sweep.options import STORAGE_VARIABLE
 from preftune.sweep.plan import Plan, nothing_begun, read_plan
 from preftune.sweep.result import drop_weights
 from preftune.sweep.trials import PairTrials
-from preftune.sweep.work import Reporter, work
+from preftune.sweep.worker import Reporter, work
 
 #: Where processes of a cluster find :func:`runner_of`.
 FACTORY = "preftune.sweep.run:runner_of"

@@ -27,7 +27,7 @@ from preftune.sweep.plan import (
     settle_plan,
     study_name,
 )
-from preftune.sweep.propose import propose
+from preftune.sweep.proposal import propose
 from preftune.sweep.scores import ACCURACY, GAIN, KL, LOWER_IS_BETTER, MARGIN, PAIRED, PER_TOKEN, TAIL
 from preftune.sweep.space import Dimension, as_flag
 

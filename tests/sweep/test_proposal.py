@@ -6,7 +6,7 @@ import pytest
 
 from preftune.errors import ConfigError
 from preftune.objectives import METHODS
-from preftune.sweep.propose import propose
+from preftune.sweep.proposal import propose
 
 
 @pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if "beta" in spec.defaults])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from preftune.sweep.choose import Candidate, choose, paired_p
+from preftune.sweep.choice import Candidate, choose, paired_p
 from preftune.sweep.scores import ACCURACY, GAIN, HeldOut
 from tests.sweep.helpers import held
 
