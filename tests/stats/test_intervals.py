@@ -17,11 +17,10 @@ from preftune.stats.intervals import (
     Method,
     bootstrap_mean,
     bootstrap_ratio,
-    holm,
-    mcnemar,
     paired_difference,
     wilson_interval,
 )
+from preftune.stats.significance import holm, mcnemar
 
 Rows = tuple[np.ndarray[Any, np.dtype[np.float64]], list[int] | None]
 Draw = Callable[[np.random.Generator], Rows]

@@ -10,13 +10,13 @@ import scipy.stats
 from scipy import integrate, special
 
 from preftune.errors import ConfigError, DataError
-from preftune.stats.intervals import mcnemar
 from preftune.stats.power import (
     detectable_difference,
     detectable_from_error,
     detectable_paired_proportion,
     detectable_proportion,
 )
+from preftune.stats.significance import mcnemar
 
 
 @pytest.mark.parametrize(

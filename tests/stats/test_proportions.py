@@ -18,14 +18,9 @@ from benchmarks import coverage
 from preftune.errors import DataError
 from preftune.evaluation.comparison import compare
 from preftune.evaluation.metrics import Summary
-from preftune.stats.intervals import (
-    bootstrap_mean,
-    mcnemar,
-    paired_proportion_interval,
-    proportion_interval,
-    wilson_interval,
-)
+from preftune.stats.intervals import bootstrap_mean, paired_proportion_interval, proportion_interval, wilson_interval
 from preftune.stats.power import detectable_difference, detectable_proportion
+from preftune.stats.significance import mcnemar
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "evaluation" / "coverage.json"
 

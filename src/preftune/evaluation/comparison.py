@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from preftune.evaluation.metrics import Groups, Summary, ranked_right
-from preftune.stats.intervals import mcnemar
 from preftune.stats.power import detectable_difference, detectable_paired_proportion
-from preftune.stats.resampling import Array
+from preftune.stats.rows import Array
+from preftune.stats.significance import mcnemar
 
 
 def compare(rewards: Array, other: Array, groups: Groups, summary: Summary, *, power: float = 0.8) -> dict[str, Any]:

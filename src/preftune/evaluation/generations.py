@@ -23,7 +23,7 @@ from preftune.evaluation.pairs import EvalPairs, Ids
 from preftune.evaluation.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.evaluation.scoring import Scorer
 from preftune.stats.intervals import bootstrap_ratio
-from preftune.stats.resampling import Array
+from preftune.stats.rows import Array
 
 FILE_NAME = "generations.jsonl"
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from preftune.errors import DataError
 from preftune.stats.intervals import bootstrap_mean, paired_proportion_interval, proportion_interval
-from preftune.stats.resampling import Array
+from preftune.stats.rows import Array
 
 Groups = Sequence[Hashable] | None
 Metric = dict[str, float]

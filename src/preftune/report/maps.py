@@ -13,7 +13,7 @@ from preftune.report.files import mapping, number, objects
 from preftune.report.read import Sweep
 from preftune.report.settings import text_of
 from preftune.report.tables import Table, interval, is_share, title_of
-from preftune.stats.intervals import holm
+from preftune.stats.significance import holm
 
 MAXIMIZE, MINIMIZE = "maximize", "minimize"
 _LEVEL = 0.05

@@ -15,7 +15,8 @@ from preftune.report.files import mapping, number, objects
 from preftune.report.read import Run
 from preftune.report.settings import settings_of
 from preftune.report.tables import figure, interval, is_interval, level_of, percent
-from preftune.stats.intervals import mcnemar, wilson_interval
+from preftune.stats.intervals import wilson_interval
+from preftune.stats.significance import mcnemar
 
 GOOD, BAD, UNCLEAR = "good", "bad", "unclear"
 PROXY = (

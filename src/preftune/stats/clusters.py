@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from preftune.stats.resampling import Array, linear_error
+from preftune.stats.resampling import linear_error
+from preftune.stats.rows import Array
 
 #: Two-sided 95 % and 99.9 % of the normal distribution. Guards look at many windows of a run, so that most of them
 #: take the wider one.
@@ -59,7 +60,8 @@ def clustered(values: Array, groups: npt.NDArray[Any] | None = None) -> Estimate
     if not num:
         return Estimate(math.nan, math.nan, 0)
     mean = float(values.mean())
-    sums, sizes = values, np.ones(num, dtype=np.float64)
+    sums: npt.NDArray[Any] = values
+    sizes: npt.NDArray[Any] = np.ones(num)
     if groups is not None:
         _, places = np.unique(groups[known], return_inverse=True)
         sums, sizes = np.bincount(places, weights=values), np.bincount(places, weights=np.ones(num))

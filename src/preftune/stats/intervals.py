@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, stats
 
 from preftune.errors import ConfigError, DataError
-from preftune.stats.resampling import Array, bca_shares, linear_error, resample_ratio, student_ends
+from preftune.stats.resampling import bca_shares, linear_error, resample_ratio, student_ends
+from preftune.stats.rows import Array, check_level, finite_rows, normal_quantile, sum_by_group
 
 # Where nothing varies the estimate itself solves the equation of the interval's ends; the ends lie further out.
 _ASIDE = 1e-9
@@ -52,23 +53,6 @@ class Interval:
         return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
-@dataclass(frozen=True)
-class McNemarResult:
-    """Two-sided McNemar test on paired yes/no outcomes.
-
-    Attributes:
-        only_first: Pairs that only the first got right.
-        only_second: Pairs that only the second got right.
-        exact_p: Exact conditional p-value (guaranteed level, conservative).
-        mid_p: Mid-p value (close to the nominal level; the better default).
-    """
-
-    only_first: int
-    only_second: int
-    exact_p: float
-    mid_p: float
-
-
 def bootstrap_mean(
     values: Sequence[float] | Array,
     *,
@@ -100,7 +84,7 @@ def bootstrap_mean(
         Efron & Tibshirani (1993), An Introduction to the Bootstrap, sections 12.5 (studentised), 13.3 (percentile) and
         14.3 (BCa); acceleration from the jackknife over groups, eq. 14.15.
     """
-    rows = _finite("values", values)
+    rows = finite_rows("values", values)
     return bootstrap_ratio(
         rows,
         np.ones_like(rows),
@@ -145,12 +129,12 @@ def bootstrap_ratio(
         raise ConfigError("unknown interval", where="method", value=method, allowed="percentile, bca, student")
     if num_resamples < 100:
         raise ConfigError("too few resamples", where="num_resamples", value=num_resamples, allowed="100 or more")
-    top, bottom = _finite("numerators", numerators), _finite("denominators", denominators)
+    top, bottom = finite_rows("numerators", numerators), finite_rows("denominators", denominators)
     if len(top) != len(bottom):
         raise DataError("lengths differ", where="denominators", value=len(bottom), allowed=f"{len(top)} values")
     if (bottom <= 0).any():
         raise DataError("not positive", where="denominators", value=float(bottom.min()), allowed="above 0")
-    sums, sizes = _sum_by_group(top, bottom, groups)
+    sums, sizes = sum_by_group(top, bottom, groups)
     estimate = float(sums.sum() / sizes.sum())
     rng, tail = np.random.default_rng(seed), (1 - level) / 2
     shares = (tail, 1 - tail)
@@ -200,7 +184,7 @@ def paired_difference(
     Raises:
         DataError: The rows do not match, or see `bootstrap_mean`.
     """
-    before, after = _finite("first", first), _finite("second", second)
+    before, after = finite_rows("first", first), finite_rows("second", second)
     if len(before) != len(after):
         raise DataError("paired rows differ in number", where="second", value=len(after), allowed=f"{len(before)} rows")
     return bootstrap_mean(
@@ -290,10 +274,10 @@ def proportion_interval(
         Wilson (1927) with the effective sample size of Korn & Graubard (1998), Survey Methodology 24, 193-201.
     """
     check_level(level)
-    rows = _finite("values", values)
+    rows = finite_rows("values", values)
     if ((rows < 0) | (rows > 1)).any():
         raise DataError("not an outcome", where="values", value=float(rows[(rows < 0) | (rows > 1)][0]), allowed="0..1")
-    sums, sizes = _sum_by_group(rows, np.ones_like(rows), groups)
+    sums, sizes = sum_by_group(rows, np.ones_like(rows), groups)
     if (sizes == 1).all() and np.isin(rows, (0.0, 1.0)).all():
         # Independent yes and no: nothing has to be estimated about the spread.
         return wilson_interval(int(rows.sum()), len(rows), level=level)
@@ -337,11 +321,11 @@ def paired_proportion_interval(
         Tango (1998), Statistics in Medicine 17, 891-908, eqs. 6 and 7; effective sample size as above.
     """
     check_level(level)
-    rows = _finite("differences", differences)
+    rows = finite_rows("differences", differences)
     if not np.isin(rows, (-1.0, 0.0, 1.0)).all():
         strange = float(rows[~np.isin(rows, (-1.0, 0.0, 1.0))][0])
         raise DataError("no difference of two outcomes", where="differences", value=strange, allowed="-1, 0, 1")
-    sums, sizes = _sum_by_group(rows, np.ones_like(rows), groups)
+    sums, sizes = sum_by_group(rows, np.ones_like(rows), groups)
     mean = float(rows.mean())
     error = linear_error(sums, sizes, mean)
     quantile, number = normal_quantile(0.5 + level / 2), float(len(rows))
@@ -370,103 +354,6 @@ def paired_proportion_interval(
     )
 
 
-def mcnemar(only_first: int, only_second: int) -> McNemarResult:
-    """McNemar's test from the two discordant counts.
-
-    Args:
-        only_first: Pairs that only the first got right.
-        only_second: Pairs that only the second got right.
-
-    Returns:
-        Exact and mid-p values; both 1 where nothing is discordant.
-
-    Raises:
-        DataError: A count is negative.
-
-    Source:
-        Fagerland, Lydersen & Laake (2013), BMC Med. Res. Methodol. 13:91, exact conditional and mid-p test.
-    """
-    if only_first < 0 or only_second < 0:
-        raise DataError("negative count", where="only_first, only_second", value=(only_first, only_second))
-    total, fewer = only_first + only_second, min(only_first, only_second)
-    if total == 0:
-        return McNemarResult(only_first, only_second, 1.0, 1.0)
-    below = float(stats.binom.cdf(fewer, total, 0.5))
-    point = float(stats.binom.pmf(fewer, total, 0.5))
-    if only_first == only_second:
-        return McNemarResult(only_first, only_second, 1.0, 1.0 - point / 2)
-    return McNemarResult(only_first, only_second, min(1.0, 2 * below), min(1.0, 2 * below - point))
-
-
-def holm(p_values: Sequence[float] | Array) -> Array:
-    """Holm's step-down adjustment: controls the chance of any false claim among several tests.
-
-    Args:
-        p_values: `(tests,)` in [0, 1].
-
-    Returns:
-        Adjusted p-values in the given order; compare them with the wanted level directly.
-
-    Raises:
-        DataError: A value outside [0, 1].
-
-    Source:
-        Holm (1979), Scand. J. Stat. 6, 65-70.
-    """
-    given = np.asarray(p_values, dtype=np.float64)
-    if given.ndim != 1 or not ((given >= 0) & (given <= 1)).all():
-        raise DataError("not a list of p-values", where="p_values", value=given.tolist(), allowed="numbers in [0, 1]")
-    order = np.argsort(given, kind="stable")
-    steps = given[order] * np.arange(len(given), 0, -1)
-    adjusted = np.empty_like(given)
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
-    return adjusted
-
-
-def _sum_by_group(top: Array, bottom: Array, groups: Sequence[Hashable] | None) -> tuple[Array, Array]:
-    if groups is None:
-        sums, sizes = top, bottom
-    else:
-        if len(groups) != len(top):
-            raise DataError(
-                "one group id per row is needed", where="groups", value=len(groups), allowed=f"{len(top)} ids"
-            )
-        codes: dict[Hashable, int] = {}
-        index = np.array([codes.setdefault(group, len(codes)) for group in groups])
-        sums = np.asarray(np.bincount(index, weights=top), dtype=np.float64)
-        sizes = np.asarray(np.bincount(index, weights=bottom), dtype=np.float64)
-    if len(sums) < 2:
-        raise DataError(
-            "an interval needs at least two independent groups", where="groups", value=len(sums), allowed="2 or more"
-        )
-    return sums, sizes
-
-
 def _effective_number(spread: float, error: float, num_groups: int) -> float:
     """Independent rows of variance `spread` whose mean has the standard error `error`; all alike, a row per group."""
     return spread / error**2 if error > 1e-12 and spread > 1e-12 else float(num_groups)
-
-
-def _finite(name: str, values: Sequence[float] | Array) -> Array:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) == 0:
-        raise DataError("a list of numbers is needed", where=name, value=array.shape, allowed="shape (rows,)")
-    if not np.isfinite(array).all():
-        row = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise DataError("not a finite number", where=f"{name}, row {row}", value=float(array[row]))
-    return array
-
-
-def check_level(level: float) -> None:
-    """Refuse what is no confidence level.
-
-    Raises:
-        ConfigError: It is not between 0 and 1.
-    """
-    if not 0 < level < 1:
-        raise ConfigError("not a confidence level", where="level", value=level, allowed="between 0 and 1, such as 0.95")
-
-
-def normal_quantile(share: float) -> float:
-    """Where the normal distribution has this share below it."""
-    return float(special.ndtri(share))

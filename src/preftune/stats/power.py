@@ -11,7 +11,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from preftune.errors import ConfigError, DataError
-from preftune.stats.intervals import check_level, normal_quantile
+from preftune.stats.rows import check_level, normal_quantile
 
 
 def detectable_difference(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from scipy import special, stats
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from preftune.stats.rows import Array
 
 # Indices drawn at once: bounds the memory of the bootstrap to a few dozen megabytes.
 _DRAWS_PER_CHUNK = 1 << 21

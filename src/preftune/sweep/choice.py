@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from preftune.stats.intervals import holm, mcnemar, paired_difference
+from preftune.stats.intervals import paired_difference
+from preftune.stats.significance import holm, mcnemar
 from preftune.sweep.scores import GAIN, PAIRED, Array, HeldOut
 
 LEVEL = 0.05

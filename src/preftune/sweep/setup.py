@@ -278,10 +278,7 @@ def _cells(options: Options, dimensions: Sequence[Dimension], seed: int) -> tupl
         return search, cells, len(cells)
     number = options.num_trials or _NUM_TRIALS
     if search == "random":
-        try:
-            cells = space.draw(dimensions, number, seed)
-        except ImportError as error:
-            raise SetupError("Optuna is not installed", remedy="run pip install optuna") from error
+        cells = space.draw(dimensions, number, seed)
         return search, cells, len(cells)
     return search, [], number
 

@@ -38,7 +38,8 @@ import numpy as np
 from scipy import special, stats
 
 from preftune.data.audit.shares import effective_size
-from preftune.stats.intervals import normal_quantile, wilson_ends
+from preftune.stats.intervals import wilson_ends
+from preftune.stats.rows import normal_quantile
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
