@@ -91,3 +91,15 @@ def test_bad_rows_go_where_the_settings_say(tmp_path: Path) -> None:
 def test_no_data_is_one_line() -> None:
     with pytest.raises(DataError, match="no data"):
         load_rows({}, with_test=False)
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_supervised_run_reads_what_it_trains_on_where_a_pair_stands_beside_it(
+    tmp_path: Path, supervised: bool
+) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    row = {"messages": messages, "prompt": "p", "chosen": " c", "rejected": " r"}
+    write(tmp_path / "a.jsonl", [row])  # type: ignore[list-item]
+    values: dict[str, Any] = {"dataset_name": str(tmp_path / "a.jsonl")}
+    found = load_rows(values if supervised else values | {"implicit_prompt": None}, with_test=False)["train"]
+    assert ("messages" in found.column_names, "chosen" in found.column_names) == (supervised, not supervised)

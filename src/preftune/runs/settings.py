@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import Any
@@ -42,7 +42,7 @@ def cli_defaults() -> dict[str, Any]:
     }
 
 
-def read_settings(verb: str, line: CommandLine | list[str], **defaults: Any) -> Resolved[Any]:
+def read_settings(verb: str, line: CommandLine | Sequence[str], **defaults: Any) -> Resolved[Any]:
     """The settings of a command line of a training verb.
 
     Args:
