@@ -80,13 +80,14 @@ def main(argv: Sequence[str]) -> int:
     own, rest = take_own(line, _Own)
     from rich.console import Console
 
-    from preftune.advice.inputs import Known, advise_on, find_verb
     from preftune.cli.advise_view import show
     from preftune.cli.console import plain_warnings
-    from preftune.runs.settings import read_settings
 
     console = Console(stderr=own.json)
     with plain_warnings(console):
+        from preftune.advice.inputs import Known, advise_on, find_verb
+        from preftune.runs.settings import read_settings
+
         verb = own.verb or find_verb(rest)
         if verb == "orpo":
             # ORPO has one loss, and no setting for it.

@@ -66,12 +66,13 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from preftune.cli.console import plain_warnings
-    from preftune.runs.audit import audit_data
-    from preftune.runs.settings import read_settings
 
     # What is printed beside JSON must not end up in it.
     console = Console(stderr=own.json)
     with plain_warnings(console):
+        from preftune.runs.audit import audit_data
+        from preftune.runs.settings import read_settings
+
         settings = read_settings(own.verb, rest, on_bad_rows="skip")
         report = audit_data(settings, console, ref_model=own.ref_model, show_progress=not own.json)
     if own.json:

@@ -84,11 +84,12 @@ def _show(line: CommandLine) -> None:
     from rich.console import Console
 
     from preftune.cli.console import plain_warnings
-    from preftune.runs.settings import read_settings
 
     own, rest = take_own(line, _Own)
     console = Console()
     with plain_warnings(console):
+        from preftune.runs.settings import read_settings
+
         # Bad rows are what somebody may be looking for, so that they do not end the verb here.
         _print_rows(console, read_settings(own.verb, rest, on_bad_rows="warn"), own)
 

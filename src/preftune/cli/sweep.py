@@ -40,7 +40,6 @@ def main(argv: Sequence[str]) -> int:
     from preftune.bars import hidden_bars
     from preftune.cli.console import plain_warnings
     from preftune.cli.verbs import INTERRUPTED
-    from preftune.sweep.run import run_worker
 
     console = Console()
     folder = Path(options.out)
@@ -48,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     with plain_warnings(console), hidden_bars():
         if not options.as_worker:
             return _sweep(options, rest, folder, console)
+        from preftune.sweep.run import run_worker
+
         try:
             run_worker(folder)
         except KeyboardInterrupt:

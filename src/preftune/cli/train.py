@@ -24,11 +24,13 @@ def main(verb: str, argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from preftune.cli.console import plain_warnings
-    from preftune.runs.run import Run
-    from preftune.runs.settings import read_settings
 
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     with plain_warnings(console):
+        # What the libraries say while they are imported is for their developers, too.
+        from preftune.runs.run import Run
+        from preftune.runs.settings import read_settings
+
         return _run(Run(verb, tuple(argv), read_settings(verb, line), console))
 
 
