@@ -22,7 +22,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preftune.evaluation.stats import (
+from preftune.stats.intervals import (
     Interval,
     bootstrap_mean,
     paired_proportion_interval,

@@ -161,7 +161,7 @@ def train(bench: Bench, trainer: str, rows: Sequence[dict[str, Any]], fields: di
 
 def scores_record(scored: Any, before: Any, seed: int) -> dict[str, Any]:
     """Scores for JSON, each with its interval and standard error; ``rise`` is prompt by prompt against `before`."""
-    from preftune.evaluation.stats import paired_difference
+    from preftune.stats.intervals import paired_difference
 
     groups = [sample.prompt_index for sample in scored.samples]
     intervals = {

@@ -97,3 +97,8 @@ class TrainingError(PreftuneError, RuntimeError):
     """Training cannot go on with a meaningful result, for example after non-finite values. Exit code 7."""
 
     exit_code = 7
+
+
+def flat(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

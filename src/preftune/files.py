@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def sync_file(path: Path) -> None:
@@ -85,3 +88,25 @@ def write_text(path: Path, text: str) -> None:
         error.filename = error.filename or str(path)
         raise
     sync_file(path)
+
+
+def finite(value: Any) -> Any:
+    """The value as JSON takes it: ``None`` for NaN and infinities, lists for tuples, texts as keys."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    # NumPy's numbers are no numbers to json.
+    return finite(value.item()) if getattr(value, "ndim", None) == 0 else value
+
+
+def write_json(path: Path, document: Any, *, indent: int = 2) -> None:
+    """Put a JSON document in the place of a file in one step; numbers that are not finite become ``null``.
+
+    Raises:
+        OSError: It cannot be written; the file is as it was.
+    """
+    text = json.dumps(finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
+    replace_text(path, text + "\n")

@@ -1,3 +1,5 @@
-"""The version, for modules that would import the whole package to know it."""
+"""The version, where every module can read it."""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"

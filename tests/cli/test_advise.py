@@ -211,12 +211,12 @@ def test_nothing_is_said_where_all_is_well_and_a_dry_run_leaves_nothing(cli: Cli
 
 
 def test_a_broken_advice_does_not_stop_a_training(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    import preftune.cli.advise
+    from preftune.advice import inputs
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by accident")
 
-    monkeypatch.setattr(preftune.cli.advise, "_advice_at_start", broken)
+    monkeypatch.setattr(inputs, "advise_at_start", broken)
     code, out, err = cli("dpo", *BASE, "--output_dir", "out", "--max_steps", "1")
     assert code == 0, err
     assert "no advice (ZeroDivisionError: by accident)" in out

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from preftune.cli.callbacks import ProgressReport, StopOnSignal
+from preftune.cli.progress import ProgressReport
+from preftune.runs.stopping import StopOnSignal
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_wrong_settings_are_one_line(cli: Cli, argv: list[str], says: str) -> No
 
 @pytest.mark.parametrize("verb", ["orpo", "cpo", "kto"])
 def test_help_explains_every_field(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from preftune.cli.training import settings_classes
+    from preftune.runs.settings import settings_classes
 
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out

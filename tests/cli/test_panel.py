@@ -8,9 +8,10 @@ import io
 import pytest
 from rich.console import Console
 
-from preftune.cli.panel import data_lines, memory, saved, summary
+from preftune.cli.panel import memory, saved, summary
 from preftune.cli.style import count, duration, plural, share, size
 from preftune.data import PrepareReport
+from preftune.runs.records import data_lines
 from preftune.training.plan import MemoryEstimate, TrainingPlan
 
 GIB = 1 << 30

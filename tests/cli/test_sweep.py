@@ -326,7 +326,7 @@ def test_three_by_three_on_transcripts_from_one_command(cli: Cli, shared_data: P
 
 
 def test_ctrl_c_tells_how_to_go_on(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from preftune.cli.sweep_trial import PairTrials
+    from preftune.sweep.trials import PairTrials
 
     plain = PairTrials._fit
     calls: list[int] = []
@@ -363,7 +363,7 @@ def test_a_diverging_trial_is_ended_and_is_not_the_best(cli: Cli) -> None:
 
 
 def test_alarms_that_stop_a_run_end_its_trial(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from preftune.cli.sweep_trial import PairTrials
+    from preftune.sweep.trials import PairTrials
 
     plain = PairTrials._fit
 
@@ -389,7 +389,7 @@ def test_alarms_that_stop_a_run_end_its_trial(cli: Cli, monkeypatch: pytest.Monk
 
 
 def test_a_trial_that_fails_does_not_end_the_sweep(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from preftune.cli.sweep_trial import PairTrials
+    from preftune.sweep.trials import PairTrials
 
     plain = PairTrials._fit
 

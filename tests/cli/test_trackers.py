@@ -27,7 +27,7 @@ SWEEP = ("sweep", "--config", "base.yaml", "--out", "out", "--keep", "none", "--
 # In a process of its own, as trackers keep their state. Trial 1 fails when everything has been logged.
 FAILING = """
 import sys
-import preftune.cli.sweep_trial as sweep_trial
+import preftune.sweep.trials as sweep_trial
 from preftune.cli.main import main
 leave = sweep_trial.PairTrials._leave
 def fails(self, this, trial, *rest, **named):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from preftune.cli.training import resume_command
+from preftune.runs.run import resume_command
 
 from .conftest import Cli
 

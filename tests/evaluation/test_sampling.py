@@ -20,8 +20,8 @@ from preftune.evaluation.sampling import (
     sample_completions,
     tail_probabilities,
 )
-from preftune.evaluation.stats import bootstrap_mean
 from preftune.models import sampling
+from preftune.stats.intervals import bootstrap_mean
 
 EOS = 3
 

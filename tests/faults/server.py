@@ -159,7 +159,7 @@ def jump_clock() -> None:
 
 def train(world: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint if there is one, and save as the command line does."""
-    from preftune.cli.failures import foreseen
+    from preftune.runs.failures import foreseen
     from preftune.training.checkpoints import list_checkpoints
     from tests.faults.worlds import make_trainer, outcome
 

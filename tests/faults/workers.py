@@ -53,7 +53,7 @@ class StrikingCollator:
 
 def train_with_workers(world: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Train with two loader workers, one of which is struck."""
-    from preftune.cli.failures import foreseen
+    from preftune.runs.failures import foreseen
 
     # Workers make batches as they are taken, so that the strike falls between saves.
     changes = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 1, "worker_timeout": PATIENCE}
@@ -66,8 +66,8 @@ def train_with_workers(world: Path, out: Path, options: dict[str, Any]) -> dict[
 
 def prepare_with_processes(world: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Prepare rows in two processes, one of which is struck."""
-    from preftune.cli.failures import trainer_errors
     from preftune.data import batches
+    from preftune.runs.failures import trainer_errors
 
     plain = batches.to_table
 

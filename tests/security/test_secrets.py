@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from preftune.cli.training import resume_command
 from preftune.config import redact_argv
 from preftune.config.secrets import REDACTED
+from preftune.runs.run import resume_command
 from tests.security.conftest import Cli
 
 # None of them has the form of a known kind of token: they must be recognised by where they stand.

@@ -81,7 +81,7 @@ class Noting:
 def work_in(folder: str, storage: str | None, notes: str, seconds: float) -> None:
     """What a worker process does; a function of a module, so that it can be spawned."""
     from preftune.sweep.board import Board
-    from preftune.sweep.work import work
+    from preftune.sweep.worker import work
 
     plan = make_plan(storage=storage)
     work(Board(plan, Path(folder)), Noting(Path(notes), seconds), Path(folder))

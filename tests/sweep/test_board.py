@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from preftune.errors import SetupError
-from preftune.sweep import board as board_module
 from preftune.sweep import liveness, locks, runner
-from preftune.sweep.board import MAX_DEATHS, Board, Claim, open_storage
+from preftune.sweep.board import MAX_DEATHS, Board, Claim
 from preftune.sweep.runner import Outcome, TrialSpec
 from preftune.sweep.scores import ACCURACY
 from preftune.sweep.space import Dimension
-from preftune.sweep.work import run_folder, work
+from preftune.sweep.storage import JOURNAL_NAME, open_storage
+from preftune.sweep.worker import run_folder, work
 from tests.sweep.helpers import Noting, complete, make_plan, work_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,13 +296,13 @@ def test_pruning_asks_the_study(tmp_path: Path) -> None:
     work(board, evaluating, tmp_path)
     assert evaluating.told[:8] == [""] * 8
     assert "behind other trials" in evaluating.told[8]
-    assert board_module.JOURNAL_NAME in os.listdir(tmp_path)
+    assert JOURNAL_NAME in os.listdir(tmp_path)
 
 
 _KILLED_WITH_THE_LOCK = """
 import os, signal
 from pathlib import Path
-from preftune.sweep.board import open_storage
+from preftune.sweep.storage import open_storage
 storage = open_storage(None, Path("out"))
 storage._backend._lock.acquire()
 os.kill(os.getpid(), signal.SIGKILL)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from preftune.cli.callbacks import StopOnSignal
 from preftune.errors import ConfigError
+from preftune.runs.stopping import StopOnSignal
 from preftune.training.checkpoints import list_checkpoints, verify
 from tests.faults.worlds import build, digest, make_trainer, outcome
 

@@ -145,15 +145,13 @@ def shape_of(
         ModelError: The configuration is not one of a causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     kind = getattr(torch, dtype if dtype in ("bfloat16", "float16") else "float32")
     text = config.get_text_config()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with torch.device("meta"):
-                model: Any = _on_meta(AutoModelForCausalLM, config, kind)
+            model: Any = empty_model(config, kind)
             base = model
             if lora is not None:
                 from peft import get_peft_model
@@ -198,12 +196,17 @@ def shape_of(
     )
 
 
-def _on_meta(factory: Any, config: Any, kind: Any) -> Any:
-    # A configuration remembers the attention that was tried with it, and is the caller's besides.
-    try:
-        return factory.from_config(copy.deepcopy(config), dtype=kind, attn_implementation="sdpa")
-    except ValueError:
-        return factory.from_config(copy.deepcopy(config), dtype=kind, attn_implementation="eager")
+def empty_model(config: Any, dtype: Any = None) -> Any:
+    """A causal language model without memory for its weights, to count and to trace."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        # A configuration remembers the attention that was tried with it, and is the caller's besides.
+        try:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa")
+        except ValueError:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="eager")
 
 
 def _activation_bytes(base: Any, kind: Any, half: bool, lora: bool) -> float | None:

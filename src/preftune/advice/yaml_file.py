@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from preftune.advice.advise import Advice
+from preftune.advice.advisor import Advice
 from preftune.advice.case import Setting
 from preftune.errors import ConfigError
 

@@ -35,11 +35,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what :func:`info` or :func:`clear` returns.
-
-    Returns:
-        Always 0; failures are raised.
-    """
+    """Print what :func:`info` or :func:`clear` returns."""
     if args.action == "info":
         print(info(args.path, as_json=args.json))
     else:

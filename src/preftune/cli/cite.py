@@ -29,11 +29,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each entry once.
-
-    Returns:
-        Always 0; failures are raised.
-    """
+    """Print each entry once."""
     from preftune.objectives import bibtex
 
     wanted: dict[str, None] = {}

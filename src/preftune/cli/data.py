@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from preftune.config import CommandLine, Resolved, resolve, split_command_line
-from preftune.config.coerce import Mismatch, coerce
+from preftune.config import CommandLine, Resolved, split_command_line
+from preftune.config.own import take_own
 from preftune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,39 +16,49 @@ if TYPE_CHECKING:
 
 ACTIONS = ("show", "audit")
 VERBS = ("dpo", "orpo", "cpo", "kto", "sft")
-_OWN: dict[str, Any] = {"num_rows": 3, "first_row": 0, "verb": "dpo"}
-
 _HELP = """usage: preftune data show --dataset_name D --model_name_or_path M [--config FILE.yaml] [--name value ...]
 
 Print prepared rows: prompt, chosen, rejected; which tokens are trained on, and which truncation drops.
 
-  --num_rows   an integer  [3]
-      How many rows to print.
-  --first_row  an integer  [0]
-      Number of the first one.
-  --verb       dpo, orpo, cpo, kto, sft  [dpo]
-      Prepare the rows as this verb would.
+{flags}
 
 `preftune data audit --help` is about what is wrong with a data set.
 
 Settings of that verb that concern data, tokenizer and truncation count as they do there."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the verb.
+@dataclass
+class _Own:
+    """Flags of this verb alone.
 
-    Args:
-        argv: Arguments after the verb.
-
-    Returns:
-        0.
-
-    Raises:
-        PreftuneError: Wrong settings, or data that cannot be prepared.
+    Attributes:
+        num_rows: How many rows to print.
+        first_row: Number of the first one.
+        verb: Prepare the rows as this verb would.
     """
+
+    num_rows: int = 3
+    first_row: int = 0
+    verb: str = field(default="dpo", metadata={"choices": VERBS})
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_rows", 1), ("first_row", 0)):
+            if getattr(self, name) < least:
+                allowed = f"{least} or more"
+                raise ConfigError("out of range", where=f"--{name}", value=getattr(self, name), allowed=allowed)
+
+
+def _help() -> str:
+    from preftune.cli.help import own_lines
+
+    return _HELP.format(flags="\n".join(own_lines(_Own)))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb."""
     action = argv[0] if argv and not argv[0].startswith("-") else None
     if action is None and any(token in ("-h", "--help") for token in argv):
-        print(_HELP)
+        print(_help())
         return 0
     if action not in ACTIONS:
         close = difflib.get_close_matches(action or "", ACTIONS, n=1)
@@ -64,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         return audit.main(argv[1:])
     line = split_command_line(argv[1:])
     if line.help:
-        print(_HELP)
+        print(_help())
         return 0
     _show(line)
     return 0
@@ -73,51 +83,28 @@ def main(argv: Sequence[str]) -> int:
 def _show(line: CommandLine) -> None:
     from rich.console import Console
 
-    from preftune.cli.failures import plain_warnings
-    from preftune.cli.training import cli_defaults, complete_pairing, settings_classes
+    from preftune.cli.console import plain_warnings
 
-    own, rest = _own_settings(line)
+    own, rest = take_own(line, _Own)
     console = Console()
     with plain_warnings(console):
+        from preftune.runs.settings import read_settings
+
         # Bad rows are what somebody may be looking for, so that they do not end the verb here.
-        defaults = cli_defaults() | {"on_bad_rows": "warn"}
-        settings = resolve(rest, settings_classes(own["verb"])[0], defaults=defaults)
-        complete_pairing(own["verb"], settings)
-        _print_rows(console, settings, own)
+        _print_rows(console, read_settings(own.verb, rest, on_bad_rows="warn"), own)
 
 
-def _own_settings(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
-    """Take out the flags that only this verb has."""
-    own = dict(_OWN)
-    kept = []
-    for name, values, shown in line.flags:
-        if name not in own:
-            kept.append((name, values, shown))
-            continue
-        kind = type(_OWN[name])
-        try:
-            own[name] = coerce(values[0] if len(values) == 1 else list(values), kind, text=True)
-        except Mismatch as reason:
-            raise ConfigError(reason.why, where=shown, value=" ".join(values)) from reason
-    if own["verb"] not in VERBS:
-        raise ConfigError("not an allowed value", where="--verb", value=own["verb"], allowed=", ".join(VERBS))
-    for name, least in (("num_rows", 1), ("first_row", 0)):
-        if own[name] < least:
-            raise ConfigError("out of range", where=f"--{name}", value=own[name], allowed=f"{least} or more")
-    return own, replace(line, flags=tuple(kept))
-
-
-def _print_rows(console: Console, settings: Resolved[Any], own: dict[str, Any]) -> None:
-    from preftune.cli.network import go_offline_if_unreachable
-    from preftune.cli.training import dataset_names, load_splits
+def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
     from preftune.data import show
     from preftune.data.view import ENCLOSING, REMARKS
     from preftune.data.view import VERBS as KINDS
     from preftune.models.loading import load_tokenizer
+    from preftune.runs.data import dataset_names, load_splits
+    from preftune.runs.network import go_offline_if_unreachable
     from preftune.training.setup import data_options, use_template_and_eos
 
     settings.script.require_dataset()
-    args, verb = settings.trainer, own["verb"]
+    args, verb = settings.trainer, own.verb
     offline = go_offline_if_unreachable([*dataset_names(settings.script), settings.model.require_model()])
     if offline:
         console.print(offline, style="yellow", highlight=False)
@@ -132,8 +119,8 @@ def _print_rows(console: Console, settings: Resolved[Any], own: dict[str, Any]) 
         load_splits(settings, with_test=False)["train"],
         tokenizer,
         data_options(args, enclose=verb in ENCLOSING, **extra),
-        num_rows=own["num_rows"],
-        start=own["first_row"],
+        num_rows=own.num_rows,
+        start=own.first_row,
         kind=KINDS[verb],
         console=console,
         **kinds,

@@ -6,14 +6,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
-    """Hand the arguments to the demo.
-
-    Args:
-        argv: Arguments after the verb.
-
-    Returns:
-        The demo's exit code.
-    """
+    """Hand the arguments to the demo."""
     from preftune.demo.run import main as run_demo
 
     return int(run_demo(list(argv)) or 0)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from preftune.cli.main import VERBS
 from preftune.config import ModelConfig, Resolved, ScriptConfig, resolve, split_command_line
 from preftune.errors import ConfigError, SetupError
 from preftune.evaluation.config import EvalConfig
@@ -37,27 +36,18 @@ _INSTEAD = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb.
-
-    Args:
-        argv: Arguments after the verb.
-
-    Returns:
-        0.
-
-    Raises:
-        PreftuneError: Wrong settings, data or models that cannot be used, a judge that fails.
-    """
+    """Run the verb."""
     line = split_command_line(argv)
     if line.help:
-        from preftune.cli.help import render
+        from preftune.cli.help import render, sections_of
 
         groups = {"evaluation": EvalConfig, "data": ScriptConfig, "model": ModelConfig}
-        print(render("eval", VERBS["eval"], groups, without=_TRAINING_ONLY))
+        print(render("eval", sections_of(groups, without=_TRAINING_ONLY)))
         return 0
     from rich.console import Console
 
-    from preftune.cli.failures import foreseen, plain_warnings
+    from preftune.cli.console import plain_warnings
+    from preftune.runs.failures import foreseen
 
     console = Console()
     with plain_warnings(console):
@@ -95,11 +85,11 @@ def _complete(settings: Resolved[EvalConfig]) -> None:
 def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from preftune.cli.network import go_offline_if_unreachable
     from preftune.data import DataOptions
     from preftune.evaluation.judge import key_from
     from preftune.evaluation.run import evaluate
     from preftune.evaluation.table import show
+    from preftune.runs.network import go_offline_if_unreachable
 
     disable_progress_bar()
     config, script, model = settings.trainer, settings.script, settings.model

@@ -11,33 +11,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from preftune import __version__
+from preftune.cli.verbs import INTERRUPTED, TRAINING_VERBS, VERBS
 from preftune.errors import ConfigError, PreftuneError, SetupError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells expect it."""
-
-VERBS: dict[str, str] = {
-    "sft": "supervised fine-tuning on completions or conversations",
-    "dpo": "preference optimisation on pairs (DPO and its family)",
-    "orpo": "odds-ratio preference optimisation on pairs, without a reference",
-    "cpo": "contrastive preference optimisation and SimPO on pairs, without a reference",
-    "kto": "learning from single answers labelled good or bad",
-    "eval": "accuracy, calibration, KL, samples and comparisons of a model on held-out pairs, with intervals",
-    "data": "look at prepared rows: prompt, chosen, rejected, and what is trained on",
-    "advise": "settings with reasons, risks of a configuration, memory and time, before anything is trained",
-    "report": "write one HTML page about runs and sweeps: curves, samples, maps, settings",
-    "ui": "show runs and sweeps live in the browser of this machine",
-    "methods": "list the methods with formula, settings and paper",
-    "recipes": "list, show or copy the published recipes",
-    "cache": "show or clear the stored reference log-probs",
-    "sweep": "search over settings: trials that share model, tokens and reference, and the sweet spot",
-    "cite": "print BibTeX for the methods of a run",
-    "demo": "teach a small model to write friendlier reviews, in minutes, without downloads",
-}
+from preftune.version import __version__
 
 # These read their arguments themselves: settings are the fields of classes whose import takes seconds.
-_READ_THEMSELVES = frozenset({"sft", "dpo", "orpo", "cpo", "kto", "advise", "data", "demo", "sweep", "eval"})
+_READ_THEMSELVES = frozenset({"advise", "data", "demo", "sweep", "eval"})
+
+
+__all__ = ["VERBS", "build_parser", "main"]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -152,6 +134,10 @@ def _dispatch(arguments: list[str]) -> int:
             allowed=", ".join(VERBS),
             remedy=f"did you mean `preftune {close[0]}`?" if close else None,
         )
+    if verb in TRAINING_VERBS:
+        from preftune.cli import train
+
+        return train.main(verb, rest)
     module = import_module(f"preftune.cli.{verb}")
     if verb in _READ_THEMSELVES:
         code: int | None = module.main(rest)

@@ -22,14 +22,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print all methods, or one.
-
-    Returns:
-        Always 0; an unknown name is raised.
-
-    Raises:
-        ConfigError: If there is no such method.
-    """
+    """Print all methods, or one."""
     from rich.console import Console
 
     from preftune.objectives import METHODS, find_method

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from preftune.cli.style import count, plural, share, size
+from preftune.runs.records import data_lines, facts_of
 from preftune.training.plan import MemoryEstimate, TrainingPlan
 
 #: Losses of supervised fine-tuning.
@@ -59,30 +60,6 @@ def _rows(plan: TrainingPlan, unit: str, paired: bool, output_dir: str) -> list[
     ]
 
 
-def data_lines(reports: Mapping[str, Any]) -> list[str]:
-    """Rows kept and lost, one line per split.
-
-    Args:
-        reports: :class:`~preftune.data.PrepareReport` by split, or what its ``to_json`` gives.
-
-    Returns:
-        For example ``train: 1,699 of 1,700 rows (hh); dropped: prompt_too_long 1``.
-    """
-    lines = []
-    for split, report in reports.items():
-        facts = _as_mapping(report)
-        line = f"{split}: {facts.get('rows_kept', 0):,} of {facts.get('rows_read', 0):,} rows"
-        line += f" ({facts['format']})" if facts.get("format") else ""
-        for key, words in (("dropped", "dropped"), ("bad_rows", "bad")):
-            counts = facts.get(key) or {}
-            if counts:
-                line += f"; {words}: " + ", ".join(f"{reason.replace('_', ' ')} {n:,}" for reason, n in counts.items())
-        if facts.get("num_truncated"):
-            line += f"; {facts['num_truncated']:,} truncated"
-        lines.append(line)
-    return lines
-
-
 def saved(plan: TrainingPlan, paired: bool) -> str:
     """How much of the padded computation packing saves, apart for shared prompts and for padding."""
     padded, packed = plan.num_padded_tokens, plan.num_packed_tokens
@@ -109,11 +86,4 @@ def memory(estimate: MemoryEstimate) -> str:
 
 
 def _warnings(reports: Mapping[str, Any]) -> list[str]:
-    return [f"{split}: {line}" for split, report in reports.items() for line in _as_mapping(report).get("warnings", ())]
-
-
-def _as_mapping(report: Any) -> Mapping[str, Any]:
-    if isinstance(report, Mapping):
-        return report
-    facts: Mapping[str, Any] = report.to_json() if hasattr(report, "to_json") else {}
-    return facts
+    return [f"{split}: {line}" for split, report in reports.items() for line in facts_of(report).get("warnings", ())]

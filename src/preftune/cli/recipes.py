@@ -28,14 +28,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what is asked.
-
-    Returns:
-        Always 0; failures are raised.
-
-    Raises:
-        ConfigError: If there is no such recipe, or its copy cannot be written or would overwrite a file.
-    """
+    """Do what is asked."""
     if args.action == "show":
         print(find_recipe(args.name).text(), end="")
     elif args.action == "copy":

@@ -7,11 +7,7 @@ from typing import Any
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the verb's arguments.
-
-    Args:
-        subparsers: What ``ArgumentParser.add_subparsers`` returned.
-    """
+    """Add the verb's arguments."""
     parser = subparsers.add_parser(
         "report",
         description="Write one HTML page, which needs no network, about runs and sweeps: curves, alarms, samples, "
@@ -26,17 +22,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page.
-
-    Args:
-        arguments: Parsed arguments.
-
-    Returns:
-        0.
-
-    Raises:
-        PreftuneError: A folder holds nothing to report on, or the page cannot be written.
-    """
+    """Write the page."""
     from preftune.cli.style import size
     from preftune.report import build
 

@@ -19,7 +19,7 @@ from preftune.sweep.plan import Plan
 from preftune.sweep.runner import Outcome, TrialSpec
 from preftune.sweep.scores import ACCURACY, PER_TOKEN, left_reference
 from preftune.sweep.space import shown
-from preftune.sweep.work import Reporter
+from preftune.sweep.worker import Reporter
 
 
 def cell_text(entry: Mapping[str, Any] | None) -> str:

@@ -11,11 +11,7 @@ from preftune.errors import ConfigError, SetupError
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the verb's arguments.
-
-    Args:
-        subparsers: What ``ArgumentParser.add_subparsers`` returned.
-    """
+    """Add the verb's arguments."""
     parser = subparsers.add_parser(
         "ui",
         description="Show the runs and sweeps below a folder while they train: compare them, browse their data, try "
@@ -28,18 +24,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve the page until Ctrl-C.
-
-    Args:
-        arguments: Parsed arguments.
-
-    Returns:
-        0.
-
-    Raises:
-        ConfigError: No such folder or port.
-        SetupError: A package is missing, or the port is taken.
-    """
+    """Serve the page until Ctrl-C."""
     folder = Path(arguments.folder)
     if not folder.is_dir():
         raise ConfigError("no such folder", where="preftune ui", value=arguments.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from preftune.config.model import ModelConfig
-from preftune.config.resolve import Origin, Resolved, resolve
+from preftune.config.resolution import Origin, Resolved, resolve
 from preftune.config.script import ScriptConfig
 from preftune.config.secrets import is_secret, redact, redact_argv
 from preftune.config.sources import CommandLine, split_command_line

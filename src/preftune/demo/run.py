@@ -7,7 +7,6 @@ its own completions labelled by a reward that is known exactly, DPO for several 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from preftune.errors import ConfigError, SetupError, TrainingError
+from preftune.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,8 +99,8 @@ def run_demo(
     samples = _side_by_side(experiment.prompts, experiment.before, experiment.after[results["dpo"]["beta"]])
     results["num_side_by_side"] = len(samples)
     plot.plot_reward_kl(results, out / "reward_kl.png")
-    _write_json(out / "demo.json", results)
-    _write_json(out / "samples.json", samples)
+    write_json(out / "demo.json", results)
+    write_json(out / "samples.json", samples)
     (out / "samples.md").write_text(_markdown(samples, results), encoding="utf-8")
     account.console.print()
     account.console.print(show.scores_table(results))
@@ -262,7 +262,7 @@ def _results(
     import transformers
 
     from preftune import __version__
-    from preftune.evaluation.stats import paired_difference
+    from preftune.stats.intervals import paired_difference
 
     headline = min(after, key=lambda beta: (abs(beta - _HEADLINE_BETA), beta))
     policy = after[headline]
@@ -317,7 +317,3 @@ def _markdown(samples: list[dict[str, Any]], results: dict[str, Any]) -> str:
         # A small model may write anything, a line break or a bar included.
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

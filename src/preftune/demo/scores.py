@@ -11,7 +11,7 @@ import numpy as np
 from preftune.demo.pairs import MAX_NEW_TOKENS, Pair, make_pairs
 from preftune.demo.world import World
 from preftune.evaluation.sampling import Sample, completion_logps, log_ratios, sample_completions
-from preftune.evaluation.stats import Interval, bootstrap_mean
+from preftune.stats.intervals import Interval, bootstrap_mean
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from preftune import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from preftune.bars import hidden_bars
 from preftune.demo.pairs import Pair
+from preftune.training import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 # (steps done, steps in all)
 Progress = Callable[[int, int], None]
@@ -194,19 +195,11 @@ class _Report(TrainerCallback):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within it the libraries' own bars and notes are off: the demo gives its own account."""
-    bars = not are_progress_bars_disabled()
-    own_bars = transformers_logging.is_progress_bar_enabled()
     level = transformers_logging.get_verbosity()
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
+        with hidden_bars(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
             yield
     finally:
         transformers_logging.set_verbosity(level)
-        if own_bars:
-            transformers_logging.enable_progress_bar()
-        if bars:
-            enable_progress_bars()

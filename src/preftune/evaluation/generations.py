@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from preftune.evaluation.files import append
 from preftune.evaluation.metrics import Summary
 from preftune.evaluation.pairs import EvalPairs, Ids
-from preftune.evaluation.resampling import Array
 from preftune.evaluation.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.evaluation.scoring import Scorer
-from preftune.evaluation.stats import bootstrap_ratio
+from preftune.stats.intervals import bootstrap_ratio
+from preftune.stats.rows import Array
 
 FILE_NAME = "generations.jsonl"
 

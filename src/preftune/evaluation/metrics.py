@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from preftune.errors import DataError
-from preftune.evaluation.resampling import Array
-from preftune.evaluation.stats import bootstrap_mean, paired_proportion_interval, proportion_interval
+from preftune.stats.intervals import bootstrap_mean, paired_proportion_interval, proportion_interval
+from preftune.stats.rows import Array
 
 Groups = Sequence[Hashable] | None
 Metric = dict[str, float]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -12,7 +11,7 @@ from typing import Any
 
 from preftune.errors import SetupError
 from preftune.evaluation.metrics import Metric, flat
-from preftune.files import replace_text
+from preftune.files import finite, write_json
 
 FILE_NAME = "eval.json"
 
@@ -74,7 +73,7 @@ class EvalResult:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; numbers that do not exist are ``None``."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
-        cleaned: dict[str, Any] = _clean({"preftune": metadata.version("preftune"), **content})
+        cleaned: dict[str, Any] = finite({"preftune": metadata.version("preftune"), **content})
         return cleaned
 
     def flat(self) -> dict[str, float]:
@@ -102,19 +101,8 @@ class EvalResult:
             SetupError: It cannot be written.
         """
         path = Path(folder) / FILE_NAME
-        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            replace_text(path, text)
+            write_json(path, self.as_dict(), indent=1)
         except OSError as error:
             raise SetupError(f"cannot write ({error.strerror})", where=str(path), remedy="set another out") from error
         return path
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _clean(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_clean(entry) for entry in value]
-    if hasattr(value, "item") and not isinstance(value, (int, float)):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

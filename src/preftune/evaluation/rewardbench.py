@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from preftune.evaluation.metrics import Groups, Summary, ranked_right
-from preftune.evaluation.resampling import Array
+from preftune.stats.rows import Array
 
 #: Published weight of each subset, by section. ``math-prm`` has 447 examples and counts as much as all code together;
 #: the two numbers of XSTest stand the other way round than the numbers of rows (154 and 250), as in the leaderboard.

@@ -6,42 +6,29 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from preftune.config import ModelConfig, redact
 from preftune.data import DataOptions
 from preftune.errors import ConfigError
-from preftune.evaluation import compare as comparison
-from preftune.evaluation import generations, metrics, rewardbench, tracking
+from preftune.evaluation import comparison, generations, metrics, rewardbench, tracking
 from preftune.evaluation.config import DEFAULT_BETA, EvalConfig
 from preftune.evaluation.judge import Judge, key_from
 from preftune.evaluation.metrics import Metric, Summary
 from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
-from preftune.evaluation.resampling import Array
+from preftune.evaluation.players import Players, load_players, name_of
 from preftune.evaluation.result import EvalResult
 from preftune.evaluation.sampling import Sample
 from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.winrate import win_rate
-from preftune.references.fingerprint import trained_adapter
-from preftune.references.store import ReferenceStore
+from preftune.stats.rows import Array
 
 #: Prompts that are shown with both completions.
 NUM_SHOWN = 8
-
-
-@dataclass
-class _Players:
-    """The models of an evaluation."""
-
-    policy: Scorer
-    reference: Scorer | None
-    other: Scorer | None
-    names: dict[str, str | None]
 
 
 def evaluate(
@@ -94,15 +81,15 @@ def evaluate(
     compare = given.compare if compare is None else compare
     config = replace(
         given,
-        model=_name(model),
-        ref_model=None if ref_model is None else _name(ref_model),
-        compare=None if compare is None else _name(compare),
+        model=name_of(model),
+        ref_model=None if ref_model is None else name_of(ref_model),
+        compare=None if compare is None else name_of(compare),
         **settings,
     )
     trackers = tracking.find(config.report_to or (), config.out or ".")
     clock = _Clock()
     with clock.part("loading"):
-        players, tokenizer = _players(model, ref_model, compare, tokenizer, config, model_config, show_progress)
+        players, tokenizer = load_players(model, ref_model, compare, tokenizer, config, model_config, show_progress)
         options = data_options or DataOptions(
             max_length=config.max_length,
             truncation_mode=config.truncation_mode,  # type: ignore[arg-type]
@@ -143,7 +130,7 @@ class _Evaluation:
     def __init__(
         self,
         config: EvalConfig,
-        players: _Players,
+        players: Players,
         tokenizer: Any,
         pairs: EvalPairs,
         clock: _Clock,
@@ -355,16 +342,6 @@ class _Evaluation:
         return {"model": config.judge_model, "url": redact(config.judge_url), "against": against} | found
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
-
-
-def _name(model: Any) -> str:
-    if isinstance(model, str):
-        return model
-    config = getattr(model, "config", None)
-    return str(getattr(config, "_name_or_path", "") or type(model).__name__)
-
-
 def _beta(given: float | None, model: str | None) -> tuple[float, list[str]]:
     """The factor of the reward, and a note where it was found rather than given."""
     if given is not None:
@@ -379,75 +356,3 @@ def _beta(given: float | None, model: str | None) -> tuple[float, list[str]]:
         if value > 0:
             return value, [f"beta {value:g} as in training ({candidate})"]
     return DEFAULT_BETA, [f"beta {DEFAULT_BETA:g} by default; margins and calibration scale with it, accuracy does not"]
-
-
-def _load(name: str, tokenizer_name: str | None, model_config: ModelConfig, revision: str) -> tuple[Any, Any]:
-    from preftune.models.loading import load_model_and_tokenizer
-
-    changed = replace(
-        model_config,
-        model_name_or_path=name,
-        model_revision=revision,
-        ref_model_name_or_path=None,
-        tokenizer_name_or_path=tokenizer_name or model_config.tokenizer_name_or_path,
-        use_peft=False,
-    )
-    loaded = load_model_and_tokenizer(changed)
-    model: Any = loaded.model
-    if torch.accelerator.is_available() and not getattr(model, "hf_device_map", None):
-        model.to(torch.accelerator.current_accelerator())
-    return model, loaded.tokenizer
-
-
-def _players(
-    model: Any,
-    ref_model: Any,
-    compare: Any,
-    tokenizer: Any,
-    config: EvalConfig,
-    model_config: ModelConfig | None,
-    show_progress: bool,
-) -> tuple[_Players, Any]:
-    how = model_config or ModelConfig()
-    names = {"model": _name(model), "reference": None if ref_model is None else _name(ref_model), "other": None}
-    if isinstance(model, str):
-        model, own = _load(model, None, how, how.model_revision)
-        tokenizer = tokenizer or own
-    if tokenizer is None:
-        raise ConfigError("a model that is loaded already needs its tokenizer", where="tokenizer")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    beside = how.tokenizer_name_or_path or (names["model"] if isinstance(names["model"], str) else None)
-    if isinstance(ref_model, str):
-        ref_model, _ = _load(ref_model, beside, how, how.ref_model_revision)
-    if isinstance(compare, str):
-        names["other"] = compare
-        compare, _ = _load(compare, beside, how, "main")
-    elif compare is not None:
-        names["other"] = _name(compare)
-    store = ReferenceStore() if config.reference_store else None
-
-    def scorer(each: Any, like: Scorer | None = None, *, adapter_off: bool = False) -> Scorer:
-        return Scorer(
-            each,
-            store=store,
-            adapter_off=adapter_off,
-            bf16=config.bf16,
-            packing_mode=config.packing_mode,
-            backend=config.attention_backend,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            max_tokens=config.max_tokens_per_row,
-            max_length=config.max_length,
-            like=like,
-            show_progress=show_progress,
-        )
-
-    policy = scorer(model)
-    reference = None
-    if ref_model is not None:
-        reference = scorer(ref_model, policy)
-    elif trained_adapter(model) is not None:
-        names["reference"] = f"{names['model']} without its adapter"
-        reference = scorer(model, policy, adapter_off=True)
-    other = None if compare is None else scorer(compare, policy)
-    return _Players(policy, reference, other, names), tokenizer

@@ -12,7 +12,7 @@ from scipy import special, stats
 from preftune.errors import DataError
 from preftune.evaluation.judge import Question, Verdict
 from preftune.evaluation.metrics import Groups, Metric, Summary
-from preftune.evaluation.resampling import Array
+from preftune.stats.rows import Array
 
 #: Weight of the prior that holds the length coefficient back, in pairs; and one that only keeps the intercept finite.
 LENGTH_RIDGE, _INTERCEPT_RIDGE = 1.0, 1e-4

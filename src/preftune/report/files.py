@@ -10,6 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from preftune.errors import flat
+from preftune.files import finite
+
 #: Larger files are no result files of ours; reading one would only fill the memory.
 MAX_BYTES = 512 * 1024 * 1024
 
@@ -43,7 +46,7 @@ def read_object(path: Path, notes: Notes) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        notes.add(path, f"it is not valid JSON ({_short(error)})")
+        notes.add(path, f"it is not valid JSON ({flat(error)[:120]})")
         return None
     if not isinstance(content, dict):
         notes.add(path, "it holds no JSON object")
@@ -87,17 +90,6 @@ def read_lines(path: Path, notes: Notes) -> list[dict[str, Any]]:
     return found
 
 
-def finite(value: Any) -> Any:
-    """The same value with ``None`` for NaN and infinities, which JSON does not know."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return value
-
-
 def number(value: Any) -> float | None:
     """The value as a finite float, or ``None`` where it is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -136,9 +128,5 @@ def _text(path: Path, notes: Notes) -> str | None:
             return None
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        notes.add(path, f"it cannot be read ({error.strerror or _short(error)})")
+        notes.add(path, f"it cannot be read ({error.strerror or flat(error)[:120]})")
         return None
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -9,11 +9,11 @@ from typing import Any
 
 from scipy import stats
 
-from preftune.evaluation.stats import holm
 from preftune.report.files import mapping, number, objects
 from preftune.report.read import Sweep
 from preftune.report.settings import text_of
 from preftune.report.tables import Table, interval, is_share, title_of
+from preftune.stats.significance import holm
 
 MAXIMIZE, MINIMIZE = "maximize", "minimize"
 _LEVEL = 0.05

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from preftune.evaluation.stats import mcnemar, wilson_interval
 from preftune.report.curves import Curve, Curves
 from preftune.report.files import mapping, number, objects
 from preftune.report.read import Run
 from preftune.report.settings import settings_of
 from preftune.report.tables import figure, interval, is_interval, level_of, percent
+from preftune.stats.intervals import wilson_interval
+from preftune.stats.significance import mcnemar
 
 GOOD, BAD, UNCLEAR = "good", "bad", "unclear"
 PROXY = (

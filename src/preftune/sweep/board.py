@@ -16,21 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preftune.config import redact
-from preftune.errors import SetupError
 from preftune.sweep import runner
 from preftune.sweep.liveness import Watcher, identity
-from preftune.sweep.locks import journal_lock, one_at_a_time
+from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import Plan
 from preftune.sweep.runner import Outcome
 from preftune.sweep.space import Cell
+from preftune.sweep.storage import open_storage, pruner_of
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
-    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-JOURNAL_NAME = "study.journal"
 #: A trial whose process died this often is not tried again: it probably is what kills them.
 MAX_DEATHS = 3
 _ABANDONED, _DUPLICATE, _LOST = "abandoned", "duplicate", "its process died"
@@ -74,44 +71,6 @@ class SlotState:
     beat: dict[str, Any] | None = None
 
 
-def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """Open the study's storage.
-
-    Args:
-        url: Database URL as SQLAlchemy takes it; ``None`` for a journal file in ``folder``.
-        folder: The sweep's folder.
-
-    Raises:
-        SetupError: Optuna is missing, or the database cannot be opened.
-    """
-    try:
-        import optuna
-    except ImportError as error:
-        raise SetupError("Optuna is not installed", remedy="run pip install optuna") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        if url is None:
-            from optuna.storages.journal import JournalFileBackend
-
-            journal = folder / JOURNAL_NAME
-            backend = JournalFileBackend(str(journal), lock_obj=journal_lock(journal))
-            return optuna.storages.JournalStorage(backend)
-        return optuna.storages.RDBStorage(url)
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
-        raise _storage_error(url, error) from error
-    except Exception as error:
-        # SQLAlchemy and the drivers have errors of their own.
-        if type(error).__module__.partition(".")[0] not in ("sqlalchemy", "optuna", "alembic"):
-            raise
-        raise _storage_error(url, error) from error
-
-
-def _storage_error(url: str | None, error: Exception) -> SetupError:
-    said = " ".join(str(error).split())[:200]
-    remedy = "check the URL, for example sqlite:///study.db, and that its driver is installed"
-    return SetupError(f"the study cannot be opened ({said})", where="--storage", value=redact(url), remedy=remedy)
-
-
 class Board:
     """The study of one sweep, as one worker sees it.
 
@@ -136,7 +95,7 @@ class Board:
                 study_name=plan.study,
                 direction=_direction(plan.direction),
                 load_if_exists=True,
-                pruner=_pruner(plan.pruner),
+                pruner=pruner_of(plan.pruner),
             )
         self._study_id = self._storage.get_study_id_from_name(plan.study)
 
@@ -284,7 +243,7 @@ class Board:
                     study_name=self.plan.study,
                     storage=self._storage,
                     sampler=self._sampler(slot),
-                    pruner=_pruner(self.plan.pruner),
+                    pruner=pruner_of(self.plan.pruner),
                 )
                 # Where it caches, it knows only the trials that it has read.
                 study.get_trials(deepcopy=False)
@@ -393,12 +352,3 @@ def _direction(name: str) -> Any:
     from optuna.study import StudyDirection
 
     return StudyDirection[name.upper()]
-
-
-def _pruner(name: str) -> Any:
-    import optuna
-
-    # Half of the trials that got as far were better; the first four trials are never cut short.
-    kinds = {"none": optuna.pruners.NopPruner, "median": optuna.pruners.MedianPruner}
-    kinds["halving"] = optuna.pruners.SuccessiveHalvingPruner
-    return kinds[name]()

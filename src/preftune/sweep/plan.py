@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import preftune
 from preftune.errors import ConfigError, SetupError
 from preftune.files import replace_text
 from preftune.sweep.space import Cell, Dimension
+from preftune.version import __version__
 
 FILE_NAME = "plan.json"
 BASE_NAME = "base.yaml"
@@ -69,7 +69,7 @@ class Plan:
     storage: str | None = None
     study: str = "preftune"
     cwd: str = field(default_factory=os.getcwd)
-    preftune: str = preftune.__version__
+    preftune: str = __version__
 
     def to_json(self) -> dict[str, Any]:
         """For ``plan.json``."""
@@ -108,6 +108,12 @@ def read_plan(folder: Path) -> Plan | None:
         raise ConfigError(
             "not the plan of a sweep", where=str(folder / FILE_NAME), remedy="remove the file, or set another --out"
         ) from error
+
+
+def nothing_begun(folder: Path) -> ConfigError:
+    """The error where a folder is named alone, as for going on, and holds no sweep."""
+    remedy = "check the name; or, to begin one, add the trials' settings: --config FILE.yaml or --name value"
+    return ConfigError("no sweep was begun here", where="--out", value=str(folder), remedy=remedy)
 
 
 def settle_plan(folder: Path, plan: Plan) -> Plan:

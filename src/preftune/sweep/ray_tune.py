@@ -13,20 +13,21 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from preftune.errors import SetupError
 from preftune.sweep.board import Board
-from preftune.sweep.plan import Plan
+from preftune.sweep.options import STORAGE_VARIABLE
+from preftune.sweep.plan import Plan, read_plan
 from preftune.sweep.runner import Outcome, TrialRunner, TrialSpec
-from preftune.sweep.work import POLL_SECONDS, Reporter, work
+from preftune.sweep.worker import POLL_SECONDS, Reporter, work
 
 LOCAL = "local"
 #: Where processes of a cluster look for a runner: ``module:function(plan, folder)``.
 Factory = str
-_STORAGE_VARIABLE = "PREFTUNE_SWEEP_STORAGE"
 # Per process: actors are used again for later trials, and then have model and tokens already.
 _SESSIONS: dict[str, tuple[Board, TrialRunner]] = {}
 
@@ -61,17 +62,13 @@ def run_next(config: dict[str, Any]) -> None:
 
 def session(folder: str, factory: Factory) -> tuple[Board, TrialRunner]:
     """Study and runner of a sweep in this process, made on first use."""
-    from dataclasses import replace
-
-    from preftune.sweep.plan import read_plan
-
     if folder not in _SESSIONS:
         plan = read_plan(Path(folder))
         if plan is None:
             raise SetupError(
                 "the sweep's folder is not there on this node", where=folder, remedy="use a folder that all nodes share"
             )
-        plan = replace(plan, storage=os.environ.get(_STORAGE_VARIABLE) or plan.storage)
+        plan = replace(plan, storage=os.environ.get(STORAGE_VARIABLE) or plan.storage)
         module, _, name = factory.partition(":")
         make: Callable[[Plan, Path], TrialRunner] = getattr(import_module(module), name)
         _SESSIONS[folder] = (Board(plan, Path(folder)), make(plan, Path(folder)))
@@ -112,7 +109,7 @@ def run_on_ray(
     # Its tables would stand between the sweep's own lines.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     if plan.storage:
-        os.environ[_STORAGE_VARIABLE] = plan.storage
+        os.environ[STORAGE_VARIABLE] = plan.storage
     started_here = not ray.is_initialized()
     if started_here:
         _connect(address, workers, plan.storage)
@@ -142,7 +139,7 @@ def run_on_ray(
 def _connect(address: str, workers: int, storage: str | None) -> None:
     import ray
 
-    env = {_STORAGE_VARIABLE: storage} if storage else {}
+    env = {STORAGE_VARIABLE: storage} if storage else {}
     keywords: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address == LOCAL else {}
     try:
         ray.init(

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import preftune
 from preftune.config import ModelConfig, ScriptConfig, redact
 from preftune.config.fields import Field, fields_of_all
 from preftune.config.paths import inside
-from preftune.files import replace_text
+from preftune.files import write_json
 from preftune.sweep import runner
 from preftune.sweep.board import SlotState
-from preftune.sweep.choose import Candidate, Choice, choose
+from preftune.sweep.choice import Candidate, Choice, choose
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.runner import Outcome
 from preftune.sweep.scores import LOWER_IS_BETTER, PAIRED, HeldOut, left_reference
 from preftune.sweep.space import as_setting
+from preftune.version import __version__
 
 FILE_NAME, BEST_NAME = "sweep.json", "best.yaml"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "training_args.bin")
@@ -58,7 +57,7 @@ def summarise(plan: Plan, states: Sequence[SlotState], folder: Path) -> dict[str
     scored = sum(outcome.num_scored for outcome in outcomes)
     needed = max((outcome.num_scored + outcome.num_found for outcome in outcomes), default=0)
     return {
-        "preftune": preftune.__version__,
+        "preftune": __version__,
         "method": plan.method,
         "verb": plan.verb,
         "search": plan.search,
@@ -162,23 +161,12 @@ def write_result(plan: Plan, states: Sequence[SlotState], folder: Path) -> dict[
         The content of ``sweep.json``.
     """
     found = summarise(plan, states, folder)
-    text = json.dumps(_clean(found), indent=2, ensure_ascii=False, allow_nan=False)
-    replace_text(folder / FILE_NAME, text + "\n")
+    write_json(folder / FILE_NAME, found)
     if found["best"] is not None:
         best = found["best"]
         comment = f"Sweet spot of the sweep in {folder}\n{best['reason']}\npreftune {plan.verb} --config {BEST_NAME}"
         write_yaml(folder / BEST_NAME, trial_settings(plan, best["params"], folder / "best"), comment)
     return found
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _clean(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_clean(entry) for entry in value]
-    return value
 
 
 def drop_weights(plan: Plan, states: Sequence[SlotState], folder: Path, *, final: bool) -> None:

@@ -15,7 +15,7 @@ from scipy import special
 
 from preftune.errors import DataError
 from preftune.evaluation.sampling import TAIL_LEVEL
-from preftune.evaluation.stats import bootstrap_mean, proportion_interval
+from preftune.stats.intervals import bootstrap_mean, proportion_interval
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

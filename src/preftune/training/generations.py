@@ -21,11 +21,11 @@ from preftune.errors import ConfigError, DataError
 from preftune.models.head import base_model
 from preftune.models.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.packing import Branch, PackedRow, Tree, build_row
+from preftune.stats.clusters import Z95, t_interval
 from preftune.training.batch import Example, as_arrays
 from preftune.training.guards.alarm import up_to_step, write_lines
 from preftune.training.guards.evidence import Generation
 from preftune.training.guards.panel import find_guards
-from preftune.training.guards.statistics import Z95, t_interval
 from preftune.training.reference import Reference
 from preftune.training.run import Run
 

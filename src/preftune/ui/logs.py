@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from preftune.report.files import Notes, finite, leads_out, number, objects, read_object
+from preftune.files import finite
+from preftune.report.files import Notes, leads_out, number, objects, read_object
 from preftune.report.read import state_file
 
 _BLOCK = 8 * 1024 * 1024

@@ -17,7 +17,7 @@ MAX_ROWS = 20
 _OPTIONS = ("max_length", "max_prompt_length", "truncation_mode", "implicit_prompt", "append_eos")
 _TOKENIZER = ("model_revision", "tokenizer_name_or_path", "chat_template")
 _MASKS = ("completion_only_loss", "assistant_only_loss")
-_SOURCES = ("dataset_mixture", "dataset_mixer", "dataset_splits")
+_SOURCES = ("dataset_mixture", "dataset_mixer")
 _WORDS = {
     "prompt": "prompt",
     "chosen": "chosen, trained on",
@@ -89,21 +89,14 @@ def _load(folder: Path) -> tuple[str, Viewer]:
 
 def _rows(values: dict[str, Any], verb: str, folder: Path) -> Any:
     """The training split, from the places that the settings name."""
-    from preftune.data import load
+    from preftune.runs.data import load_rows
 
-    name = values.get("dataset_name")
-    common = _given(values, ("dataset_config", "dataset_format", "pairing", "seed", "implicit_prompt"))
-    common |= {"on_bad_rows": "warn", "with_test": False, "for_sft": verb == "sft"}
-    text = values.get("dataset_text_field") or "text"
-    if values.get("dataset_columns") or text != "text":
-        common["columns"] = values.get("dataset_columns") or {text: "text"}
-    several = _given(values, _SOURCES)
-    if isinstance(name, str):
-        split = str(values.get("dataset_train_split") or "train")
-        return load(name, split=split, **common)["train"]
-    if several:
-        return load(**several, **common)["train"]
-    raise DataError("the folder does not tell which data were used", where=folder.name, remedy="wait for the end")
+    if not (isinstance(values.get("dataset_name"), str) or _given(values, _SOURCES)):
+        raise DataError("the folder does not tell which data were used", where=folder.name, remedy="wait for the end")
+    own = {name: value for name, value in values.items() if name != "implicit_prompt"}
+    if verb != "sft":
+        own["implicit_prompt"] = values.get("implicit_prompt")
+    return load_rows(own | {"on_bad_rows": "warn", "quarantine_path": None}, with_test=False)["train"]
 
 
 def _values(run: Run) -> dict[str, Any]:

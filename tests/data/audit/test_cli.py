@@ -79,17 +79,17 @@ def test_the_margins_are_those_of_a_slow_computation(world: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from preftune.cli.audit import _margins, _options
-    from preftune.cli.training import cli_defaults, settings_classes
     from preftune.config import resolve
     from preftune.models.loading import load_tokenizer
+    from preftune.runs.audit import data_options_of, reference_margins
+    from preftune.runs.settings import cli_defaults, settings_classes
 
     rows = clean_rows(6)
     folder = str(world / "model")
     argv = ["--dataset_name", "x", "--model_name_or_path", folder, "--max_length", "400", "--reference_store", "false"]
     settings = resolve(argv, settings_classes("dpo")[0], defaults=cli_defaults())
     tokenizer = load_tokenizer(settings.model)
-    found = _margins(rows, folder, tokenizer, _options(settings), settings, quiet=True)
+    found = reference_margins(rows, folder, tokenizer, data_options_of(settings), settings, quiet=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     for row, margins in zip(rows, found, strict=True):
         sums, means = [], []

@@ -38,6 +38,8 @@ import numpy as np
 from scipy import special, stats
 
 from preftune.data.audit.shares import effective_size
+from preftune.stats.intervals import wilson_ends
+from preftune.stats.rows import normal_quantile
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -212,10 +214,8 @@ def _ceiling(scores: Array) -> float:
     """Upper end of the disagreement among the surest: the lowest of several cuts, each at its share of 2.5 %."""
     order = np.argsort(-np.abs(scores), kind="stable")
     cuts = sorted({max(1, round(len(scores) * share)) for share in (0.05, 0.1, 0.2, 0.4)})
-    z = float(special.ndtri(1 - 0.025 / len(cuts)))
+    z = normal_quantile(1 - 0.025 / len(cuts))
     ends = []
     for cut in cuts:
-        p = float(np.mean(scores[order[:cut]] <= 0))
-        centre, spread = p + z * z / (2 * cut), z * np.sqrt(p * (1 - p) / cut + (z / (2 * cut)) ** 2)
-        ends.append(float((centre + spread) / (1 + z * z / cut)))
+        ends.append(wilson_ends(float(np.mean(scores[order[:cut]] <= 0)), cut, z)[1])
     return min(ends)

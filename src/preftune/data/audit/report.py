@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from preftune.errors import SetupError
-from preftune.files import replace_text
+from preftune.files import finite, write_json
 
 Severity = Literal["ok", "note", "warn", "problem"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warn", "problem")
@@ -89,8 +87,7 @@ class AuditReport:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as values that JSON can hold; numbers that are not finite become null."""
-        document = _plain(asdict(self))
-        assert isinstance(document, dict)
+        document: dict[str, Any] = finite(asdict(self))
         return document
 
     def lines(self) -> list[str]:
@@ -107,21 +104,10 @@ class AuditReport:
             SetupError: It cannot be written.
         """
         path = Path(folder) / "audit.json"
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         try:
-            replace_text(path, text + "\n")
+            write_json(path, asdict(self))
         except OSError as error:
             raise SetupError(
                 f"cannot write ({error.strerror})", where=str(path), remedy="choose another --out"
             ) from error
         return path
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, str):  # NumPy's scalars
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

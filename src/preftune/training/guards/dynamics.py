@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from preftune.stats.clusters import Z95, t_interval
 from preftune.training.guards.base import Guard, Reading, ThresholdKind
 from preftune.training.guards.evidence import Generation, HeldOut, Moments, Window
-from preftune.training.guards.statistics import Z95, t_interval
 
 
 class RewardJump(Guard):

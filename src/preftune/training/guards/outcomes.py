@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from preftune.models.sampling import TAIL_LEVEL
-from preftune.training.guards.base import Guard, Reading, ThresholdKind
-from preftune.training.guards.evidence import Array, Generation, HeldOut, Moments, pack, unpack
-from preftune.training.guards.statistics import (
+from preftune.stats.clusters import (
     Z95,
     Z999,
     Estimate,
@@ -19,6 +17,8 @@ from preftune.training.guards.statistics import (
     separation_influence,
     t_interval,
 )
+from preftune.training.guards.base import Guard, Reading, ThresholdKind
+from preftune.training.guards.evidence import Array, Generation, HeldOut, Moments, pack, unpack
 
 #: Fewer held-out pairs than these say too little.
 MIN_PAIRS = 30

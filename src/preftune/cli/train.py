@@ -1,0 +1,66 @@
+"""``preftune sft``, ``dpo``, ``orpo``, ``cpo`` and ``kto``: train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from preftune.config import split_command_line
+
+if TYPE_CHECKING:
+    from preftune.runs.run import Run
+
+
+def main(verb: str, argv: Sequence[str]) -> int:
+    """Train."""
+    line = split_command_line(argv)
+    if line.help:
+        from preftune.cli.help import help_of
+        from preftune.cli.help_table import sections_of_verb
+
+        print(help_of(verb, sections_of_verb(verb)))
+        return 0
+    from rich.console import Console
+
+    from preftune.cli.console import plain_warnings
+
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    with plain_warnings(console):
+        # What the libraries say while they are imported is for their developers, too.
+        from preftune.runs.run import Run
+        from preftune.runs.settings import read_settings
+
+        return _run(Run(verb, tuple(argv), read_settings(verb, line), console))
+
+
+def _run(this: Run) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    from preftune.cli.advise import show_at_start
+    from preftune.cli.panel import summary
+    from preftune.cli.progress import replace_progress
+    from preftune.cli.verbs import INTERRUPTED
+    from preftune.runs.failures import foreseen
+    from preftune.runs.run import build_trainer, train
+    from preftune.runs.settings import output_folder, settings_classes
+
+    # Bars for files that are read in a blink bury those that tell something.
+    disable_progress_bar()
+    with foreseen(this.args):
+        this.complete()
+        dry_run = this.settings.script.dry_run
+        with output_folder(this.args.output_dir, kept=not dry_run):
+            trainer, splits = build_trainer(this, settings_classes(this.verb)[1])
+            plan = trainer.plan()
+            paired, notes = this.verb in ("dpo", "orpo", "cpo"), this.settings.notes
+            this.console.print(summary(plan, paired=paired, output_dir=str(this.args.output_dir), notes=notes))
+            show_at_start(this, trainer, plan)
+            if dry_run:
+                this.console.print("dry run: nothing was trained", highlight=False)
+                return 0
+            progress = replace_progress(trainer, this.console)
+            try:
+                return 0 if train(this, trainer, plan, splits) else INTERRUPTED
+            finally:
+                progress.close()

@@ -1,0 +1,32 @@
+"""The verbs of the command line, and what each does.
+
+A verb is a module of its name in this package. Either its ``main`` takes the arguments after the verb, or its
+``add_parser`` adds a parser for them and its ``run`` takes what was parsed. Both return the exit code (0, or 130 after
+Ctrl-C) and raise a :class:`~preftune.errors.PreftuneError` for whatever was foreseen. Those that train share one.
+"""
+
+from __future__ import annotations
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it."""
+
+VERBS: dict[str, str] = {
+    "sft": "supervised fine-tuning on completions or conversations",
+    "dpo": "preference optimisation on pairs (DPO and its family)",
+    "orpo": "odds-ratio preference optimisation on pairs, without a reference",
+    "cpo": "contrastive preference optimisation and SimPO on pairs, without a reference",
+    "kto": "learning from single answers labelled good or bad",
+    "eval": "accuracy, calibration, KL, samples and comparisons of a model on held-out pairs, with intervals",
+    "data": "look at prepared rows: prompt, chosen, rejected, and what is trained on",
+    "advise": "settings with reasons, risks of a configuration, memory and time, before anything is trained",
+    "report": "write one HTML page about runs and sweeps: curves, samples, maps, settings",
+    "ui": "show runs and sweeps live in the browser of this machine",
+    "methods": "list the methods with formula, settings and paper",
+    "recipes": "list, show or copy the published recipes",
+    "cache": "show or clear the stored reference log-probs",
+    "sweep": "search over settings: trials that share model, tokens and reference, and the sweet spot",
+    "cite": "print BibTeX for the methods of a run",
+    "demo": "teach a small model to write friendlier reviews, in minutes, without downloads",
+}
+
+TRAINING_VERBS = ("sft", "dpo", "orpo", "cpo", "kto")

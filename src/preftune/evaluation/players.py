@@ -1,0 +1,118 @@
+"""The models of an evaluation: loaded where they are given by name, and ready to score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from preftune.config import ModelConfig
+from preftune.errors import ConfigError
+from preftune.evaluation.config import EvalConfig
+from preftune.evaluation.scoring import Scorer
+from preftune.models.loading import load_model_and_tokenizer
+from preftune.references.fingerprint import trained_adapter
+from preftune.references.store import ReferenceStore
+
+
+@dataclass
+class Players:
+    """The models of an evaluation."""
+
+    policy: Scorer
+    reference: Scorer | None
+    other: Scorer | None
+    names: dict[str, str | None]
+
+
+def name_of(model: Any) -> str:
+    """A model's name, or that of its class."""
+    if isinstance(model, str):
+        return model
+    config = getattr(model, "config", None)
+    return str(getattr(config, "_name_or_path", "") or type(model).__name__)
+
+
+def _load(name: str, tokenizer_name: str | None, model_config: ModelConfig, revision: str) -> tuple[Any, Any]:
+    changed = replace(
+        model_config,
+        model_name_or_path=name,
+        model_revision=revision,
+        ref_model_name_or_path=None,
+        tokenizer_name_or_path=tokenizer_name or model_config.tokenizer_name_or_path,
+        use_peft=False,
+    )
+    loaded = load_model_and_tokenizer(changed)
+    model: Any = loaded.model
+    if torch.accelerator.is_available() and not getattr(model, "hf_device_map", None):
+        model.to(torch.accelerator.current_accelerator())
+    return model, loaded.tokenizer
+
+
+def load_players(
+    model: Any,
+    ref_model: Any,
+    compare: Any,
+    tokenizer: Any,
+    config: EvalConfig,
+    model_config: ModelConfig | None,
+    show_progress: bool,
+) -> tuple[Players, Any]:
+    """Load what is given by name.
+
+    Args:
+        model: The model.
+        ref_model: Its reference, or ``None``.
+        compare: Another checkpoint, or ``None``.
+        tokenizer: Tokenizer, where it is given.
+        config: Settings of the evaluation.
+        model_config: How models are loaded.
+        show_progress: Draw progress bars while scoring.
+
+    Returns:
+        The models, ready to score, and the tokenizer.
+    """
+    how = model_config or ModelConfig()
+    names = {"model": name_of(model), "reference": None if ref_model is None else name_of(ref_model), "other": None}
+    if isinstance(model, str):
+        model, own = _load(model, None, how, how.model_revision)
+        tokenizer = tokenizer or own
+    if tokenizer is None:
+        raise ConfigError("a model that is loaded already needs its tokenizer", where="tokenizer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    beside = how.tokenizer_name_or_path or (names["model"] if isinstance(names["model"], str) else None)
+    if isinstance(ref_model, str):
+        ref_model, _ = _load(ref_model, beside, how, how.ref_model_revision)
+    if isinstance(compare, str):
+        names["other"] = compare
+        compare, _ = _load(compare, beside, how, "main")
+    elif compare is not None:
+        names["other"] = name_of(compare)
+    store = ReferenceStore() if config.reference_store else None
+
+    def scorer(each: Any, like: Scorer | None = None, *, adapter_off: bool = False) -> Scorer:
+        return Scorer(
+            each,
+            store=store,
+            adapter_off=adapter_off,
+            bf16=config.bf16,
+            packing_mode=config.packing_mode,
+            backend=config.attention_backend,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            max_tokens=config.max_tokens_per_row,
+            max_length=config.max_length,
+            like=like,
+            show_progress=show_progress,
+        )
+
+    policy = scorer(model)
+    reference = None
+    if ref_model is not None:
+        reference = scorer(ref_model, policy)
+    elif trained_adapter(model) is not None:
+        names["reference"] = f"{names['model']} without its adapter"
+        reference = scorer(model, policy, adapter_off=True)
+    other = None if compare is None else scorer(compare, policy)
+    return Players(policy, reference, other, names), tokenizer

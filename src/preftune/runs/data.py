@@ -1,0 +1,85 @@
+"""The rows that settings name: one loader for training, audit, advice, sweeps and the page of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from preftune.config import Resolved, ScriptConfig
+from preftune.data import load
+from preftune.errors import ConfigError, DataError
+
+#: Settings that decide what is loaded, and how its columns are read.
+_READING = ("dataset_config", "dataset_format", "pairing", "on_bad_rows", "seed", "implicit_prompt")
+_SEVERAL = ("dataset_mixture", "dataset_mixer", "dataset_splits")
+
+
+def dataset_names(script: ScriptConfig) -> list[str]:
+    """Names of all datasets that the settings mention."""
+    if script.dataset_mixture:
+        entries = script.dataset_mixture.get("datasets")
+        return [str(entry.get("id")) for entry in entries or [] if isinstance(entry, Mapping)]
+    return [*(script.dataset_mixer or {}), *([script.dataset_name] if script.dataset_name else [])]
+
+
+def load_splits(
+    settings: Resolved[Any], *, with_test: bool | None, quarantine_path: str | None = None
+) -> dict[str, Any]:
+    """Load the data that the settings of a run name.
+
+    Args:
+        settings: Resolved settings.
+        with_test: Whether the run evaluates; ``None`` for the test split where there is one.
+        quarantine_path: File for bad rows, by default the one that the settings name.
+
+    Returns:
+        ``train``, and ``test`` if it is asked for.
+
+    Raises:
+        ConfigError: If there is no test split to evaluate on.
+        DataError: If the data cannot be found, read or used.
+    """
+    named_test = settings.origins["dataset_test_split"].kind != "default"
+    values = {**vars(settings.script), **vars(settings.trainer)}
+    values["quarantine_path"] = quarantine_path or values["quarantine_path"]
+    return load_rows(values, with_test=with_test, named_test=named_test)
+
+
+def load_rows(values: Mapping[str, Any], *, with_test: bool | None, named_test: bool = False) -> dict[str, Any]:
+    """Load the data that settings name.
+
+    Args:
+        values: Settings by name; what is missing or ``None`` has its default. Those of a supervised run have no
+            ``implicit_prompt``.
+        with_test: Whether a test split is needed; ``None`` for the test split where there is one.
+        named_test: Whether somebody chose ``dataset_test_split``, so that it has to be there.
+
+    Returns:
+        ``train``, and ``test`` if it is asked for.
+
+    Raises:
+        ConfigError: If a test split is needed and there is none.
+        DataError: If no data are named, or they cannot be found, read or used.
+    """
+    name, columns = values.get("dataset_name"), values.get("dataset_columns")
+    several = {key: values[key] for key in _SEVERAL if values.get(key) is not None}
+    common = {key: values[key] for key in _READING if values.get(key) is not None}
+    common["for_sft"] = "implicit_prompt" not in values
+    first: dict[str, Any] = {"quarantine_path": values.get("quarantine_path"), "with_test": with_test is not False}
+    if name is None:
+        if not several:
+            raise DataError("no data are named", where="dataset_name")
+        splits = load(**several, columns=columns, **first, **common)
+    else:
+        text = values.get("dataset_text_field") or "text"
+        common["columns"] = columns or ({text: "text"} if text != "text" else None)
+        splits = load(name, split=values.get("dataset_train_split") or "train", **first, **common)
+        if (named_test and with_test is not False) or (with_test and "test" not in splits):
+            splits["test"] = load(name, split=values["dataset_test_split"], with_test=False, **common)["train"]
+    if with_test and "test" not in splits:
+        raise ConfigError(
+            "evaluation is switched on, and the data have no test split",
+            where="eval_strategy",
+            remedy="set test_split_size in dataset_mixture, or eval_strategy: 'no'",
+        )
+    return splits

@@ -1,0 +1,63 @@
+"""Failures that belong to the settings or to the machine, each as one line."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from preftune.errors import ConfigError, PreftuneError, SetupError, flat
+
+
+@contextmanager
+def trainer_errors() -> Iterator[None]:
+    """What the library's trainer says about settings while it is built, as one line."""
+    try:
+        yield
+    except PreftuneError:
+        raise
+    except ImportError as error:
+        raise SetupError(flat(error), where="settings") from error
+    except (ValueError, RuntimeError) as error:
+        said = flat(error)
+        if "requires" in said and "install" in said:
+            raise SetupError(said, where="report_to", remedy="install it, or set report_to: none") from error
+        if isinstance(error, ValueError):
+            raise ConfigError(said, where="settings") from error
+        raise
+    except Exception as error:
+        # A run that is to be pushed makes its repository first.
+        if type(error).__module__.partition(".")[0] not in ("huggingface_hub", "httpx", "httpx2", "requests"):
+            raise
+        remedy = "run `hf auth login`, or leave push_to_hub out and run hf upload afterwards"
+        raise SetupError(f"the Hub refuses ({flat(error)[:200]})", where="push_to_hub", remedy=remedy) from error
+
+
+@contextmanager
+def foreseen(args: Any) -> Iterator[None]:
+    """Memory and disk that run out, and processes that die, are facts about the machine, said in one line."""
+    import torch
+
+    from preftune.training.workers import worker_errors
+
+    try:
+        with worker_errors(args):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise SetupError(
+            f"the device ran out of memory ({flat(error)[:160]})",
+            remedy="lower max_tokens_per_row or max_length, or use_peft",
+        ) from error
+    except OSError as error:
+        if isinstance(error, PreftuneError) or error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+        ):
+            raise
+        where = str(error.filename or args.output_dir)
+        raise SetupError(
+            f"cannot write ({error.strerror})", where=where, remedy="free some space, or set another output_dir"
+        ) from error

@@ -1,0 +1,140 @@
+"""Settings of a run: the classes of a verb, the defaults of the command line, and what follows from other settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from typing import Any
+
+from preftune import training
+from preftune.config import CommandLine, Resolved, is_secret, resolve
+from preftune.config.fields import fields_of
+from preftune.errors import ConfigError, SetupError
+from preftune.runs.network import hub_answers, is_offline
+from preftune.training.checkpoints.trainer import resume_point
+from preftune.training.provenance import plain
+
+#: Verbs that train, those with most settings last.
+TRAINING_VERBS = ("sft", "orpo", "cpo", "kto", "dpo")
+
+
+def settings_classes(verb: str) -> tuple[type[Any], type[Any]]:
+    """Settings class and trainer class of a training verb."""
+    prefix = verb.upper()
+    return getattr(training, f"{prefix}Config"), getattr(training, f"{prefix}Trainer")
+
+
+def cli_defaults() -> dict[str, Any]:
+    """Where the command line refuses, while the Python classes, like TRL's, warn and go on.
+
+    Transcripts of the HH kind are answered after their last shared ``Assistant:``, not after the first letters that two
+    answers happen to share. On a machine without accelerator the processor is meant, so that nobody has to say so.
+    """
+    import torch
+
+    return {
+        "on_bad_rows": "error",
+        "max_dropped_share": 0.1,
+        "implicit_prompt": "transcript",
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+
+
+def read_settings(verb: str, line: CommandLine | Sequence[str], **defaults: Any) -> Resolved[Any]:
+    """The settings of a command line of a training verb.
+
+    Args:
+        verb: One of :data:`TRAINING_VERBS`.
+        line: What follows the verb.
+        defaults: Further defaults, over those of :func:`cli_defaults`.
+
+    Raises:
+        ConfigError: A setting is unknown or wrong; where another verb knows it, that verb is named.
+    """
+    settings: Resolved[Any] = resolve(
+        line,
+        settings_classes(verb)[0],
+        defaults=cli_defaults() | defaults,
+        elsewhere=lambda name: _other_verb(verb, name),
+    )
+    if verb == "kto" and settings.origins["pairing"].kind == "default":
+        # Single answers are what it learns from, unless somebody wants pairs made of them.
+        settings.script.pairing = "none"
+    return settings
+
+
+def _other_verb(verb: str, name: str) -> str | None:
+    others = [other for other in reversed(TRAINING_VERBS) if other != verb]
+    return next((other for other in others if name in fields_of(settings_classes(other)[0])), None)
+
+
+def snapshot_of(settings: Resolved[Any]) -> dict[str, dict[str, Any]]:
+    """All values by role, as they stand at this moment."""
+    holders = {"script": settings.script, "model": settings.model, "trainer": settings.trainer}
+    return {
+        role: {item.name: getattr(holder, item.name) for item in fields(holder) if item.init}
+        for role, holder in holders.items()
+    }
+
+
+def complete_settings(verb: str, settings: Resolved[Any]) -> None:
+    """Fill in what follows from other settings, and refuse what would have no effect."""
+    script, args, origins = settings.script, settings.trainer, settings.origins
+    script.require_dataset()
+    name = settings.model.require_model()
+    if script.allow_drops:
+        args.max_dropped_share = None
+    if origins["output_dir"].kind == "default":
+        args.output_dir = f"{name.rstrip('/').split('/')[-1]}-{verb.upper()}"
+    if args.on_bad_rows == "skip" and args.quarantine_path is None:
+        args.quarantine_path = script.quarantine_path = os.path.join(args.output_dir, "quarantine.jsonl")
+    if args.do_predict:
+        raise ConfigError("there is no test run", where="do_predict", value=True, remedy="set do_eval")
+    if origins["do_train"].kind != "default" and not args.do_train:
+        raise ConfigError("without training there is nothing to do", where="do_train", value=False, remedy="--dry_run")
+    if args.push_to_hub and not script.dry_run:
+        _require_hub()
+    args.resume_from_checkpoint = resume_point(args.resume_from_checkpoint, args.output_dir)
+
+
+def _require_hub() -> None:
+    """A run that cannot be pushed in the end should say so at the beginning."""
+    if is_offline() or not hub_answers():
+        raise SetupError(
+            "the Hub cannot be reached",
+            where="push_to_hub",
+            value=True,
+            remedy="leave push_to_hub out and run hf upload afterwards",
+        )
+
+
+@contextmanager
+def output_folder(path: str, *, kept: bool) -> Iterator[None]:
+    """Find out now, not after training, that results cannot be written; a dry run leaves no folder behind."""
+    missing, place = [], os.path.abspath(path)
+    while not os.path.lexists(place):
+        missing.append(place)
+        place = os.path.dirname(place)
+    try:
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise SetupError(f"cannot make the folder ({error.strerror})", where="output_dir", value=path) from error
+        yield
+    finally:
+        for folder in [] if kept else missing:
+            # What is not empty belongs to somebody.
+            with suppress(OSError):
+                os.rmdir(folder)
+
+
+def explicit(settings: Resolved[Any]) -> dict[str, Any]:
+    """The settings that somebody set, as a file for ``--config`` holds them; secrets are left out."""
+    found: dict[str, Any] = {}
+    for holder in (settings.script, settings.model, settings.trainer):
+        for item in fields(holder):
+            if item.init and settings.origins[item.name].kind != "default" and not is_secret(item.name):
+                found.setdefault(item.name, plain(getattr(holder, item.name)))
+    return found

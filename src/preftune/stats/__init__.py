@@ -1,0 +1,1 @@
+"""Statistics: intervals, paired tests, detectable effects; for data, guards, evaluation and sweeps alike."""
