@@ -39,11 +39,11 @@ class GenerationCache:
         self.path = None if folder is None else Path(folder) / FILE_NAME
         self._known: dict[str, dict[str, Any]] = {}
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     record = json.loads(line)
                     self._known[record["key"]] = record
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     # The last line of a run that was killed; its batch is drawn again.
                     continue
 
