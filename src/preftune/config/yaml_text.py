@@ -9,6 +9,8 @@ import yaml
 #: Values after all aliases are followed. Ten lines of aliases of aliases stand for millions of values, which are
 #: harmless until somebody prints or copies them.
 MOST_VALUES = 100_000
+#: PyYAML reads about as many in a second or two.
+MOST_CHARACTERS = 1_000_000
 #: Levels of nesting; what copies, compares and writes settings calls itself once for each.
 DEEPEST = 64
 
@@ -30,6 +32,8 @@ def read_yaml(text: str) -> Any:
         yaml.YAMLError: It is no YAML, holds more than plain values, or is out of bounds.
         ValueError: A number or date that Python cannot hold.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise TooMuch(f"it has more than {MOST_CHARACTERS:,} characters")
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -37,9 +41,11 @@ def read_yaml(text: str) -> Any:
             return None
         check_size(node)
         return loader.construct_document(node)
-    except (RecursionError, TypeError, OverflowError) as error:
-        # Unhashable keys within sets and the like; PyYAML looks for most of them, but not for all.
-        raise TooMuch("it is nested too deep" if isinstance(error, RecursionError) else "a key that is no text") from error
+    except RecursionError as error:
+        raise TooMuch("it is nested too deep") from error
+    except (TypeError, OverflowError) as error:
+        # PyYAML looks for most keys that cannot be hashed, and for most dates that are none.
+        raise TooMuch("it holds a key or date that cannot be read") from error
     finally:
         loader.dispose()
 

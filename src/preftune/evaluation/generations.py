@@ -24,6 +24,7 @@ from preftune.evaluation.resampling import Array
 from preftune.evaluation.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.stats import bootstrap_ratio
+from preftune.files import parse_json
 
 FILE_NAME = "generations.jsonl"
 
@@ -41,9 +42,9 @@ class GenerationCache:
         if self.path is not None and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     self._known[record["key"]] = record
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError):
                     # The last line of a run that was killed; its batch is drawn again.
                     continue
 

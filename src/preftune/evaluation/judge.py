@@ -27,6 +27,7 @@ from preftune.config.secrets import redact
 from preftune.errors import SetupError
 from preftune.evaluation.endpoint import Endpoint, TryAgain, key_from
 from preftune.evaluation.files import append
+from preftune.files import parse_json
 
 if TYPE_CHECKING:
     import httpx2
@@ -271,10 +272,10 @@ def _read(path: Path | None) -> dict[str, dict[str, Any]]:
         return known
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if record["verdict"] in ("first", "second", "tie", None):
                 known[record["key"]] = record
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue  # torn by a kill; asked again
     return known
 

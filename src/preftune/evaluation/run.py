@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from preftune.evaluation.result import EvalResult
 from preftune.evaluation.sampling import Sample
 from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.winrate import win_rate
+from preftune.files import parse_json
 from preftune.references.fingerprint import trained_adapter
 from preftune.references.store import ReferenceStore
 
@@ -372,7 +372,7 @@ def _beta(given: float | None, model: str | None) -> tuple[float, list[str]]:
     path = Path(model or "") / "provenance.json"
     for candidate in (path, path.parent.parent / path.name):
         try:
-            settings = json.loads(candidate.read_text(encoding="utf-8"))["settings"]
+            settings = parse_json(candidate.read_text(encoding="utf-8"))["settings"]
             value = float(settings["trainer"]["beta"]["value"])
         except (OSError, ValueError, KeyError, TypeError):
             continue

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import math
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from preftune.errors import PreftuneError
@@ -19,8 +21,8 @@ from preftune.report.page import gather, page_payload
 from preftune.report.read import Run, Sweep, distinct_names, read_run, read_sweep
 from preftune.ui import control, pages
 from preftune.ui.folders import Entry, find, overview, signature
-from preftune.ui.generate import Bench
-from preftune.ui.rows import Rows
+from preftune.ui.generate import checked
+from preftune.ui.helper import Helper
 from preftune.ui.security import Guard, TooLarge
 
 #: Seconds between two looks at the folders.
@@ -30,7 +32,7 @@ MAX_COMPARED = 12
 
 
 class Live:
-    """The application's state: the folder it shows and the models it has loaded.
+    """The application's state: the folder it shows and the processes that load models and data for it.
 
     Args:
         root: Folder with runs and sweeps.
@@ -40,14 +42,23 @@ class Live:
 
     def __init__(self, root: Path, token: str, interval: float = INTERVAL) -> None:
         self.root, self.token, self.interval = root, token, interval
-        self.bench, self.rows = Bench(), Rows()
-        self.closing = asyncio.Event()
+        self.bench = Helper("prompt", "another prompt is being answered")
+        self.rows = Helper("rows", "other rows are being loaded")
+        self._lock = threading.Lock()
+        self._known: dict[str, Entry] = {}
+        self._looked = -math.inf
+
+    def close(self) -> None:
+        """End what was begun for open pages."""
+        self.bench.end()
+        self.rows.end()
 
     # ---- pages -----------------------------------------------------------------------------------------------------
 
     async def index(self, request: Request) -> Response:
         """The list of runs and sweeps."""
-        return _html(await run_in_threadpool(pages.index_page, self.root, self._overviews()))
+        found = await run_in_threadpool(self._overviews)
+        return _html(await run_in_threadpool(pages.index_page, self.root, found))
 
     async def view(self, request: Request) -> Response:
         """One run, or several side by side, as a report that follows them."""
@@ -72,42 +83,35 @@ class Live:
             "data": page_payload(page),
             "summary": pages.summary_part(page),
             "sections": pages.sections(page),
-            "status": [overview(entry) for entry in chosen],
+            "status": [_overview(entry) for entry in chosen],
         }
 
     async def listing(self, request: Request) -> Response:
         """The list as data."""
         return _json(await run_in_threadpool(self._overviews))
 
-    # ---- events ----------------------------------------------------------------------------------------------------
+    async def changes(self, request: Request) -> Response:
+        """A text that changes whenever something is new, for all runs or for those that are named.
 
-    async def events(self, request: Request) -> Response:
-        """Server-sent events: ``change`` whenever something is new, for all runs or for those that are named."""
+        Pages ask for it every second. A stream would be told sooner, but holds a connection for each tab, and browsers
+        open six to one server: the seventh tab would wait for ever.
+        """
         keys = request.query_params.getlist("id")
-        stream = self._changes(keys)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
-
-    async def _changes(self, keys: list[str]) -> AsyncIterator[str]:
-        # Before the first byte: what changes after it has been sent must be noticed.
-        last = await run_in_threadpool(self._signature, keys)
-        yield "retry: 2000\n\n"
-        quiet = 0.0
-        while not self.closing.is_set():
-            await asyncio.sleep(self.interval)
-            now = await run_in_threadpool(self._signature, keys)
-            quiet += self.interval
-            if now != last:
-                last, quiet = now, 0.0
-                yield f"event: change\ndata: {json.dumps(now)}\n\n"
-            elif quiet >= 15:
-                quiet = 0.0
-                yield ": still here\n\n"
+        return _json({"now": await run_in_threadpool(self._signature, keys)})
 
     def _signature(self, keys: list[str]) -> str:
-        found = find(self.root) if self.root.is_dir() else {}
+        found = self._remembered()
         if not keys:
             return "|".join(f"{key}:{signature(entry)}" for key, entry in found.items())
         return "|".join(signature(found[key]) if key in found else "gone" for key in keys)
+
+    def _remembered(self) -> dict[str, Entry]:
+        """The runs as they were at most an interval ago: many tabs ask, and looking for runs is most of the work."""
+        with self._lock:
+            if time.monotonic() > self._looked + self.interval:
+                self._known = find(self.root) if self.root.is_dir() else {}
+                self._looked = time.monotonic()
+            return self._known
 
     # ---- actions ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +129,9 @@ class Live:
         content, entry = await self._asked(request)
         if entry is None or entry.kind != "run":
             return _json({"error": "no such run"}, 404)
-        return _json(await run_in_threadpool(self.bench.answer, entry.folder, content))
+        checked(entry.folder, content)
+        asked = {"work": "prompt", "folder": str(entry.folder.absolute()), "content": content}
+        return _json(await self.bench.ask(asked, request.is_disconnected))
 
     async def data(self, request: Request) -> Response:
         """Rows of the training data with their token masks."""
@@ -133,7 +139,8 @@ class Live:
         start = request.query_params.get("start", "0")
         if len(chosen) != 1 or chosen[0].kind != "run" or not start.isdecimal() or len(start) > 12:
             return _json({"error": "no such run or row"}, 404)
-        return _json(await run_in_threadpool(self.rows.page, chosen[0].folder, int(start)))
+        asked = {"work": "rows", "folder": str(chosen[0].folder.absolute()), "start": int(start)}
+        return _json(await self.rows.ask(asked, request.is_disconnected))
 
     async def _asked(self, request: Request) -> tuple[dict[str, Any], Entry | None]:
         content = await request.json()
@@ -149,7 +156,7 @@ class Live:
 
     def _overviews(self) -> list[dict[str, Any]]:
         found = find(self.root) if self.root.is_dir() else {}
-        return [overview(entry) for entry in found.values()]
+        return [_overview(entry) for entry in found.values()]
 
 
 def create(root: Path, token: str, hosts: frozenset[str], *, interval: float = INTERVAL) -> tuple[Guard, Live]:
@@ -171,7 +178,7 @@ def create(root: Path, token: str, hosts: frozenset[str], *, interval: float = I
         Route(f"{at}/list", live.listing),
         Route(f"{at}/view", live.view),
         Route(f"{at}/news", live.news),
-        Route(f"{at}/events", live.events),
+        Route(f"{at}/changes", live.changes),
         Route(f"{at}/data", live.data),
         Route(f"{at}/act", live.act, methods=["POST"]),
         Route(f"{at}/prompt", live.prompt, methods=["POST"]),
@@ -184,6 +191,14 @@ def create(root: Path, token: str, hosts: frozenset[str], *, interval: float = I
         RecursionError: _unreadable,
     }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), token, hosts), live
+
+
+def _overview(entry: Entry) -> dict[str, Any]:
+    """One line of the list; a run that cannot be read is one line, and no reason to show none."""
+    try:
+        return overview(entry)
+    except (PreftuneError, OSError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError):
+        return {"key": entry.key, "label": entry.label, "kind": entry.kind, "status": "unreadable", "trials": 0}
 
 
 def _read(chosen: list[Entry]) -> tuple[list[Run], list[Sweep]]:

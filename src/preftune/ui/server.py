@@ -16,7 +16,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def serve(root: Path, *, port: int = 0, announce: Callable[[str], None] = print, interval: float = INTERVAL) -> None:
-    """Serve until Ctrl-C.
+    """Serve until Ctrl-C or SIGTERM.
 
     Args:
         root: Folder with runs and sweeps.
@@ -43,10 +43,17 @@ def serve(root: Path, *, port: int = 0, announce: Callable[[str], None] = print,
         port = listener.getsockname()[1]
         token = new_token()
         guard, live = create(root, token, hosts(port), interval=interval)
-        config = uvicorn.Config(guard, log_level="warning", access_log=False, lifespan="off", server_header=False)
+        config = uvicorn.Config(
+            guard,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
 
         class Server(uvicorn.Server):
-            """Ends the event streams first: they would keep the server waiting."""
+            """Ends the work for open pages first: it would keep the server waiting."""
 
             async def startup(self, sockets: Any = None) -> None:
                 """Tell the address once it answers."""
@@ -54,8 +61,8 @@ def serve(root: Path, *, port: int = 0, announce: Callable[[str], None] = print,
                 announce(f"http://{LOOPBACK}:{port}/{token}/")
 
             async def shutdown(self, sockets: Any = None) -> None:
-                """Let the streams end."""
-                live.closing.set()
+                """End the work."""
+                live.close()
                 await super().shutdown(sockets)
 
         with contextlib.suppress(KeyboardInterrupt):
