@@ -97,7 +97,13 @@ def test_ctrl_c_is_heard_within_two_seconds(way: str) -> None:
 def test_a_key_is_stripped_and_never_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "  plantedkey0001\n")
     assert key_from("SOME_KEY") == "plantedkey0001"
-    for bad in ("planted\u00e9key0002", "planted key 0003", "planted\nkey0004", "planted\x7fkey0005", "planted\u200bkey"):
+    for bad in (
+        "planted\u00e9key0002",
+        "planted key 0003",
+        "planted\nkey0004",
+        "planted\x7fkey0005",
+        "planted\u200bkey",
+    ):
         monkeypatch.setenv("SOME_KEY", bad)
         with pytest.raises(ConfigError, match="SOME_KEY: the judge's key has a character") as caught:
             key_from("SOME_KEY")
@@ -110,7 +116,8 @@ def test_a_key_is_stripped_and_never_quoted(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "key", ["sk-planted0001", "hf_plantedABCDEFGH12345", "0123planted4567", "Planted9Planted9Planted9", "planted key", "a=b"]
+    "key",
+    ["sk-planted0001", "hf_plantedABCDEFGH12345", "0123planted4567", "Planted9Planted9Planted9", "planted key", "a=b"],
 )
 def test_a_key_in_the_place_of_its_variable_is_not_quoted(key: str) -> None:
     with pytest.raises(ConfigError, match="judge_key_env: not the name of an environment variable") as caught:

@@ -84,6 +84,50 @@ def test_a_checkpoint_s_manifest_cannot_name_other_files(name: str, tmp_path: Pa
     assert [skipped for skipped, _ in found.skipped] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"files": {"a\0b": {"bytes": 1, "sha256": ""}}},
+        {"files": {"": {"bytes": 1, "sha256": ""}}},
+        {"files": {"model.safetensors": 3}},
+        {"files": {"model.safetensors": {"bytes": "7", "sha256": 3}}},
+        {"files": ["model.safetensors"]},
+        {"files": None},
+        {"step": "1"},
+        {"step": True},
+        {"step": 1e300},
+        {"step": None},
+        {"resumable": "yes"},
+        {"identity": [1]},
+        {"identity": "x" * 100_000},
+    ],
+)
+def test_a_manifest_of_wrong_types_is_damaged(part: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = sealed(tmp_path / "out" / "checkpoint-1")
+    path = checkpoint / manifest.FILE_NAME
+    document = {**json.loads(path.read_text()), **part}
+    del document["sha256"]
+    path.write_text(json.dumps({**document, "sha256": manifest.digest(document)}))
+    with pytest.raises(manifest.InvalidCheckpoint, match="damaged"):
+        manifest.verify(checkpoint)
+    assert find_checkpoint(tmp_path / "out").manifest is None
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 600 + "]" * 600, '{"a": ' * 5000, "[" * 200_000, "null", "[]", "3", "{}", "\xff", ""]
+)
+def test_a_manifest_that_is_none_is_damaged(text: str, tmp_path: Path) -> None:
+    checkpoint = sealed(tmp_path / "out" / "checkpoint-1")
+    (checkpoint / manifest.FILE_NAME).write_text(text, encoding="latin-1")
+    with pytest.raises(manifest.InvalidCheckpoint, match="damaged"):
+        manifest.verify(checkpoint)
+    document = f'{{"format": 1, "sha256": "", "files": {{}}, "identity": {"[" * 600 + "]" * 600}}}'
+    (checkpoint / manifest.FILE_NAME).write_text(document)
+    with pytest.raises(manifest.InvalidCheckpoint, match="damaged"):
+        manifest.verify(checkpoint)
+    assert find_checkpoint(tmp_path / "out").manifest is None
+
+
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_checkpoint_holds_no_links(kind: str, listed: bool, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from preftune.errors import ConfigError, PreftuneError, SetupError
+from preftune.config.secrets import redact
+from preftune.errors import ConfigError, PreftuneError, SetupError, printable
 
 
 def flat(error: BaseException) -> str:
@@ -85,7 +86,9 @@ def plain_warnings(console: Console) -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if not issubclass(category, (DeprecationWarning, FutureWarning)) and not console.quiet:
-            Console(stderr=True).print(f"preftune: warning: {message}", markup=False, highlight=False, soft_wrap=True)
+            # Warnings quote files, addresses and answers of others.
+            said = printable(str(redact(str(message))))
+            Console(stderr=True).print(f"preftune: warning: {said}", markup=False, highlight=False, soft_wrap=True)
 
     with warnings.catch_warnings(), _no_bars_in_files():
         warnings.showwarning = show

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from preftune.config.secrets import redact
-from preftune.config.yaml_text import check_size
+from preftune.config.yaml_text import check_length, check_size
 from preftune.errors import ConfigError
 
 
@@ -187,6 +187,7 @@ def settings_from_file(path: str, layer: int) -> list[Setting]:
         raise ConfigError(f"cannot read the file ({error.strerror})", where=path) from error
     loader: yaml.SafeLoader | None = None
     try:
+        check_length(text)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:

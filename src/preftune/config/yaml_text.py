@@ -32,8 +32,7 @@ def read_yaml(text: str) -> Any:
         yaml.YAMLError: It is no YAML, holds more than plain values, or is out of bounds.
         ValueError: A number or date that Python cannot hold.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise TooMuch(f"it has more than {MOST_CHARACTERS:,} characters")
+    check_length(text)
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -48,6 +47,16 @@ def read_yaml(text: str) -> Any:
         raise TooMuch("it holds a key or date that cannot be read") from error
     finally:
         loader.dispose()
+
+
+def check_length(text: str) -> None:
+    """Refuse a text that would take long to read.
+
+    Raises:
+        TooMuch: It is too long.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise TooMuch(f"it has more than {MOST_CHARACTERS:,} characters")
 
 
 def check_size(node: yaml.Node) -> None:

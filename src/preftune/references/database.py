@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from preftune.config.paths import make_home
 from preftune.errors import StoreError
 
 FILE_NAME = "references-v1.sqlite"
@@ -92,7 +94,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        handle = os.open(folder / ".references.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(folder / ".references.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError:
         yield
         return
@@ -121,7 +123,8 @@ def open_database(folder: Path, max_bytes: int | None = None) -> Database:
     """
     file = folder / FILE_NAME
     with contextlib.suppress(OSError):  # a folder that cannot be made is told apart below, by what SQLite says
-        folder.mkdir(parents=True, exist_ok=True)
+        make_home(folder)
+    _check_folder(folder)
     with folder_lock(folder):
         try:
             return _open_writable(file, max_bytes)
@@ -131,7 +134,34 @@ def open_database(folder: Path, max_bytes: int | None = None) -> Database:
         return _open_read_only(file)
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder in which anybody could put another file in the place of the store's."""
+    try:
+        everybody = folder.stat().st_mode & stat.S_IWOTH
+    except OSError:
+        return
+    if everybody:
+        raise StoreError(
+            "All users of this machine can write to the folder of the reference store",
+            where=str(folder),
+            remedy=f"chmod o-w {folder}, or set PREFTUNE_CACHE to a folder below it",
+        )
+
+
+def _make_private(file: Path) -> None:
+    """A file for this user alone, whatever the umask; one that is there is closed to all but its group."""
+    with contextlib.suppress(OSError):
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            about = os.fstat(handle)
+            if about.st_uid == os.getuid() and about.st_mode & 0o007:
+                os.fchmod(handle, about.st_mode & 0o770)
+        finally:
+            os.close(handle)
+
+
 def _open_writable(file: Path, max_bytes: int | None) -> Database:
+    _make_private(file)
     connection = _connect(str(file))
     try:
         if not os.access(file, os.W_OK) or not os.access(file.parent, os.W_OK):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,30 @@ def serve(root: Path, *, port: int = 0, announce: Callable[[str], None] = print,
 
         with contextlib.suppress(KeyboardInterrupt):
             Server(config).run([listener])
+
+
+@contextlib.contextmanager
+def doorway(address: str) -> Iterator[str]:
+    """A page on the disk that only this user can read and that leads to an address.
+
+    Whoever starts a browser shows its command line, and with it the token, to all users of the machine.
+
+    Args:
+        address: Where it leads.
+
+    Yields:
+        Its own address, good for the length of the block.
+    """
+    with tempfile.TemporaryDirectory(prefix="preftune-") as folder:
+        # The folder is made for this user alone.
+        page = Path(folder) / "open.html"
+        link = html.escape(address, quote=True)
+        page.write_text(
+            f'<!doctype html><meta charset="utf-8"><meta name="referrer" content="no-referrer">'
+            f'<meta http-equiv="refresh" content="0; url={link}"><title>preftune</title><a href="{link}">Go on</a>\n',
+            encoding="utf-8",
+        )
+        yield page.as_uri()
 
 
 def hosts(port: int) -> frozenset[str]:
