@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from preftune.config.paths import inside
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, SetupError
 from preftune.report import build
 from preftune.report.read import read_all, read_run
 from preftune.sweep import runner
 from preftune.sweep.board import SlotState
+from preftune.sweep.locks import has_locks, one_at_a_time
 from preftune.sweep.result import candidates_of, drop_weights
 from preftune.sweep.runner import Outcome
 from preftune.training.checkpoints import manifest
@@ -214,3 +215,13 @@ def test_a_recipe_s_name_is_no_path(tmp_path: Path) -> None:
     for name in ("../../etc/passwd", "/etc/passwd", "../kto", "kto/../kto"):
         with pytest.raises(ConfigError, match="no such recipe"):
             find_recipe(name)
+
+
+def test_a_sweep_s_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    lock = tmp_path / "trackers.lock"
+    lock.symlink_to(tmp_path / "created")
+    with pytest.raises(SetupError, match="a link stands"), one_at_a_time(lock):
+        pass
+    with pytest.raises(SetupError, match="a link stands"):
+        has_locks(lock)
+    assert not (tmp_path / "created").exists()

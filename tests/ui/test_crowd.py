@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from preftune.errors import DataError
 from preftune.ui.logs import Logs
 from tests.report.folders import make_run, write_json
 from tests.ui.conftest import Server, start
@@ -234,3 +235,32 @@ def test_a_huge_log_is_read_at_its_ends(tmp_path: Path) -> None:
     facts = Logs().facts(path)
     assert time.monotonic() - began < 2.0
     assert (facts.begun["pid"], facts.last["step"], facts.loss) == (7, 8, 0.5)
+
+
+def test_one_bad_run_is_one_bad_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a folder can do to the code that reads it, the others are shown."""
+    from preftune.ui import app
+    from preftune.ui.folders import Entry, find
+
+    for name in ("bad", "good"):
+        make_run(tmp_path / name, num_steps=3)
+    entries = list(find(tmp_path).values())
+    whole = app.overview
+
+    def broken(entry: Entry) -> dict[str, Any]:
+        if entry.label == "bad":
+            raise TypeError("'<=' not supported between instances of 'str' and 'int'")
+        return whole(entry)
+
+    monkeypatch.setattr(app, "overview", broken)
+    live = app.Live(tmp_path, "token")
+    assert {one["label"]: one["status"] for one in live._overviews()} == {"bad": "unreadable", "good": "unknown"}
+
+    def made(chosen: list[Entry]) -> list[str]:
+        for entry in chosen:
+            broken(entry)
+        return [entry.label for entry in chosen]
+
+    assert app._of_sound(made, entries) == ["good"]
+    with pytest.raises(DataError, match="no page can show"):
+        app._of_sound(made, [entry for entry in entries if entry.label == "bad"])

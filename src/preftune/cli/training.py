@@ -13,7 +13,7 @@ from rich.console import Console
 
 from preftune.cli.failures import flat, foreseen, plain_warnings, trainer_errors
 from preftune.cli.main import INTERRUPTED, VERBS
-from preftune.config import ModelConfig, Resolved, ScriptConfig, redact_argv, resolve, split_command_line
+from preftune.config import ModelConfig, Resolved, ScriptConfig, redact, redact_argv, resolve, split_command_line
 from preftune.config.fields import fields_of
 from preftune.errors import ConfigError, SetupError
 
@@ -161,7 +161,9 @@ def complete_settings(this: Run) -> None:
     if script.allow_drops:
         args.max_dropped_share = None
     if origins["output_dir"].kind == "default":
-        args.output_dir = f"{name.rstrip('/').split('/')[-1]}-{this.verb.upper()}"
+        # A key in the place of the model is not to become a folder's name.
+        shown = name if redact(name) == name else "model"
+        args.output_dir = f"{shown.rstrip('/').split('/')[-1]}-{this.verb.upper()}"
     complete_pairing(this.verb, this.settings)
     if args.on_bad_rows == "skip" and args.quarantine_path is None:
         args.quarantine_path = script.quarantine_path = os.path.join(args.output_dir, "quarantine.jsonl")

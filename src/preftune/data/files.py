@@ -9,7 +9,6 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -321,7 +320,9 @@ def find(name: str, config: str | None = None) -> Origin:
             "neither a file nor a folder", where="dataset_name", value=name, remedy="write the rows into a file first"
         )
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _saved(name, path)
+        from preftune.data.saved import saved
+
+        return saved(name, path)
     return _folder(name, path)
 
 
@@ -334,48 +335,6 @@ def _nearby(path: Path) -> str | None:
     if near:
         return f"did you mean {str(folder / near[0])!r}?"
     return None if folder.is_dir() else f"the folder {str(folder)!r} does not exist either"
-
-
-def _saved(name: str, path: Path) -> Origin:
-    import datasets
-
-    with _undamaged(name):
-        loaded = datasets.load_from_disk(str(path))
-    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-
-    def read(split: str) -> RawTable:
-        with _undamaged(name):
-            _read_through(splits[split])
-            return from_dataset(name, splits[split])
-
-    return Origin(name, tuple(splits), read)
-
-
-@contextmanager
-def _undamaged(name: str) -> Iterator[None]:
-    """What the library makes of a folder that is not as it was saved, in one line."""
-    try:
-        yield
-    except (DataError, KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(
-            f"the saved data set is damaged ({said})", where=name, remedy="save it again, or name a file of rows"
-        ) from error
-
-
-def _read_through(dataset: Any) -> None:
-    """Look at every value once: what a damaged file says about itself ends the process where it is believed."""
-    tables = [table.table for table in (dataset.data, dataset._indices) if table is not None]
-    for table in tables:
-        table.validate(full=True)
-    if dataset._indices is not None and len(dataset):
-        import pyarrow.compute as pc
-
-        ends = pc.min_max(dataset._indices.column(0)).as_py()
-        if ends["min"] is None or ends["min"] < 0 or ends["max"] >= dataset.data.num_rows:
-            raise DataError("the saved data set is damaged", where="indices", value=ends["max"])
 
 
 def _folder(name: str, path: Path) -> Origin:

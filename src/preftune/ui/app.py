@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from preftune.errors import PreftuneError
+from preftune.errors import DataError, PreftuneError
 from preftune.report.page import gather, page_payload
 from preftune.report.read import Run, Sweep, distinct_names, read_run, read_sweep
 from preftune.ui import control, pages
@@ -65,7 +65,7 @@ class Live:
         chosen = await run_in_threadpool(self._chosen, request)
         if not chosen:
             return PlainTextResponse("no such run; it may have vanished\n", 404)
-        return _html(await run_in_threadpool(self._render, chosen))
+        return _html(await run_in_threadpool(_of_sound, self._render, chosen))
 
     def _render(self, chosen: list[Entry]) -> str:
         return pages.view_page(gather(*_read(chosen)), chosen)
@@ -75,7 +75,7 @@ class Live:
         chosen = await run_in_threadpool(self._chosen, request)
         if not chosen:
             return PlainTextResponse("gone\n", 404)
-        return _json(await run_in_threadpool(self._collect, chosen))
+        return _json(await run_in_threadpool(_of_sound, self._collect, chosen))
 
     def _collect(self, chosen: list[Entry]) -> dict[str, Any]:
         page = gather(*_read(chosen))
@@ -143,9 +143,12 @@ class Live:
         return _json(await self.rows.ask(asked, request.is_disconnected))
 
     async def _asked(self, request: Request) -> tuple[dict[str, Any], Entry | None]:
-        content = await request.json()
+        try:
+            content = await request.json()
+        except (ValueError, RecursionError) as error:
+            raise Unreadable from error
         if not isinstance(content, dict):
-            raise ValueError("not an object")
+            raise Unreadable
         found = await run_in_threadpool(find, self.root)
         return content, found.get(str(content.get("id")))
 
@@ -187,17 +190,49 @@ def create(root: Path, token: str, hosts: frozenset[str], *, interval: float = I
     handlers: dict[Any, Any] = {
         PreftuneError: _foreseen,
         TooLarge: _too_large,
-        ValueError: _unreadable,
-        RecursionError: _unreadable,
+        Unreadable: _unreadable,
     }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), token, hosts), live
+
+
+class Unreadable(Exception):
+    """A body that is no JSON object."""
+
+
+#: What values that nobody expects can lead to.
+_ODD = (PreftuneError, OSError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RecursionError)
+T = TypeVar("T")
+
+
+def _of_sound(make: Callable[[list[Entry]], T], chosen: list[Entry]) -> T:
+    """A page of those runs of which one can be made: one bad run is one bad run.
+
+    Raises:
+        DataError: There is none.
+    """
+    try:
+        return make(chosen)
+    except _ODD as error:
+        sound = [entry for entry in chosen if len(chosen) > 1 and _can(make, entry)]
+        if not sound:
+            what = f"the folder holds values that no page can show ({type(error).__name__})"
+            raise DataError(what, where=", ".join(entry.label for entry in chosen)) from error
+        return make(sound)
+
+
+def _can(make: Callable[[list[Entry]], Any], entry: Entry) -> bool:
+    try:
+        make([entry])
+    except _ODD:
+        return False
+    return True
 
 
 def _overview(entry: Entry) -> dict[str, Any]:
     """One line of the list; a run that cannot be read is one line, and no reason to show none."""
     try:
         return overview(entry)
-    except (PreftuneError, OSError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError):
+    except _ODD:
         return {"key": entry.key, "label": entry.label, "kind": entry.kind, "status": "unreadable", "trials": 0}
 
 
