@@ -7,6 +7,7 @@ import json
 import string
 import subprocess
 import sys
+import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -156,6 +157,31 @@ def test_what_the_environment_holds_is_known_anywhere(monkeypatch: pytest.Monkey
         assert PLAIN["letters"] not in redact(f"the server said {PLAIN['letters']}!")
         monkeypatch.delenv(name)
     assert PLAIN["letters"] in redact(f"the server said {PLAIN['letters']}!")
+
+
+BUSY = {
+    "word": "a" * 100_000,
+    "addresses": "a://a:a" * 15_000,
+    "addresses apart": "a://a:a " * 15_000,
+    "logins": "a://a:" + "@a" * 50_000,
+    "names": "a=" * 50_000,
+    "secret names": "token=" * 15_000,
+    "pairs": '"a":"' * 20_000,
+    "backslashes": '"token":"' + "\\\\" * 50_000,
+    "escaped pairs": '\\\\"token\\\\":\\\\"' * 10_000,
+    "headers": "authorization:" * 8_000 + "bearer " * 8_000 + "bearer " + "a" * 50_000,
+    "keys": "sk-" * 30_000 + "eyJaaaaaaaaaaaa." * 5_000 + "SG." + "a." * 40_000,
+    "private keys": "-----BEGIN PRIVATE KEY-----" * 4_000,
+    "webhooks": "https://hooks.slack.com/services/" * 4_000,
+    "dots": "a.-" * 40_000,
+}
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_texts_that_keep_a_search_busy(name: str) -> None:
+    began = time.monotonic()
+    redact(BUSY[name])
+    assert time.monotonic() - began < 5.0
 
 
 # ---- from end to end -------------------------------------------------------------------------------------------------

@@ -74,9 +74,13 @@ _BEARER = re.compile(
     r"\b((?:bearer|basic)\s+)(?=[^\s\"']*[\d_=~+/.-][^\s\"']|[A-Za-z]{20})[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE
 )
 _ASSIGNED = re.compile(r"([?&;]?)(?<![\w.-])([A-Za-z][\w.-]*)(\s?=\s?)(\"[^\"]*\"|'[^']*'|[^\s&;,\"']+)")
-_QUOTED = re.compile(r"""(\\?["'])([A-Za-z][\w.-]*)(\\?["']\s*:\s*)(\\?["'])((?:\\.|(?!\4).)*)\4""")
+# Each character can be taken in one way only: what is searched may be long, and written to keep the search busy.
+_QUOTED = re.compile(r"""(["'])([A-Za-z][\w.-]*)(\1\s*:\s*)(["'])((?:\\.|(?!\4)[^\\])*)\4""", re.DOTALL)
+_ESCAPED = re.compile(r"""(\\["'])([A-Za-z][\w.-]*)(\1\s*:\s*)(\\["'])([^"'\\]*)\4""")
 # With one slash as well: paths swallow the second one. A port is no password.
-_URL_LOGIN = re.compile(r"(\w:/{1,2})[^/\s:@]*:(?!\d{1,5}(?:/|\Z))[^\s@]*(?:@[^\s@/]*)*@|(\w://)[^/\s:@]+@")
+_URL_LOGIN = re.compile(
+    r"(\w:/{1,2})[^/\s:@]{0,256}:(?!\d{1,5}(?:/|\Z))[^\s@]{0,1024}(?:@[^\s@/]{0,256}){0,4}@|(\w://)[^/\s:@]{1,1024}@"
+)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 #: Shorter values, such as "1" or "true", are no secrets and stand everywhere.
 _SHORTEST = 8
@@ -178,7 +182,7 @@ def _clean(text: str, known: Iterable[str]) -> str:
     text = _SECRET_VALUE.sub(REDACTED, text)
     text = _BEARER.sub(rf"\1{REDACTED}", text)
     text = _HEADER.sub(rf"\1{REDACTED}", text)
-    text = _QUOTED.sub(_quoted, text)
+    text = _ESCAPED.sub(_quoted, _QUOTED.sub(_quoted, text))
     return _ASSIGNED.sub(_assigned, text)
 
 
