@@ -179,9 +179,9 @@ BUSY = {
 
 @pytest.mark.parametrize("name", BUSY)
 def test_texts_that_keep_a_search_busy(name: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     redact(BUSY[name])
-    assert time.monotonic() - began < 5.0
+    assert time.process_time() - began < 5.0
 
 
 # ---- from end to end -------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import yaml
 #: Values after all aliases are followed. Ten lines of aliases of aliases stand for millions of values, which are
 #: harmless until somebody prints or copies them.
 MOST_VALUES = 100_000
-#: PyYAML reads about as many in a second or two.
-MOST_CHARACTERS = 1_000_000
+#: PyYAML reads about as many in a second or two; a chat template has some ten thousand.
+MOST_CHARACTERS = 250_000
 #: Levels of nesting; what copies, compares and writes settings calls itself once for each.
 DEEPEST = 64
 
