@@ -86,12 +86,12 @@ NAVIGATION = {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate", "Sec
 
 def test_a_link_leads_to_the_first_page_and_no_further(server: Server) -> None:
     assert server.get("", **NAVIGATION)[0] == 200
-    assert server.request("GET", "", token="wrong", **NAVIGATION)[0] == 404
+    assert server.request("GET", "", None, "wrong", **NAVIGATION)[0] == 404
     for path in ("list", f"view?id={server.key('one')}", "changes"):
         assert server.get(path, **NAVIGATION)[0] == 403
     for other in ({"Sec_Fetch_Dest": "iframe"}, {"Sec_Fetch_Mode": "no-cors"}, {"Origin": "null"}):
         assert server.get("", **{**NAVIGATION, **other})[0] == 403
-    assert server.request("POST", "", b"{}", **NAVIGATION, **JSON)[0] in (403, 405)
+    assert server.request("POST", "", b"{}", None, **NAVIGATION, **JSON)[0] in (403, 405)
 
 
 def test_the_browser_s_command_line_shows_no_token() -> None:

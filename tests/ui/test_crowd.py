@@ -240,17 +240,16 @@ def test_a_huge_log_is_read_at_its_ends(tmp_path: Path) -> None:
 def test_one_bad_run_is_one_bad_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a folder can do to the code that reads it, the others are shown."""
     from preftune.ui import app
-    from preftune.ui.folders import Entry, find
+    from preftune.ui.folders import Entry, find, overview
 
     for name in ("bad", "good"):
         make_run(tmp_path / name, num_steps=3)
     entries = list(find(tmp_path).values())
-    whole = app.overview
 
     def broken(entry: Entry) -> dict[str, Any]:
         if entry.label == "bad":
             raise TypeError("'<=' not supported between instances of 'str' and 'int'")
-        return whole(entry)
+        return overview(entry)
 
     monkeypatch.setattr(app, "overview", broken)
     live = app.Live(tmp_path, "token")
