@@ -21,7 +21,8 @@ libraries' own formats, some of which are pickled; the manifest covers them.
 
 **What a run is.** The manifest holds the settings, the digest of the prepared data and the content key of the
 reference. A resumed run that differs in anything that changes what is learned is refused, with the old and the new
-value; more steps or another row length go on with a warning.
+value; more steps, another row length, or another version of torch, transformers, accelerate, peft or preftune go on
+with a warning (`tests/training/test_identity.py`).
 
 **What happens when a save fails.** The failed folder is removed, a warning names the file and the last good checkpoint,
 and training goes on: the next save tries again. The final save ends with an error instead. Saves can be asked for by

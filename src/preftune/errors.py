@@ -6,9 +6,21 @@ single line, and exits with ``error.exit_code``; a traceback therefore always me
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 _UNSET: Any = object()
+# What a terminal obeys instead of showing it: control characters, changes of direction, halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text of others as a terminal may get it: what would move the cursor or hide something is written out.
+
+    >>> len(printable("done" + chr(7)))
+    8
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class PreftuneError(Exception):
@@ -56,7 +68,7 @@ class PreftuneError(Exception):
             parts.append(f"allowed: {self.allowed}")
         if self.remedy:
             parts.append(self.remedy)
-        return "; ".join(" ".join(part.split()) for part in parts)
+        return printable("; ".join(" ".join(part.split()) for part in parts))
 
 
 def _rebuild(kind: type[PreftuneError], what: str, fields: dict[str, Any]) -> PreftuneError:

@@ -11,6 +11,35 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+#: Levels of nesting in a file that somebody else may have written: what walks through its values calls itself once for
+#: each, and Python allows no more than a thousand calls.
+DEEPEST = 64
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value out of a file that somebody else may have written.
+
+    Raises:
+        ValueError: It is not JSON, or nested more than :data:`DEEPEST` deep.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, brackets)) > DEEPEST:  # type: ignore[arg-type]
+        level = [value]
+        for _ in range(DEEPEST + 1):
+            level = [
+                inner
+                for outer in level
+                if isinstance(outer, (dict, list))
+                for inner in (outer.values() if isinstance(outer, dict) else outer)
+            ]
+        if level:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+    return value
+
 
 def sync_file(path: Path) -> None:
     """Wait until a file's content is on the disk.
@@ -110,3 +139,13 @@ def write_json(path: Path, document: Any, *, indent: int = 2) -> None:
     """
     text = json.dumps(finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
     replace_text(path, text + "\n")
+
+
+def stop_file(token: str) -> str:
+    """Name of the file in its output folder that asks one run to stop.
+
+    Args:
+        token: What the run made up when it began, and wrote into its log: no other run, and no other program, answers
+            to it.
+    """
+    return f".stop-{token}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from preftune.ui.server import doorway
 from tests.browser.conftest import Watched, axe_violations
 from tests.report.folders import HOSTILE, history, make_run, make_sweep, write_json
 from tests.ui.conftest import Server, start, world
@@ -109,6 +110,32 @@ def test_labelled_answers_are_browsed_with_their_masks(watched: Tab, live: Serve
     assert axe_violations(page) == []
     check(tab, live)
     shutil.rmtree(folder)
+
+
+def test_twelve_tabs_of_one_browser_all_follow(watched: Tab, live: Server) -> None:
+    """Browsers open six connections to a server: a tab that held one would leave the seventh waiting for ever."""
+    folder = make_run(live.root / "crowd", num_steps=5)
+    first = watched().open(f"{live.address}view?id={live.key('crowd')}")
+    tabs = [first.page]
+    for _ in range(11):
+        page = first.page.context.new_page()
+        page.goto(f"{live.address}view?id={live.key('crowd')}", timeout=20_000)
+        tabs.append(page)
+    for page in tabs:
+        page.get_by_text("connected", exact=True).wait_for(timeout=20_000)
+    shutil.rmtree(folder)
+    for page in tabs:
+        page.bring_to_front()
+        page.get_by_text("the folder has vanished").wait_for(timeout=20_000)
+
+
+def test_the_file_that_open_shows_leads_to_the_page(watched: Tab, live: Server) -> None:
+    tab = watched()
+    with doorway(live.address) as shown:
+        tab.page.goto(shown)
+        tab.page.wait_for_url(live.address)
+        tab.page.get_by_text("connected", exact=True).wait_for()
+    assert [line for line in tab.complaints if "favicon" not in line] == []
 
 
 def test_at_most_twelve_runs_are_compared(watched: Tab, live: Server) -> None:

@@ -262,6 +262,22 @@ def test_tokens_are_their_owners_alone(place: Path) -> None:
     assert place.stat().st_mode & 0o077 == 0
 
 
+def test_a_folder_of_tokens_that_is_open_is_closed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(rows(), tokenizer(), DataOptions())
+    (file,) = kept.files()
+    for bits in (0o777, 0o755, 0o710):
+        place.chmod(bits)
+        prepare(rows(), tokenizer(), DataOptions())
+        assert place.stat().st_mode & 0o777 == 0o700
+    # Somebody else's, who could put anything there: it is neither read nor written.
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    os.utime(file, (0, 0))
+    file.write_bytes(b"")
+    assert len(prepare(rows(), tokenizer(), DataOptions())[0])
+    assert file.read_bytes() == b""
+
+
 def test_a_file_in_use_counts_as_used(place: Path) -> None:
     prepare(rows(), tokenizer(), DataOptions())
     (file,) = kept.files()

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from preftune.config.paths import inside
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, SetupError
 from preftune.report import build
 from preftune.report.read import read_all, read_run
 from preftune.sweep import runner
 from preftune.sweep.board import SlotState
+from preftune.sweep.locks import has_locks, one_at_a_time
 from preftune.sweep.result import candidates_of, drop_weights
 from preftune.sweep.runner import Outcome
 from preftune.training.checkpoints import manifest
@@ -82,6 +83,50 @@ def test_a_checkpoint_s_manifest_cannot_name_other_files(name: str, tmp_path: Pa
     found = find_checkpoint(tmp_path / "out")
     assert found.manifest is None
     assert [skipped for skipped, _ in found.skipped] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"files": {"a\0b": {"bytes": 1, "sha256": ""}}},
+        {"files": {"": {"bytes": 1, "sha256": ""}}},
+        {"files": {"model.safetensors": 3}},
+        {"files": {"model.safetensors": {"bytes": "7", "sha256": 3}}},
+        {"files": ["model.safetensors"]},
+        {"files": None},
+        {"step": "1"},
+        {"step": True},
+        {"step": 1e300},
+        {"step": None},
+        {"resumable": "yes"},
+        {"identity": [1]},
+        {"identity": "x" * 100_000},
+    ],
+)
+def test_a_manifest_of_wrong_types_is_damaged(part: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = sealed(tmp_path / "out" / "checkpoint-1")
+    path = checkpoint / manifest.FILE_NAME
+    document = {**json.loads(path.read_text()), **part}
+    del document["sha256"]
+    path.write_text(json.dumps({**document, "sha256": manifest.digest(document)}))
+    with pytest.raises(manifest.InvalidCheckpoint, match="damaged"):
+        manifest.verify(checkpoint)
+    assert find_checkpoint(tmp_path / "out").manifest is None
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 600 + "]" * 600, '{"a": ' * 5000, "[" * 200_000, "null", "[]", "3", "{}", "\xff", ""]
+)
+def test_a_manifest_that_is_none_is_damaged(text: str, tmp_path: Path) -> None:
+    checkpoint = sealed(tmp_path / "out" / "checkpoint-1")
+    (checkpoint / manifest.FILE_NAME).write_text(text, encoding="latin-1")
+    with pytest.raises(manifest.InvalidCheckpoint, match="damaged"):
+        manifest.verify(checkpoint)
+    document = f'{{"format": 1, "sha256": "", "files": {{}}, "identity": {"[" * 600 + "]" * 600}}}'
+    (checkpoint / manifest.FILE_NAME).write_text(document)
+    with pytest.raises(manifest.InvalidCheckpoint, match="damaged"):
+        manifest.verify(checkpoint)
+    assert find_checkpoint(tmp_path / "out").manifest is None
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -169,3 +214,13 @@ def test_a_recipe_s_name_is_no_path(tmp_path: Path) -> None:
     for name in ("../../etc/passwd", "/etc/passwd", "../kto", "kto/../kto"):
         with pytest.raises(ConfigError, match="no such recipe"):
             find_recipe(name)
+
+
+def test_a_sweep_s_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    lock = tmp_path / "trackers.lock"
+    lock.symlink_to(tmp_path / "created")
+    with pytest.raises(SetupError, match="a link stands"), one_at_a_time(lock):
+        pass
+    with pytest.raises(SetupError, match="a link stands"):
+        has_locks(lock)
+    assert not (tmp_path / "created").exists()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
 
+from preftune.ui.server import doorway
 from tests.ui.conftest import Server
 
 JSON = {"Content_Type": "application/json"}
@@ -77,6 +79,29 @@ def test_a_form_of_another_site_cannot_act(server: Server) -> None:
     headers = {"Origin": own_origin(server), "Sec_Fetch_Site": "cross-site", **JSON}
     assert server.request("POST", "act", body, **headers)[0] == 403
     assert server.get("list", Sec_Fetch_Site="cross-site")[0] == 403
+
+
+NAVIGATION = {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}
+
+
+def test_a_link_leads_to_the_first_page_and_no_further(server: Server) -> None:
+    assert server.get("", **NAVIGATION)[0] == 200
+    assert server.request("GET", "", None, "wrong", **NAVIGATION)[0] == 404
+    for path in ("list", f"view?id={server.key('one')}", "changes"):
+        assert server.get(path, **NAVIGATION)[0] == 403
+    for other in ({"Sec_Fetch_Dest": "iframe"}, {"Sec_Fetch_Mode": "no-cors"}, {"Origin": "null"}):
+        assert server.get("", **{**NAVIGATION, **other})[0] == 403
+    assert server.request("POST", "", b"{}", None, **NAVIGATION, **JSON)[0] in (403, 405)
+
+
+def test_the_browser_s_command_line_shows_no_token() -> None:
+    token = "planted-token-0001"
+    with doorway(f"http://127.0.0.1:1234/{token}/") as shown:
+        page = Path(shown.removeprefix("file://"))
+        assert token not in shown
+        assert f'url=http://127.0.0.1:1234/{token}/"' in page.read_text()
+        assert page.parent.stat().st_mode & 0o077 == 0
+    assert not page.parent.exists()
 
 
 def test_reading_addresses_change_nothing(server: Server) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ import psutil
 import pytest
 
 from preftune.config.machine import machine_id
+from preftune.errors import TrainingError
 from preftune.ui import control
 from preftune.ui.folders import find, overview, signature, status_of
 from tests.report.folders import make_run, make_sweep, write_lines
@@ -63,11 +62,33 @@ def test_a_process_that_is_not_the_runs_is_never_signalled(tmp_path: Path, sleep
             action(tmp_path)
     assert sleeper.is_running()
     assert not (tmp_path / "SAVE").exists()
+    # A log that names any process of this user's, correctly: whoever it is, it is asked by a file and not signalled.
     write_lines(tmp_path / "log.jsonl", [begin(sleeper)])
     assert "checkpoint" in control.save(tmp_path)
     assert (tmp_path / "SAVE").exists()
-    control.stop(tmp_path)
-    assert sleeper.wait(timeout=10) == -signal.SIGTERM
+    with pytest.raises(TrainingError, match="did not say how"):
+        control.stop(tmp_path)
+    for token in ("../" + "a" * 29, "A" * 32, "a" * 31, ["a" * 32], "a" * 32 + "\n"):
+        write_lines(tmp_path / "log.jsonl", [begin(sleeper, token=token)])
+        with pytest.raises(TrainingError, match="did not say how"):
+            control.stop(tmp_path)
+    write_lines(tmp_path / "log.jsonl", [begin(sleeper, token="a" * 32)])
+    assert "asked to stop" in control.stop(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".stop-" + "a" * 32, "SAVE", "log.jsonl"]
+    time.sleep(0.5)
+    assert sleeper.is_running()
+    assert sleeper.status() != psutil.STATUS_ZOMBIE
+
+
+def test_files_that_ask_a_run_are_made_here_or_nowhere(tmp_path: Path, sleeper: psutil.Process) -> None:
+    run = tmp_path / "run"
+    write_lines(run / "log.jsonl", [begin(sleeper, token="b" * 32)])
+    for name in ("SAVE", ".stop-" + "b" * 32):
+        (run / name).symlink_to(tmp_path / "elsewhere")
+    for action in (control.save, control.stop):
+        with pytest.raises(TrainingError, match="cannot be written"):
+            action(run)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_folders_are_found_without_checkpoints_and_links(tmp_path: Path) -> None:
@@ -95,34 +116,28 @@ def test_news_are_noticed_and_a_vanished_folder_is_no_error(tmp_path: Path) -> N
     assert overview(entry)["status"] == "unknown"
 
 
-def read_events(server: Server, path: str, seconds: float) -> Any:
-    """Lines of an event stream as they come, for so many seconds."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=seconds)
-    connection.request("GET", f"/{server.token}/{path}")
-    answer = connection.getresponse()
-    assert answer.getheader("content-type", "").startswith("text/event-stream")
-    end = time.monotonic() + seconds
-    try:
-        while time.monotonic() < end:
-            yield answer.readline().decode().strip()
-    except TimeoutError:
-        return
-    finally:
-        answer.close()
-        connection.close()
+def now(server: Server, path: str) -> str:
+    status, text, _ = server.get(path)
+    assert status == 200
+    return str(json.loads(text)["now"])
 
 
 def test_open_pages_are_told_and_outlive_a_folder(server: Server) -> None:
     folder = make_run(server.root / "brief", num_steps=5)
     key = server.key("brief")
-    stream = read_events(server, f"events?id={key}", 30)
-    assert next(stream) == "retry: 2000"
+    path = f"changes?id={key}"
+    # A new folder is found within an interval.
+    end = time.monotonic() + 30
+    while now(server, path) == "gone":
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    first, everything = now(server, path), now(server, "changes")
+    assert now(server, path) == first
     write_lines(folder / "samples.jsonl", [])
-    assert next(line for line in stream if line.startswith("event")) == "event: change"
-    assert next(stream).startswith("data: ")
+    assert now(server, path) != first
+    assert now(server, "changes") != everything
     shutil.rmtree(folder)
-    assert next(line for line in stream if line.startswith("data")) == 'data: "gone"'
-    stream.close()
+    assert now(server, path) == "gone"
     for path in (f"view?id={key}", f"news?id={key}"):
         assert server.get(path)[0] == 404
     # Together with one that is still there, the rest is shown.

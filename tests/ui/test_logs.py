@@ -85,7 +85,7 @@ def test_a_long_log_is_not_parsed_again(tmp_path: Path, monkeypatch: pytest.Monk
         parsed.append(text)
         return whole(text)
 
-    monkeypatch.setattr("preftune.ui.logs.json.loads", counted)
+    monkeypatch.setattr("preftune.files.json.loads", counted)
     append(path, json.dumps(line(20_000, loss=0.5)) + "\n")
     assert logs.facts(path).loss == 0.5
     assert logs.facts(path).loss == 0.5

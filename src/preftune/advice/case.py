@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from preftune.errors import ConfigError, DataError
+from preftune.files import parse_json
 
 Counts = npt.NDArray[np.int64]
 
@@ -236,7 +236,7 @@ def noise_from_audit(path: str | Path) -> Noise | None:
         DataError: The file cannot be read as an audit.
     """
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = parse_json(Path(path).expanduser().read_text(encoding="utf-8"))
         found = content["noise"]
         if not found or found.get("estimate") is None:
             return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from preftune.errors import ModelError
+from preftune.files import parse_json
 from preftune.models.trust import pinned
 
 #: A prime, so that an axis of this length can only be the tokens.
@@ -104,7 +104,7 @@ def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = 
     adapter = Path(name).expanduser() / "adapter_config.json"
     try:
         if adapter.is_file() and not adapter.with_name("config.json").exists():
-            name, revision = str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]), "main"
+            name, revision = str(parse_json(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]), "main"
         keywords = pinned(name, {"revision": revision, "trust_remote_code": trust_remote_code})
         return AutoConfig.from_pretrained(name, **keywords)
     except ModelError:

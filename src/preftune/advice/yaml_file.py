@@ -11,6 +11,7 @@ import yaml
 
 from preftune.advice.advisor import Advice
 from preftune.advice.case import Setting
+from preftune.config.secrets import REDACTED, redact
 from preftune.errors import ConfigError
 
 _WIDTH = 110
@@ -37,7 +38,10 @@ def configuration(advice: Advice, kept: Mapping[str, Any]) -> str:
     advised = {setting.field for setting in advice.settings}
     for name, value in kept.items():
         if name not in advised:
-            lines.append(_entry(name, value))
+            # Such a file is kept, passed on and put under version control.
+            secret = REDACTED in str(redact(value, name))
+            left_out = f"# {name}: left out, as it holds a secret; give it as a flag"
+            lines.append(left_out if secret else _entry(name, value))
     lines.append("")
     for setting in advice.settings:
         lines += [*_comment(setting), _entry(setting.field, setting.value)]

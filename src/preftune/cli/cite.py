@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preftune.errors import ConfigError, DataError
+from preftune.files import parse_json
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -54,7 +54,7 @@ def used_by(folder: Path) -> list[str]:
     """
     file = folder / "provenance.json"
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse_json(file.read_text(encoding="utf-8"))
         values = {name: entry["value"] for name, entry in document["settings"]["trainer"].items()}
         method = (document.get("plan") or {}).get("method")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,6 +11,8 @@ from typing import TextIO
 from rich.console import Console
 
 from preftune.bars import hidden_bars
+from preftune.config.secrets import redact
+from preftune.errors import printable
 
 
 @contextmanager
@@ -26,7 +28,9 @@ def plain_warnings(console: Console) -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if not issubclass(category, (DeprecationWarning, FutureWarning)) and not console.quiet:
-            Console(stderr=True).print(f"preftune: warning: {message}", markup=False, highlight=False, soft_wrap=True)
+            # Warnings quote files, addresses and answers of others.
+            said = printable(str(redact(str(message))))
+            Console(stderr=True).print(f"preftune: warning: {said}", markup=False, highlight=False, soft_wrap=True)
 
     # A bar in a file is one long line.
     bars = nullcontext() if sys.stderr.isatty() else hidden_bars(of_transformers=False)

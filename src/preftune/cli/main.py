@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import TracebackType
 from typing import NoReturn
 
 from preftune.cli.verbs import INTERRUPTED, TRAINING_VERBS, VERBS
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, the code of the error's kind, or 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.excepthook = _without_secrets
     for stream in (sys.stdout, sys.stderr):
         # A formula should not end the program where the terminal has no letter for it.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
@@ -98,6 +101,15 @@ def _reported(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("preftune: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback is a defect, and ends up in public reports of it: without the values that it quotes."""
+    import traceback
+
+    from preftune.config.secrets import redact
+
+    print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
 
 def _output_fails() -> bool:

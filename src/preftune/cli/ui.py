@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,16 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in ("starlette", "uvicorn", "plotly") if importlib.util.find_spec(name) is None]
     if missing:
         raise SetupError(f"needs {', '.join(missing)}", where="preftune ui", remedy="pip install 'preftune[ui]'")
-    from preftune.ui.server import serve
+    from preftune.ui.server import doorway, serve
 
-    def announce(address: str) -> None:
-        print(f"open {address}\nCtrl-C ends it; runs go on.", flush=True)
-        if arguments.open:
-            import webbrowser
+    with contextlib.ExitStack() as stack:
 
-            webbrowser.open(address)
+        def announce(address: str) -> None:
+            print(f"open {address}\nCtrl-C ends it; runs go on.", flush=True)
+            if arguments.open:
+                import webbrowser
 
-    serve(folder, port=arguments.port, announce=announce)
+                webbrowser.open(stack.enter_context(doorway(address)))
+
+        serve(folder, port=arguments.port, announce=announce)
     return 0

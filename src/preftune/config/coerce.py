@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from preftune.config.fields import members
+from preftune.config.yaml_text import read_yaml
 
 _TRUE = frozenset({"true", "yes", "on", "1", "y", "t"})
 _FALSE = frozenset({"false", "no", "off", "0", "n", "f"})
@@ -217,9 +218,9 @@ def _to_mapping(value: Any) -> dict[str, Any]:
 def _read_nested(text: str, kind: type[Any], words: str) -> Any:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
-            found = yaml.safe_load(text)
+            found = read_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
             raise Mismatch(f"not readable as {words}", "write it as JSON inside single quotes") from error
     if not isinstance(found, kind):

@@ -13,6 +13,7 @@ from typing import Any, Final
 import yaml
 
 from preftune.config.coerce import Mismatch, coerce
+from preftune.config.yaml_text import read_yaml
 from preftune.errors import ConfigError
 
 _DROP: Final = object()
@@ -233,6 +234,6 @@ def _read_text(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return read_yaml(value)
+    except (yaml.YAMLError, ValueError):
         return value

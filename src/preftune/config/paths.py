@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -23,6 +24,31 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path | None:
         # A null byte, or links in a circle.
         return None
     return Path(folder) / name if place != root and place.is_relative_to(root) and name else None
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder that only this user can enter; one that is there is closed to others.
+
+    Raises:
+        OSError: It cannot be made, or belongs to somebody else.
+    """
+    make_home(path.parent)
+    path.mkdir(exist_ok=True, mode=0o700)
+    about = path.stat()
+    if about.st_uid != os.getuid():
+        raise PermissionError(errno.EACCES, "it belongs to another user", str(path))
+    if about.st_mode & 0o077:
+        path.chmod(0o700)
+
+
+def make_home(path: Path) -> None:
+    """Make a folder of caches for this user alone; one that is there is left as it is: somebody may share it.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(exist_ok=True, mode=0o700)
 
 
 def cache_home() -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from preftune.config.secrets import redact
+from preftune.config.yaml_text import check_length, check_size
 from preftune.errors import ConfigError
 
 
@@ -186,10 +187,12 @@ def settings_from_file(path: str, layer: int) -> list[Setting]:
         raise ConfigError(f"cannot read the file ({error.strerror})", where=path) from error
     loader: yaml.SafeLoader | None = None
     try:
+        check_length(text)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return []
+        check_size(node)
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError("not a mapping of names to values", where=path, remedy="write lines such as `beta: 0.1`")
         return _settings_of(node, loader, path, layer)
@@ -197,10 +200,11 @@ def settings_from_file(path: str, layer: int) -> list[Setting]:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else path
         raise ConfigError(f"not valid YAML ({error.problem or error.context})", where=where) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"not valid YAML ({error})", where=path) from error
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"not valid YAML ({why})", where=path) from error
     finally:
         if loader is not None:
             loader.dispose()

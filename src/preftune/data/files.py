@@ -314,8 +314,15 @@ def find(name: str, config: str | None = None) -> Origin:
         )
     if path.is_file():
         return Origin(name, ("train",), lambda split: read_file(path))
+    if not path.is_dir():
+        # A pipe or a device may never end, and cannot be read twice.
+        raise DataError(
+            "neither a file nor a folder", where="dataset_name", value=name, remedy="write the rows into a file first"
+        )
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _saved(name, path)
+        from preftune.data.saved import saved
+
+        return saved(name, path)
     return _folder(name, path)
 
 
@@ -328,14 +335,6 @@ def _nearby(path: Path) -> str | None:
     if near:
         return f"did you mean {str(folder / near[0])!r}?"
     return None if folder.is_dir() else f"the folder {str(folder)!r} does not exist either"
-
-
-def _saved(name: str, path: Path) -> Origin:
-    import datasets
-
-    loaded = datasets.load_from_disk(str(path))
-    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    return Origin(name, tuple(splits), lambda split: from_dataset(name, splits[split]))
 
 
 def _folder(name: str, path: Path) -> Origin:

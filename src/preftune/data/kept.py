@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preftune.config.paths import cache_home
+from preftune.config.paths import cache_home, private_folder
 from preftune.data.options import DataOptions
 from preftune.files import replacing
 
@@ -80,6 +80,12 @@ def remembered(dataset: Dataset, worker: Any, options: DataOptions, compute: Cal
     except Exception as error:  # whatever a foreign tokenizer may raise while it is looked at
         logger.warning("tokenised data are not kept: %s", error)
         return compute()
+    try:
+        # They say as much as the data themselves; and what others could put there would be trained on.
+        private_folder(path.parent)
+    except OSError as error:
+        logger.warning("tokenised data are not kept: %s", error)
+        return compute()
     table = _read(path, len(dataset))
     if table is None:
         table = compute()
@@ -125,8 +131,6 @@ def _write(path: Path, table: pa.Table) -> None:
     import pyarrow as pa
 
     try:
-        # They say as much as the data themselves.
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (
             replacing(path) as beside,
             pa.OSFile(str(beside), "wb") as sink,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from preftune.config.secrets import redact
 from preftune.errors import ConfigError
+from preftune.evaluation.endpoint import checked_variable
 
 #: Whom the judge compares the model with.
 OPPONENTS = ("reference", "chosen", "compare")
@@ -132,6 +134,8 @@ class EvalConfig:
         self._check_judge()
 
     def _check_judge(self) -> None:
+        if self.judge_key_env is not None:
+            checked_variable(self.judge_key_env)
         if self.judge_url is None:
             for name in ("judge_model", "judge_key_env", "judge_against"):
                 if getattr(self, name) is not None:
@@ -141,7 +145,7 @@ class EvalConfig:
             return
         if not self.judge_url.startswith(("http://", "https://")):
             raise ConfigError(
-                "not an address", where="judge_url", value=self.judge_url, allowed="http://... or https://..."
+                "not an address", where="judge_url", value=redact(self.judge_url), allowed="http://... or https://..."
             )
         if not self.judge_model:
             raise ConfigError("no judge named", where="judge_model", remedy="set judge_model to the endpoint's model")

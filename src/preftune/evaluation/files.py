@@ -21,7 +21,8 @@ def append(path: Path, text: str) -> None:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     text = "\n" + text
-            file.write(text.encode("utf-8"))
+            # Models write halves of characters. As an escape of JSON, which Python's is too, they are kept as they are.
+            file.write(text.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

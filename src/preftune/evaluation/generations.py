@@ -22,6 +22,7 @@ from preftune.evaluation.metrics import Summary
 from preftune.evaluation.pairs import EvalPairs, Ids
 from preftune.evaluation.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.evaluation.scoring import Scorer
+from preftune.files import parse_json
 from preftune.stats.intervals import bootstrap_ratio
 from preftune.stats.rows import Array
 
@@ -39,9 +40,9 @@ class GenerationCache:
         self.path = None if folder is None else Path(folder) / FILE_NAME
         self._known: dict[str, dict[str, Any]] = {}
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     self._known[record["key"]] = record
                 except (ValueError, KeyError, TypeError):
                     # The last line of a run that was killed; its batch is drawn again.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from preftune.evaluation.result import EvalResult
 from preftune.evaluation.sampling import Sample
 from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.winrate import win_rate
+from preftune.files import parse_json
 from preftune.stats.rows import Array
 
 #: Prompts that are shown with both completions.
@@ -349,7 +349,7 @@ def _beta(given: float | None, model: str | None) -> tuple[float, list[str]]:
     path = Path(model or "") / "provenance.json"
     for candidate in (path, path.parent.parent / path.name):
         try:
-            settings = json.loads(candidate.read_text(encoding="utf-8"))["settings"]
+            settings = parse_json(candidate.read_text(encoding="utf-8"))["settings"]
             value = float(settings["trainer"]["beta"]["value"])
         except (OSError, ValueError, KeyError, TypeError):
             continue

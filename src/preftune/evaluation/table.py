@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from preftune.errors import printable
 from preftune.evaluation.result import EvalResult
 
 _LABELS = {
@@ -150,7 +151,8 @@ def _bench(result: EvalResult) -> Table | None:
 
 def _sample(sample: Mapping[str, Any]) -> Panel:
     def cut(text: str) -> str:
-        return text if len(text) <= 600 else text[:600] + " ..."
+        # What a model writes is shown, and not obeyed.
+        return printable(text if len(text) <= 600 else text[:600] + " ...")
 
     parts: list[RenderableType] = [Text(cut(str(sample["prompt"])), style="dim")]
     parts += [Text("model", style="bold"), Text(cut(str(sample["completion"])))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from preftune.config import ModelConfig
 from preftune.errors import ConfigError, ModelError, PreftuneError, SetupError
+from preftune.files import parse_json
 from preftune.models.trust import TOKENIZER_FILES, is_commit, load_adapter, pinned
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _adapter_base(name: str, revision: str, where: str = "model_name_or_path") -
         path = find_adapter_config_file(name, revision=revision)
         if path is None:
             return None
-        base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = parse_json(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ModelError(
             "the adapter does not name its base model", where=str(path), remedy="add base_model_name_or_path to it"

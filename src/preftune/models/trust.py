@@ -6,7 +6,6 @@ tokenizer and code are loaded at exactly that commit by this process, however of
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune.errors import ModelError
+from preftune.files import parse_json
 
 #: Files that may name classes of their own, by what is loaded.
 MODEL_FILES = ("config.json",)
@@ -200,8 +200,8 @@ def _settings(name: str, folder: Path, keywords: Mapping[str, Any], file: str) -
             **passed,
         )
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError):
         content = {}
     return content if isinstance(content, dict) else {}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from preftune.config.paths import make_home
 from preftune.errors import StoreError
 
 FILE_NAME = "references-v1.sqlite"
@@ -27,6 +29,8 @@ _NETWORK_TYPES = frozenset(
     }
 )
 
+#: What SQLite's calls raise. It quotes a damaged file in its errors, and Python cannot read the quotation.
+FAILURES = (sqlite3.Error, UnicodeDecodeError)
 Failure = Literal["corrupt", "full", "read_only", "busy", "other"]
 Journal = Literal["wal", "delete"]
 
@@ -46,8 +50,10 @@ class Database:
     journal_mode: str
 
 
-def failure_of(error: sqlite3.Error) -> Failure:
+def failure_of(error: Exception) -> Failure:
     """Classify an error by its text, which SQLite keeps stable; numeric codes need Python 3.11."""
+    if isinstance(error, UnicodeDecodeError):
+        return "corrupt"
     text = str(error)
     if "malformed" in text or "not a database" in text:
         return "corrupt"
@@ -88,7 +94,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        handle = os.open(folder / ".references.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(folder / ".references.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError:
         yield
         return
@@ -117,17 +123,45 @@ def open_database(folder: Path, max_bytes: int | None = None) -> Database:
     """
     file = folder / FILE_NAME
     with contextlib.suppress(OSError):  # a folder that cannot be made is told apart below, by what SQLite says
-        folder.mkdir(parents=True, exist_ok=True)
+        make_home(folder)
+    _check_folder(folder)
     with folder_lock(folder):
         try:
             return _open_writable(file, max_bytes)
-        except sqlite3.Error as error:
+        except FAILURES as error:
             if failure_of(error) != "read_only" or not file.exists():
                 raise
         return _open_read_only(file)
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder in which anybody could put another file in the place of the store's."""
+    try:
+        everybody = folder.stat().st_mode & stat.S_IWOTH
+    except OSError:
+        return
+    if everybody:
+        raise StoreError(
+            "All users of this machine can write to the folder of the reference store",
+            where=str(folder),
+            remedy=f"chmod o-w {folder}, or set PREFTUNE_CACHE to a folder below it",
+        )
+
+
+def _make_private(file: Path) -> None:
+    """A file for this user alone, whatever the umask; one that is there is closed to all but its group."""
+    with contextlib.suppress(OSError):
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            about = os.fstat(handle)
+            if about.st_uid == os.getuid() and about.st_mode & 0o007:
+                os.fchmod(handle, about.st_mode & 0o770)
+        finally:
+            os.close(handle)
+
+
 def _open_writable(file: Path, max_bytes: int | None) -> Database:
+    _make_private(file)
     connection = _connect(str(file))
     try:
         if not os.access(file, os.W_OK) or not os.access(file.parent, os.W_OK):
@@ -139,7 +173,7 @@ def _open_writable(file: Path, max_bytes: int | None) -> Database:
         if not known:
             _create_tables(connection)
         if max_bytes is not None:
-            (page_size,) = connection.execute("PRAGMA page_size").fetchone()
+            (page_size,) = one_row(connection.execute("PRAGMA page_size"))
             connection.execute(f"PRAGMA max_page_count={max(1, max_bytes // page_size)}")
     except BaseException:
         connection.close()
@@ -150,14 +184,14 @@ def _open_writable(file: Path, max_bytes: int | None) -> Database:
 def _open_read_only(file: Path) -> Database:
     # WAL wants to write a file beside the database even to read. 'immutable' does without, at the risk of reading
     # pages that another machine is just replacing; the checksum of every value turns that into a miss.
-    failure: sqlite3.Error | None = None
+    failure: Exception | None = None
     for mode in ("mode=ro", "mode=ro&immutable=1"):
         connection = _connect(f"{file.absolute().as_uri()}?{mode}", uri=True)
         try:
             if _check_owner(connection, file):
                 return Database(connection, False, "none")
             failure = sqlite3.OperationalError("attempt to write a readonly database")
-        except sqlite3.Error as error:
+        except FAILURES as error:
             failure = error
         connection.close()
     assert failure is not None
@@ -165,13 +199,28 @@ def _open_read_only(file: Path) -> Database:
 
 
 def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
-    return sqlite3.connect(name, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=uri)
+    connection = sqlite3.connect(name, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=uri)
+    # A damaged name is another name, not an error while it is read.
+    connection.text_factory = lambda data: data.decode("utf-8", "replace")
+    return connection
+
+
+def one_row(cursor: sqlite3.Cursor) -> tuple[Any, ...]:
+    """The row that a sound file is sure to have.
+
+    Raises:
+        sqlite3.DatabaseError: There is none.
+    """
+    row: tuple[Any, ...] | None = cursor.fetchone()
+    if row is None:
+        raise sqlite3.DatabaseError("database disk image is malformed (a row is missing)")
+    return row
 
 
 def _check_owner(connection: sqlite3.Connection, file: Path) -> bool:
     """Return whether the tables exist; refuse a database that another program made."""
     connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
-    (owner,) = connection.execute("PRAGMA application_id").fetchone()
+    (owner,) = one_row(connection.execute("PRAGMA application_id"))
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")}
     if owner == APPLICATION_ID and {"weights", "logps"} <= tables:
         return True
@@ -185,10 +234,10 @@ def _check_owner(connection: sqlite3.Connection, file: Path) -> bool:
 
 
 def _set_journal(connection: sqlite3.Connection, wanted: Journal) -> str:
-    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+    (mode,) = one_row(connection.execute("PRAGMA journal_mode"))
     if mode != wanted:
         try:
-            (mode,) = connection.execute(f"PRAGMA journal_mode={wanted}").fetchone()
+            (mode,) = one_row(connection.execute(f"PRAGMA journal_mode={wanted}"))
         except sqlite3.OperationalError as error:
             # 'busy': another process has the file open in its mode, which then holds for this one too.
             # Otherwise the file system has no shared memory to offer.
@@ -246,11 +295,11 @@ def is_sound(file: Path) -> bool:
     """Read the whole file once and tell whether SQLite finds it consistent."""
     try:
         connection = _connect(str(file))
-    except sqlite3.Error:
+    except FAILURES:
         return False
     try:
         return bool(connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",))
-    except sqlite3.Error as error:
+    except FAILURES as error:
         return failure_of(error) != "corrupt"
     finally:
         connection.close()

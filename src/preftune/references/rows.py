@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from preftune.errors import DataError
+from preftune.references.database import FAILURES, one_row
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -19,7 +22,7 @@ _CHECKSUM_BYTES = 8
 _FLOAT = np.dtype("<f4")
 
 
-def select(connection: sqlite3.Connection, weights_key: str, keys: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+def select(connection: sqlite3.Connection, weights_key: str, keys: list[bytes]) -> Iterator[tuple[Any, Any]]:
     """Yield key and stored bytes of the sequences that are known."""
     for start in range(0, len(keys), _READ_CHUNK):
         chunk = keys[start : start + _READ_CHUNK]
@@ -37,7 +40,7 @@ def insert(connection: sqlite3.Connection, weights_key: str, chunk: list[tuple[b
     connection.execute("BEGIN IMMEDIATE")
     # The id is looked up inside the transaction: another process may have cleared and recreated these weights.
     connection.execute("INSERT OR IGNORE INTO weights (key, created, used) VALUES (?, ?, ?)", (weights_key, now, now))
-    (weights,) = connection.execute("SELECT id FROM weights WHERE key = ?", (weights_key,)).fetchone()
+    (weights,) = one_row(connection.execute("SELECT id FROM weights WHERE key = ?", (weights_key,)))
     connection.execute("UPDATE weights SET used = ? WHERE id = ?", (now, weights))
     connection.executemany(
         "INSERT OR REPLACE INTO logps (weights, key, value) VALUES (?, ?, ?)",
@@ -52,7 +55,7 @@ def delete(connection: sqlite3.Connection, weights_key: str | None, before: floa
     ids = [
         number
         for number, key, used in connection.execute("SELECT id, key, used FROM weights").fetchall()
-        if weights_key in (None, key) and (before is None or used < before)
+        if weights_key in (None, key) and (before is None or _seconds(used) < before)
     ]
     removed = 0
     for number in ids:
@@ -66,10 +69,16 @@ def delete(connection: sqlite3.Connection, weights_key: str | None, before: floa
 
 def summary(connection: sqlite3.Connection) -> list[tuple[str, int, float, float]]:
     """Return key, number of entries, created and last used of each reference, the last used first."""
-    return connection.execute(
+    found = connection.execute(
         "SELECT key, (SELECT COUNT(*) FROM logps WHERE weights = weights_row.id), created, used"
         " FROM weights AS weights_row ORDER BY used DESC, key"
     ).fetchall()
+    return [(str(key), number, _seconds(created), _seconds(used)) for key, number, created, used in found]
+
+
+def _seconds(value: Any) -> float:
+    """A time as it was stored; the beginning of all times where a damaged file holds something else."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
 def roll_back(connection: sqlite3.Connection) -> None:
@@ -77,7 +86,7 @@ def roll_back(connection: sqlite3.Connection) -> None:
     try:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-    except sqlite3.Error:
+    except FAILURES:
         pass  # SQLite has rolled back by itself
 
 
@@ -92,8 +101,10 @@ def encode(weights_key: str, key: bytes, value: FloatArray) -> bytes:
     return _checksum(weights_key, key, data) + data
 
 
-def decode(weights_key: str, key: bytes, blob: bytes) -> FloatArray | None:
+def decode(weights_key: str, key: Any, blob: Any) -> FloatArray | None:
     """Return the value, or ``None`` if its bytes are not what was stored."""
+    if not isinstance(blob, bytes) or not isinstance(key, bytes):
+        return None  # a bit that says of which type a value is
     if len(blob) < _CHECKSUM_BYTES or (len(blob) - _CHECKSUM_BYTES) % _FLOAT.itemsize:
         return None
     data = blob[_CHECKSUM_BYTES:]

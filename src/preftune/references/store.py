@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -157,7 +158,7 @@ class ReferenceStore:
                     value = rows.decode(weights_key, key, blob)
                     if value is not None:
                         found[key] = value
-            except sqlite3.Error as error:
+            except database.FAILURES as error:
                 self._fail(error)
             else:
                 self._touch(weights_key)
@@ -196,7 +197,7 @@ class ReferenceStore:
             if connection is not None:
                 try:
                     found = rows.summary(connection)
-                except sqlite3.Error as error:
+                except database.FAILURES as error:
                     self._fail(error)
             opened = self._database
             return StoreInfo(
@@ -237,7 +238,7 @@ class ReferenceStore:
             before = None if seconds is None else time.time() - seconds
             try:
                 return removed + rows.delete(connection, weights_key, before)
-            except sqlite3.Error as error:
+            except database.FAILURES as error:
                 rows.roll_back(connection)
                 raise StoreError(
                     f"Clearing failed ({error})",
@@ -252,7 +253,7 @@ class ReferenceStore:
         self._database = None
         try:
             self._database = database.open_database(self.path, self._max_bytes)
-        except sqlite3.Error as error:
+        except database.FAILURES as error:
             if self._strict:
                 raise self._as_store_error(error) from error
             if again or failure_of(error) != "corrupt" or not self._move_aside():
@@ -276,7 +277,7 @@ class ReferenceStore:
         connection = self._connection()
         return connection if self._database is not None and self._database.writable else None
 
-    def _fail(self, error: sqlite3.Error) -> None:
+    def _fail(self, error: Exception) -> None:
         """Deal with an error of an open store; afterwards it is sound, read from only, or served from memory."""
         if self._strict:
             raise self._as_store_error(error) from error
@@ -308,7 +309,7 @@ class ReferenceStore:
             )
         return True
 
-    def _as_store_error(self, error: sqlite3.Error) -> StoreError:
+    def _as_store_error(self, error: Exception) -> StoreError:
         remedy = {
             "corrupt": "`preftune cache clear` moves the file aside and begins a new one",
             "full": "Free some space, or run `preftune cache clear`",
@@ -338,7 +339,7 @@ class ReferenceStore:
             try:
                 rows.insert(connection, weights_key, chunk)
                 return True
-            except sqlite3.Error as error:
+            except database.FAILURES as error:
                 rows.roll_back(connection)
                 self._fail(error)
                 if failure_of(error) != "corrupt":
@@ -359,7 +360,8 @@ class ReferenceStore:
             connection.execute(
                 "UPDATE weights SET used = ? WHERE key = ? AND used < ?", (now, weights_key, now - _USED_RESOLUTION)
             )
-        except sqlite3.Error:
+        except database.FAILURES:
             pass
         finally:
-            connection.execute(f"PRAGMA busy_timeout={int(1000 * database.BUSY_SECONDS)}")
+            with suppress(*database.FAILURES):
+                connection.execute(f"PRAGMA busy_timeout={int(1000 * database.BUSY_SECONDS)}")

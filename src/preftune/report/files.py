@@ -5,13 +5,12 @@ A report must come out of what is there. Whatever cannot be read becomes a note 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from preftune.errors import flat
-from preftune.files import finite
+from preftune.files import finite, parse_json
 
 #: Larger files are no result files of ours; reading one would only fill the memory.
 MAX_BYTES = 512 * 1024 * 1024
@@ -40,12 +39,12 @@ def read_object(path: Path, notes: Notes) -> dict[str, Any] | None:
     Returns:
         The object, with numbers that are not finite replaced by ``None``.
     """
-    text = _text(path, notes)
+    text = read_text(path, notes)
     if text is None:
         return None
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         notes.add(path, f"it is not valid JSON ({flat(error)[:120]})")
         return None
     if not isinstance(content, dict):
@@ -67,7 +66,7 @@ def read_lines(path: Path, notes: Notes) -> list[dict[str, Any]]:
     Returns:
         The objects in their order; empty where there is no file.
     """
-    text = _text(path, notes)
+    text = read_text(path, notes)
     if text is None:
         return []
     found: list[dict[str, Any]] = []
@@ -77,8 +76,8 @@ def read_lines(path: Path, notes: Notes) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line)
+        except ValueError:
             entry = None
         if isinstance(entry, dict):
             found.append(finite(entry))
@@ -106,6 +105,11 @@ def objects(value: Any) -> list[dict[str, Any]]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
+def strings(value: Any) -> list[str]:
+    """The texts of a list; empty where the value is no list."""
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """The value where it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
@@ -116,7 +120,13 @@ def leads_out(path: Path) -> bool:
     return path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve())
 
 
-def _text(path: Path, notes: Notes) -> str | None:
+def read_text(path: Path, notes: Notes) -> str | None:
+    """The text of a file, or ``None`` where there is none; what is no file of text is left out.
+
+    Args:
+        path: The file.
+        notes: Takes the reason where it exists and is left out.
+    """
     try:
         if not path.is_file():
             return None

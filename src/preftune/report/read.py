@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from preftune.config.yaml_text import TooMuch, read_yaml
 from preftune.errors import DataError
-from preftune.report.files import Notes, leads_out, mapping, objects, read_lines, read_object
+from preftune.report.files import Notes, mapping, number, objects, read_lines, read_object, read_text
 
 STATE, LIVE_LOG = "trainer_state.json", "log.jsonl"
 #: Trials of a sweep whose curves are drawn; more lines cannot be told apart.
@@ -266,32 +267,31 @@ def _live_history(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Log lines out of ``log.jsonl``: after a resume the later line of a step counts."""
     lines: list[dict[str, Any]] = []
     for event in events:
-        logs = event.get("logs")
+        logs, step = event.get("logs"), number(event.get("step", 0))
+        if step is None:
+            continue
         if event.get("event") == "begin":
-            start = event.get("step", 0)
-            lines = [line for line in lines if line["step"] <= start]
+            lines = [line for line in lines if line["step"] <= step]
         elif isinstance(logs, dict):
             lines.append({**logs, "step": event.get("step", 0), "epoch": event.get("epoch")})
     return lines
 
 
 def _last_step(history: Sequence[dict[str, Any]]) -> float:
-    steps = [line["step"] for line in history if isinstance(line.get("step"), (int, float))]
-    return max(steps, default=-1)
+    steps = [step for line in history if (step := number(line.get("step"))) is not None]
+    return max(steps, default=-1.0)
 
 
 def _read_yaml(path: Path, notes: Notes) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    if leads_out(path):
-        notes.add(path, "it is a link that leads out of its folder")
-        return {}
     import yaml
 
+    text = read_text(path, notes)
+    if text is None:
+        return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        notes.add(path, "it is not valid YAML")
+        content = read_yaml(text)
+    except (ValueError, yaml.YAMLError) as error:
+        notes.add(path, str(error) if isinstance(error, TooMuch) else "it is not valid YAML")
         return {}
     return mapping(content)
 

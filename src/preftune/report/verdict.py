@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from preftune.report.curves import Curve, Curves
-from preftune.report.files import mapping, number, objects
+from preftune.report.files import mapping, number, objects, strings
 from preftune.report.read import Run
 from preftune.report.settings import settings_of
 from preftune.report.tables import figure, interval, is_interval, level_of, percent
@@ -106,7 +106,7 @@ def describe(run: Run, curves: Curves) -> str:
     if values.get("use_peft") == "true":
         parts.append("through a LoRA adapter")
     if data.get("num_rows") is not None:
-        names = ", ".join(str(name).rpartition("/")[2] for name in data.get("names") or [])
+        names = ", ".join(str(name).rpartition("/")[2] for name in strings(data.get("names")))
         parts.append(f"on {figure(data['num_rows'])} rows" + (f" of {names}" if names else ""))
     done, planned = _steps(run, curves)
     if done:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from preftune import training
-from preftune.config import CommandLine, Resolved, is_secret, resolve
+from preftune.config import CommandLine, Resolved, is_secret, redact, resolve
 from preftune.config.fields import fields_of
 from preftune.errors import ConfigError, SetupError
 from preftune.runs.network import hub_answers, is_offline
@@ -87,7 +87,9 @@ def complete_settings(verb: str, settings: Resolved[Any]) -> None:
     if script.allow_drops:
         args.max_dropped_share = None
     if origins["output_dir"].kind == "default":
-        args.output_dir = f"{name.rstrip('/').split('/')[-1]}-{verb.upper()}"
+        # A key in the place of the model is not to become a folder's name.
+        shown = name if redact(name) == name else "model"
+        args.output_dir = f"{shown.rstrip('/').split('/')[-1]}-{verb.upper()}"
     if args.on_bad_rows == "skip" and args.quarantine_path is None:
         args.quarantine_path = script.quarantine_path = os.path.join(args.output_dir, "quarantine.jsonl")
     if args.do_predict:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from preftune.errors import SetupError
 from preftune.sweep.liveness import Stillness
 
 #: Seconds after which a study's lock that nobody else got in between is taken from its holder.
@@ -25,10 +27,21 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     """
     import fcntl
 
-    with path.open("a") as file:
+    with _opened(path) as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _opened(path: Path) -> IO[str]:
+    """A lock file; one that is a link, and would be made somewhere else, is refused."""
+    try:
+        return open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o644))
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        remedy = "remove it"
+        raise SetupError("a link stands in the place of a lock", where=str(path), remedy=remedy) from error
 
 
 def has_locks(path: Path) -> bool:
@@ -36,7 +49,7 @@ def has_locks(path: Path) -> bool:
     import fcntl
 
     try:
-        with path.open("a") as file:
+        with _opened(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -77,7 +90,7 @@ class JournalLock:
     def _try(self) -> bool:
         import fcntl
 
-        file = self._path.open("a")
+        file = _opened(self._path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):

@@ -46,7 +46,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
 
 
 def _storage_error(url: str | None, error: Exception) -> SetupError:
-    said = " ".join(str(error).split())[:200]
+    said = " ".join(str(redact(str(error))).split())[:200]
     remedy = "check the URL, for example sqlite:///study.db, and that its driver is installed"
     return SetupError(f"the study cannot be opened ({said})", where="--storage", value=redact(url), remedy=remedy)
 

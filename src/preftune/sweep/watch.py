@@ -115,14 +115,14 @@ class Watch(TrainerCallback):
 def read_alarms(folder: Path) -> list[dict[str, Any]]:
     """Alarms of a run; a torn last line is left out."""
     try:
-        lines = (folder / "alarms.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "alarms.jsonl").read_text(encoding="utf-8").split("\n")
     except OSError:
         return []
     found = []
     for line in lines:
         try:
             alarm = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(alarm, dict):
             found.append(alarm)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from preftune.config.machine import machine_id
+from preftune.files import stop_file
 from preftune.training.provenance import plain
 
 FILE_NAME = "log.jsonl"
@@ -26,6 +29,7 @@ class LiveLog(TrainerCallback):
 
     def __init__(self) -> None:
         self._failed = False
+        self._token = secrets.token_hex(16)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,7 +39,21 @@ class LiveLog(TrainerCallback):
 
         started = psutil.Process().create_time()
         facts = {"event": "begin", "max_steps": state.max_steps, "pid": os.getpid(), "started": started}
-        self._write(args, state, {**facts, "machine": machine_id()})
+        self._write(args, state, {**facts, "machine": machine_id(), "token": self._token})
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop where the live page asks for it: as SIGTERM does, by the hand of the process itself."""
+        if not state.is_world_process_zero or args.output_dir is None:
+            return
+        try:
+            (Path(args.output_dir) / stop_file(self._token)).unlink()
+        except OSError:
+            return
+        if args.world_size == 1 and signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.SIG_IGN):
+            # A Python script that handles no signals: the signal would end it without a checkpoint.
+            control.should_save = control.should_training_stop = True
+        else:
+            signal.raise_signal(signal.SIGTERM)
 
     def on_log(
         self,

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import math
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from preftune.errors import PreftuneError
+from preftune.errors import DataError, PreftuneError
 from preftune.report.page import gather, page_payload
 from preftune.report.read import Run, Sweep, distinct_names, read_run, read_sweep
 from preftune.ui import control, pages
 from preftune.ui.folders import Entry, find, overview, signature
-from preftune.ui.generate import Bench
-from preftune.ui.rows import Rows
+from preftune.ui.generate import checked
+from preftune.ui.helper import Helper
 from preftune.ui.security import Guard, TooLarge
 
 #: Seconds between two looks at the folders.
@@ -30,7 +32,7 @@ MAX_COMPARED = 12
 
 
 class Live:
-    """The application's state: the folder it shows and the models it has loaded.
+    """The application's state: the folder it shows and the processes that load models and data for it.
 
     Args:
         root: Folder with runs and sweeps.
@@ -40,21 +42,30 @@ class Live:
 
     def __init__(self, root: Path, token: str, interval: float = INTERVAL) -> None:
         self.root, self.token, self.interval = root, token, interval
-        self.bench, self.rows = Bench(), Rows()
-        self.closing = asyncio.Event()
+        self.bench = Helper("prompt", "another prompt is being answered")
+        self.rows = Helper("rows", "other rows are being loaded")
+        self._lock = threading.Lock()
+        self._known: dict[str, Entry] = {}
+        self._looked = -math.inf
+
+    def close(self) -> None:
+        """End what was begun for open pages."""
+        self.bench.end()
+        self.rows.end()
 
     # ---- pages -----------------------------------------------------------------------------------------------------
 
     async def index(self, request: Request) -> Response:
         """The list of runs and sweeps."""
-        return _html(await run_in_threadpool(pages.index_page, self.root, self._overviews()))
+        found = await run_in_threadpool(self._overviews)
+        return _html(await run_in_threadpool(pages.index_page, self.root, found))
 
     async def view(self, request: Request) -> Response:
         """One run, or several side by side, as a report that follows them."""
         chosen = await run_in_threadpool(self._chosen, request)
         if not chosen:
             return PlainTextResponse("no such run; it may have vanished\n", 404)
-        return _html(await run_in_threadpool(self._render, chosen))
+        return _html(await run_in_threadpool(_of_sound, self._render, chosen))
 
     def _render(self, chosen: list[Entry]) -> str:
         return pages.view_page(gather(*_read(chosen)), chosen)
@@ -64,7 +75,7 @@ class Live:
         chosen = await run_in_threadpool(self._chosen, request)
         if not chosen:
             return PlainTextResponse("gone\n", 404)
-        return _json(await run_in_threadpool(self._collect, chosen))
+        return _json(await run_in_threadpool(_of_sound, self._collect, chosen))
 
     def _collect(self, chosen: list[Entry]) -> dict[str, Any]:
         page = gather(*_read(chosen))
@@ -72,42 +83,35 @@ class Live:
             "data": page_payload(page),
             "summary": pages.summary_part(page),
             "sections": pages.sections(page),
-            "status": [overview(entry) for entry in chosen],
+            "status": [_overview(entry) for entry in chosen],
         }
 
     async def listing(self, request: Request) -> Response:
         """The list as data."""
         return _json(await run_in_threadpool(self._overviews))
 
-    # ---- events ----------------------------------------------------------------------------------------------------
+    async def changes(self, request: Request) -> Response:
+        """A text that changes whenever something is new, for all runs or for those that are named.
 
-    async def events(self, request: Request) -> Response:
-        """Server-sent events: ``change`` whenever something is new, for all runs or for those that are named."""
+        Pages ask for it every second. A stream would be told sooner, but holds a connection for each tab, and browsers
+        open six to one server: the seventh tab would wait for ever.
+        """
         keys = request.query_params.getlist("id")
-        stream = self._changes(keys)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
-
-    async def _changes(self, keys: list[str]) -> AsyncIterator[str]:
-        # Before the first byte: what changes after it has been sent must be noticed.
-        last = await run_in_threadpool(self._signature, keys)
-        yield "retry: 2000\n\n"
-        quiet = 0.0
-        while not self.closing.is_set():
-            await asyncio.sleep(self.interval)
-            now = await run_in_threadpool(self._signature, keys)
-            quiet += self.interval
-            if now != last:
-                last, quiet = now, 0.0
-                yield f"event: change\ndata: {json.dumps(now)}\n\n"
-            elif quiet >= 15:
-                quiet = 0.0
-                yield ": still here\n\n"
+        return _json({"now": await run_in_threadpool(self._signature, keys)})
 
     def _signature(self, keys: list[str]) -> str:
-        found = find(self.root) if self.root.is_dir() else {}
+        found = self._remembered()
         if not keys:
             return "|".join(f"{key}:{signature(entry)}" for key, entry in found.items())
         return "|".join(signature(found[key]) if key in found else "gone" for key in keys)
+
+    def _remembered(self) -> dict[str, Entry]:
+        """The runs as they were at most an interval ago: many tabs ask, and looking for runs is most of the work."""
+        with self._lock:
+            if time.monotonic() > self._looked + self.interval:
+                self._known = find(self.root) if self.root.is_dir() else {}
+                self._looked = time.monotonic()
+            return self._known
 
     # ---- actions ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +129,9 @@ class Live:
         content, entry = await self._asked(request)
         if entry is None or entry.kind != "run":
             return _json({"error": "no such run"}, 404)
-        return _json(await run_in_threadpool(self.bench.answer, entry.folder, content))
+        checked(entry.folder, content)
+        asked = {"work": "prompt", "folder": str(entry.folder.absolute()), "content": content}
+        return _json(await self.bench.ask(asked, request.is_disconnected))
 
     async def data(self, request: Request) -> Response:
         """Rows of the training data with their token masks."""
@@ -133,12 +139,16 @@ class Live:
         start = request.query_params.get("start", "0")
         if len(chosen) != 1 or chosen[0].kind != "run" or not start.isdecimal() or len(start) > 12:
             return _json({"error": "no such run or row"}, 404)
-        return _json(await run_in_threadpool(self.rows.page, chosen[0].folder, int(start)))
+        asked = {"work": "rows", "folder": str(chosen[0].folder.absolute()), "start": int(start)}
+        return _json(await self.rows.ask(asked, request.is_disconnected))
 
     async def _asked(self, request: Request) -> tuple[dict[str, Any], Entry | None]:
-        content = await request.json()
+        try:
+            content = await request.json()
+        except (ValueError, RecursionError) as error:
+            raise Unreadable from error
         if not isinstance(content, dict):
-            raise ValueError("not an object")
+            raise Unreadable
         found = await run_in_threadpool(find, self.root)
         return content, found.get(str(content.get("id")))
 
@@ -149,7 +159,7 @@ class Live:
 
     def _overviews(self) -> list[dict[str, Any]]:
         found = find(self.root) if self.root.is_dir() else {}
-        return [overview(entry) for entry in found.values()]
+        return [_overview(entry) for entry in found.values()]
 
 
 def create(root: Path, token: str, hosts: frozenset[str], *, interval: float = INTERVAL) -> tuple[Guard, Live]:
@@ -171,7 +181,7 @@ def create(root: Path, token: str, hosts: frozenset[str], *, interval: float = I
         Route(f"{at}/list", live.listing),
         Route(f"{at}/view", live.view),
         Route(f"{at}/news", live.news),
-        Route(f"{at}/events", live.events),
+        Route(f"{at}/changes", live.changes),
         Route(f"{at}/data", live.data),
         Route(f"{at}/act", live.act, methods=["POST"]),
         Route(f"{at}/prompt", live.prompt, methods=["POST"]),
@@ -180,10 +190,50 @@ def create(root: Path, token: str, hosts: frozenset[str], *, interval: float = I
     handlers: dict[Any, Any] = {
         PreftuneError: _foreseen,
         TooLarge: _too_large,
-        ValueError: _unreadable,
-        RecursionError: _unreadable,
+        Unreadable: _unreadable,
     }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), token, hosts), live
+
+
+class Unreadable(Exception):
+    """A body that is no JSON object."""
+
+
+#: What values that nobody expects can lead to.
+_ODD = (PreftuneError, OSError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RecursionError)
+T = TypeVar("T")
+
+
+def _of_sound(make: Callable[[list[Entry]], T], chosen: list[Entry]) -> T:
+    """A page of those runs of which one can be made: one bad run is one bad run.
+
+    Raises:
+        DataError: There is none.
+    """
+    try:
+        return make(chosen)
+    except _ODD as error:
+        sound = [entry for entry in chosen if len(chosen) > 1 and _can(make, entry)]
+        if not sound:
+            what = f"the folder holds values that no page can show ({type(error).__name__})"
+            raise DataError(what, where=", ".join(entry.label for entry in chosen)) from error
+        return make(sound)
+
+
+def _can(make: Callable[[list[Entry]], Any], entry: Entry) -> bool:
+    try:
+        make([entry])
+    except _ODD:
+        return False
+    return True
+
+
+def _overview(entry: Entry) -> dict[str, Any]:
+    """One line of the list; a run that cannot be read is one line, and no reason to show none."""
+    try:
+        return overview(entry)
+    except _ODD:
+        return {"key": entry.key, "label": entry.label, "kind": entry.kind, "status": "unreadable", "trials": 0}
 
 
 def _read(chosen: list[Entry]) -> tuple[list[Run], list[Sweep]]:

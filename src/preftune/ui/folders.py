@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from preftune.report.files import Notes, mapping, number, read_lines, read_object
+from preftune.report.files import Notes, mapping, number, read_object
 from preftune.report.read import LIVE_LOG, STATE, is_run, is_sweep
-from preftune.ui.logs import Logs, States
+from preftune.ui.logs import Counts, Logs, States
 
 Status = Literal["running", "finished", "stopped", "unknown"]
 MAX_DEPTH = 6
@@ -26,6 +26,7 @@ WATCHED = (LIVE_LOG, STATE, "alarms.jsonl", "samples.jsonl", "eval.json", "audit
 #: How far each log was read; shared, because a log is the same whoever asks.
 _LOGS = Logs()
 _STATES = States()
+_ALARMS = Counts()
 _SKIPPED = ("checkpoint-", ".", "__")
 
 
@@ -108,6 +109,11 @@ def status_of(folder: Path) -> Status:
     return "running" if process_of(folder) is not None else "stopped"
 
 
+def begun_of(folder: Path) -> dict[str, Any]:
+    """What a run said when it began: process, machine, token, planned steps."""
+    return _LOGS.facts(folder / LIVE_LOG).begun
+
+
 def process_of(folder: Path) -> Any | None:
     """The process of a run, only if it is the very one that wrote the log.
 
@@ -121,7 +127,7 @@ def process_of(folder: Path) -> Any | None:
 
     from preftune.config.machine import machine_id
 
-    begun = _LOGS.facts(folder / LIVE_LOG).begun
+    begun = begun_of(folder)
     pid, started = begun.get("pid"), number(begun.get("started"))
     if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 1 or started is None:
         return None
@@ -131,6 +137,7 @@ def process_of(folder: Path) -> Any | None:
         process = psutil.Process(pid)
         # Numbers are used again: a process that began at another time is somebody else's.
         same = abs(process.create_time() - started) < 0.5 and process.status() != psutil.STATUS_ZOMBIE
+        same = same and process.uids().real == os.getuid()
     except (psutil.Error, OverflowError):
         return None
     return process if same else None
@@ -154,7 +161,7 @@ def overview(entry: Entry) -> dict[str, Any]:
         "max_steps": number(log.begun.get("max_steps")),
         "loss": log.loss,
         "accuracy": number(mapping(log.last.get("logs")).get("rewards/accuracies")),
-        "alarms": len(read_lines(entry.folder / "alarms.jsonl", Notes())),
+        "alarms": _ALARMS.number(entry.folder / "alarms.jsonl"),
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,19 @@ MAX_PROMPT = 20_000
 MAX_NEW_TOKENS = 1024
 
 
-class Bench:
-    """Keeps the models of one run loaded, the last one asked for; answers one prompt at a time."""
+class Stopped(Exception):
+    """Nobody waits for the answer any more."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+
+class Bench:
+    """Keeps the models of one run loaded, the last one asked for.
+
+    Args:
+        stopped: Asked before every token whether to give up.
+    """
+
+    def __init__(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        self._stopped = stopped
         self._folder: Path | None = None
         self._models: dict[str, Any] = {}
 
@@ -35,14 +44,14 @@ class Bench:
         Raises:
             ConfigError: A value is out of range.
             ModelError: The folder holds no model, or it cannot be loaded.
+            Stopped: As asked for.
         """
-        prompt, limit, temperature, seed = _checked(request)
-        with self._lock:
-            if folder != self._folder:
-                self._models, self._folder = {}, None
-                self._models = _load(folder)
-                self._folder = folder
-            return self._answer(prompt, limit, temperature, seed)
+        prompt, limit, temperature, seed = checked(folder, request)
+        if folder != self._folder:
+            self._models, self._folder = {}, None
+            self._models = _load(folder)
+            self._folder = folder
+        return self._answer(prompt, limit, temperature, seed)
 
     def _answer(self, prompt: str, limit: int, temperature: float, seed: int) -> dict[str, Any]:
         from preftune.models.sampling import sample_completions
@@ -57,15 +66,33 @@ class Bench:
             model = self._models.get(label)
             if model is None:
                 continue
-            with self._models["switch"](label):
+            with self._models["switch"](label), self._interruptible(model):
                 options: dict[str, Any] = {"max_new_tokens": limit, "temperature": temperature, "seed": seed}
                 sample = sample_completions(model, tokenizer, [text], **options)[0]
             one = {"label": label, "text": sample.text, "num_tokens": len(sample.token_ids), "ended": sample.finished}
             answers.append(one)
         return {"answers": answers, "note": self._models["note"]}
 
+    @contextmanager
+    def _interruptible(self, model: Any) -> Iterator[None]:
+        def look(*arguments: Any) -> None:
+            if self._stopped():
+                raise Stopped
 
-def _checked(request: dict[str, Any]) -> tuple[str, int, float, int]:
+        handle = model.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def checked(folder: Path, request: dict[str, Any]) -> tuple[str, int, float, int]:
+    """The prompt and its settings, before anything is loaded for them.
+
+    Raises:
+        ConfigError: A value is out of range.
+        ModelError: The folder holds no model.
+    """
     prompt = request.get("prompt")
     if not isinstance(prompt, str) or not prompt or len(prompt) > MAX_PROMPT:
         raise ConfigError("not a prompt", where="prompt", allowed=f"text of 1 to {MAX_PROMPT} characters")
@@ -76,6 +103,8 @@ def _checked(request: dict[str, Any]) -> tuple[str, int, float, int]:
         raise ConfigError("out of range", where="temperature", allowed="0 to 10")
     if seed is None or not 0 <= seed < 2**32 or seed != int(seed):
         raise ConfigError("out of range", where="seed", allowed="0 to 2^32 - 1")
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise ModelError("this folder holds no weights yet", where=str(folder), remedy="wait for the end, or save")
     return prompt, int(limit), temperature, int(seed)
 
 
@@ -89,9 +118,6 @@ def _load(folder: Path) -> dict[str, Any]:
     from preftune.config import ModelConfig
     from preftune.models.loading import load_model_and_tokenizer
 
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if not is_adapter and not (folder / "config.json").is_file():
-        raise ModelError("this folder holds no weights yet", where=str(folder), remedy="wait for the end, or save")
     tuned = load_model_and_tokenizer(ModelConfig(model_name_or_path=str(folder)), with_reference=False)
     models: dict[str, Any] = {"after": tuned.model, "tokenizer": tuned.tokenizer, "note": None}
     if hasattr(tuned.model, "disable_adapter"):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 import threading
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from preftune.files import finite
-from preftune.report.files import Notes, leads_out, number, objects, read_object
+from preftune.files import finite, parse_json
+from preftune.report.files import Notes, leads_out, number, objects, read_lines, read_object
 from preftune.report.read import state_file
 
 _BLOCK = 8 * 1024 * 1024
@@ -19,6 +19,10 @@ _LAST = 64
 #: Bytes at the beginning of a file by which another file in its place is noticed.
 _HEAD = 512
 _MAX_FILES = 5_000
+#: Of a log that is larger when it is first seen, the beginning and so many bytes at the end are read.
+_MOST = 8 * _BLOCK
+#: A line of ours has a few hundred bytes.
+_LONGEST_LINE = 1024 * 1024
 
 
 @dataclass
@@ -117,6 +121,33 @@ class States:
             return known[1]
 
 
+class Counts:
+    """How many lines of a file are JSON objects, counted anew where the file has changed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[Path, tuple[tuple[int, int], int]] = {}
+
+    def number(self, path: Path) -> int:
+        """The number of objects; none where there is no file.
+
+        Args:
+            path: A JSON-lines file.
+        """
+        try:
+            about = path.stat()
+        except OSError:
+            return 0
+        key = (about.st_size, about.st_mtime_ns)
+        with self._lock:
+            known = self._known.get(path)
+            if known is None or known[0] != key:
+                if len(self._known) >= _MAX_FILES:
+                    self._known.clear()
+                known = self._known[path] = (key, len(read_lines(path, Notes())))
+            return known[1]
+
+
 def _of_state(state: dict[str, Any]) -> LogFacts:
     lines = objects(state.get("log_history"))
     trained: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
@@ -135,7 +166,11 @@ def _is_same(file: BinaryIO, known: _Read) -> bool:
 def _read_on(file: BinaryIO, known: _Read) -> None:
     """Take in the complete lines behind those that are known."""
     latest: deque[bytes] = deque(maxlen=_LAST)
+    size = os.fstat(file.fileno()).st_size
     while True:
+        if known.head and size - known.offset > _MOST:
+            file.seek(size - _MOST)
+            known.offset = size - _MOST + len(file.readline(_BLOCK))
         file.seek(known.offset)
         block = file.read(_BLOCK)
         end = block.rfind(b"\n") + 1
@@ -147,6 +182,8 @@ def _read_on(file: BinaryIO, known: _Read) -> None:
             continue
         for line in block[:end].split(b"\n"):
             # Of many lines few are about the run itself; the others are not even parsed.
+            if len(line) > _LONGEST_LINE:
+                continue
             if b'"event"' in line:
                 _enter_event(known.facts, _parsed(line))
             if line.strip():
@@ -184,8 +221,8 @@ def _enter_figures(facts: LogFacts, latest: deque[bytes]) -> None:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
+        entry = parse_json(line)
+    except ValueError:
         return {}
     found: dict[str, Any] = finite(entry) if isinstance(entry, dict) else {}
     return found

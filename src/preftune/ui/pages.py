@@ -25,7 +25,7 @@ def index_page(root: Path, found: list[dict[str, Any]]) -> str:
     Returns:
         HTML.
     """
-    theme, style, script = static("theme.js"), _style(), _own("index.js")
+    theme, style, script = static("theme.js"), _style(), _own("watch.js") + "\n" + _own("index.js")
     return str(
         _template("index.html.j2").render(
             root=root.resolve().name or str(root),
@@ -50,7 +50,7 @@ def view_page(page: Page, chosen: list[Entry]) -> str:
         HTML.
     """
     library, theme, style = plotly_script(), static("theme.js"), _style()
-    script = "\n".join([*(static(name) for name in SCRIPTS), _own("live.js")])
+    script = "\n".join([*(static(name) for name in SCRIPTS), _own("watch.js"), _own("live.js")])
     followed = [{"key": e.key, "label": e.label, "kind": e.kind, "status": status_of(e.folder)} for e in chosen]
     return str(
         _template("view.html.j2").render(

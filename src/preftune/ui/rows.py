@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ class Rows:
     """Keeps the data of one run loaded, the last one asked for."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._folder: Path | None = None
         self._loaded: tuple[str, Viewer] | None = None
 
@@ -52,16 +50,15 @@ class Rows:
         Raises:
             DataError: The folder does not tell which data, or there is no such row.
         """
-        with self._lock:
-            if folder != self._folder or self._loaded is None:
-                self._loaded, self._folder = _load(folder), folder
-            verb, viewer = self._loaded
-            if not 0 <= start < len(viewer):
-                raise DataError("no such row", where="start", value=start, allowed=f"0 to {len(viewer) - 1}")
-            rows = [_row(viewer, index) for index in range(start, min(start + MAX_ROWS, len(viewer)))]
-            legend = [{"label": label, "text": _WORDS[label]} for label in LABELS[viewer.kind]]
-            remark = REMARKS.get(verb)
-            return {"total": len(viewer), "start": start, "rows": rows, "legend": legend, "remark": remark}
+        if folder != self._folder or self._loaded is None:
+            self._loaded, self._folder = _load(folder), folder
+        verb, viewer = self._loaded
+        if not 0 <= start < len(viewer):
+            raise DataError("no such row", where="start", value=start, allowed=f"0 to {len(viewer) - 1}")
+        rows = [_row(viewer, index) for index in range(start, min(start + MAX_ROWS, len(viewer)))]
+        legend = [{"label": label, "text": _WORDS[label]} for label in LABELS[viewer.kind]]
+        remark = REMARKS.get(verb)
+        return {"total": len(viewer), "start": start, "rows": rows, "legend": legend, "remark": remark}
 
 
 def _load(folder: Path) -> tuple[str, Viewer]:

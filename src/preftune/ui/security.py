@@ -63,7 +63,10 @@ class Guard:
         if origin is not None and origin.decode("latin-1").lower() != f"http://{host}":
             return 403, "this request comes from another site"
         if headers.get(b"sec-fetch-site", b"same-origin") not in (b"same-origin", b"none"):
-            return 403, "this request comes from another site"
+            # The file that `--open` shows leads to the first page, as a link that somebody follows.
+            followed = (headers.get(b"sec-fetch-mode"), headers.get(b"sec-fetch-dest")) == (b"navigate", b"document")
+            if not (followed and scope["method"] == "GET" and scope["path"] == f"/{self._token}/"):
+                return 403, "this request comes from another site"
         if scope["method"] not in ("GET", "HEAD"):
             # Browsers send it with everything that changes something; a form of another site cannot leave it out.
             if origin is None:

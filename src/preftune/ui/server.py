@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def serve(root: Path, *, port: int = 0, announce: Callable[[str], None] = print, interval: float = INTERVAL) -> None:
-    """Serve until Ctrl-C.
+    """Serve until Ctrl-C or SIGTERM.
 
     Args:
         root: Folder with runs and sweeps.
@@ -43,10 +45,17 @@ def serve(root: Path, *, port: int = 0, announce: Callable[[str], None] = print,
         port = listener.getsockname()[1]
         token = new_token()
         guard, live = create(root, token, hosts(port), interval=interval)
-        config = uvicorn.Config(guard, log_level="warning", access_log=False, lifespan="off", server_header=False)
+        config = uvicorn.Config(
+            guard,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
 
         class Server(uvicorn.Server):
-            """Ends the event streams first: they would keep the server waiting."""
+            """Ends the work for open pages first: it would keep the server waiting."""
 
             async def startup(self, sockets: Any = None) -> None:
                 """Tell the address once it answers."""
@@ -54,12 +63,36 @@ def serve(root: Path, *, port: int = 0, announce: Callable[[str], None] = print,
                 announce(f"http://{LOOPBACK}:{port}/{token}/")
 
             async def shutdown(self, sockets: Any = None) -> None:
-                """Let the streams end."""
-                live.closing.set()
+                """End the work."""
+                live.close()
                 await super().shutdown(sockets)
 
         with contextlib.suppress(KeyboardInterrupt):
             Server(config).run([listener])
+
+
+@contextlib.contextmanager
+def doorway(address: str) -> Iterator[str]:
+    """A page on the disk that only this user can read and that leads to an address.
+
+    Whoever starts a browser shows its command line, and with it the token, to all users of the machine.
+
+    Args:
+        address: Where it leads.
+
+    Yields:
+        Its own address, good for the length of the block.
+    """
+    with tempfile.TemporaryDirectory(prefix="preftune-") as folder:
+        # The folder is made for this user alone.
+        page = Path(folder) / "open.html"
+        link = html.escape(address, quote=True)
+        page.write_text(
+            f'<!doctype html><meta charset="utf-8"><meta name="referrer" content="no-referrer">'
+            f'<meta http-equiv="refresh" content="0; url={link}"><title>preftune</title><a href="{link}">Go on</a>\n',
+            encoding="utf-8",
+        )
+        yield page.as_uri()
 
 
 def hosts(port: int) -> frozenset[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import preftune
 from preftune.config import redact
 from preftune.errors import ConfigError, PreftuneError
 from preftune.training.checkpoints.manifest import digest
@@ -40,6 +41,8 @@ _FREE_PREFIXES = (
     *("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "ddp_", "dataloader_", "guard", "generation", "sampl"),
 )
 _EXCEPTIONS = frozenset(["dataloader_drop_last"])
+#: Whose code computes a step: another version of it may round, or reckon, otherwise.
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft")
 #: Settings with which a run can go on, though not to the bit.
 _LOOSE = frozenset(
     [
@@ -47,7 +50,7 @@ _LOOSE = frozenset(
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
         *("activation_checkpointing_kwargs", "activation_offloading", "per_device_train_batch_size"),
         *("gradient_accumulation_steps", "torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"),
-        *("num_processes", "torch", "path"),
+        *("num_processes", "path", *_LIBRARIES, "preftune"),
     ]
 )
 _BLOCK = 1024
@@ -71,8 +74,8 @@ def describe_run(trainer: CheckpointedTrainer) -> dict[str, Any]:
         "method": type(trainer).__name__,
         "pairs_per_step": per_step,
         "num_processes": args.world_size,
-        "torch": versions().get("torch"),
         "path": "packed" if trainer.verdict.ok else "padded",
+        **code_versions(),
     }
     data = data_digest(trainer.train_dataset, trainer.example_columns)
     return {
@@ -82,6 +85,12 @@ def describe_run(trainer: CheckpointedTrainer) -> dict[str, Any]:
         "config_sha256": digest([settings, facts]),
         "data_sha256": data["sha256"],
     }
+
+
+def code_versions() -> dict[str, str | None]:
+    """Versions of what computes a step, preftune's own among them."""
+    found = versions()
+    return {**{name: found.get(name) for name in _LIBRARIES}, "preftune": preftune.__version__}
 
 
 def model_facts(trainer: CheckpointedTrainer) -> dict[str, Any]:
@@ -154,6 +163,9 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name, value in now[part].items():
             if name in before.get(part, {}) and before[part][name] != value and not _is_free(name):
                 (loose if name in _LOOSE else refused).append(_difference(name, before[part][name], value))
+    silent = [name for name in code_versions() if name in now["facts"] and name not in before.get("facts", {})]
+    if silent:
+        loose.append(f"versions of {', '.join(silent)}, which the checkpoint does not tell")
     old, new = before.get("data", {}), now["data"]
     if old.get("sha256") != new["sha256"]:
         rows = (old.get("num_rows"), new["num_rows"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preftune.files import sync_file, sync_folder, write_text
+from preftune.files import parse_json, sync_file, sync_folder, write_text
 from preftune.training.checkpoints.files import files_below
 
 FILE_NAME = "manifest.json"
@@ -142,11 +142,11 @@ def _read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidCheckpoint(f"no {FILE_NAME}: it was not finished, or not written by preftune")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
         found = document.pop("sha256")
         if document["format"] != FORMAT:
             raise InvalidCheckpoint(f"{FILE_NAME} has format {document['format']}, this version reads {FORMAT}")
-        if digest(document) != found or any(not _inside(name) for name in document["files"]):
+        if digest(document) != found or not _is_whole(document):
             raise InvalidCheckpoint(f"{FILE_NAME} is damaged")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidCheckpoint(f"{FILE_NAME} is damaged") from error
@@ -154,8 +154,17 @@ def _read(folder: Path) -> dict[str, Any]:
     return document
 
 
+def _is_whole(document: Mapping[str, Any]) -> bool:
+    """Whether every part has its type: a digest that fits says only that somebody could compute it."""
+    parts = (("step", int), ("resumable", bool), ("identity", dict), ("files", dict))
+    return all(type(document.get(name)) is kind for name, kind in parts) and all(
+        _inside(name) and isinstance(entry, dict) and type(entry.get("bytes")) is int
+        for name, entry in document["files"].items()
+    )
+
+
 def _inside(name: str) -> bool:
-    return not os.path.isabs(name) and ".." not in Path(name).parts
+    return bool(name) and "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def _refuse_links(folder: Path) -> None:

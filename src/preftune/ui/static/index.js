@@ -45,10 +45,7 @@
   show(JSON.parse(document.getElementById("preftune-list").textContent));
 
   const connection = document.getElementById("connection");
-  const events = new EventSource("events");
-  events.onopen = () => { connection.textContent = "connected"; };
-  events.onerror = () => { connection.textContent = "connection lost, trying again"; };
-  events.addEventListener("change", async () => {
+  preftuneWatch("", connection, async () => {
     // Somebody who has the keyboard in the list keeps it: the list is changed once it is left.
     if (body.contains(document.activeElement)) await new Promise((done) => body.addEventListener("focusout", done, { once: true }));
     const answer = await fetch("list");

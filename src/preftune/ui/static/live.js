@@ -40,10 +40,7 @@
       setTimeout(() => { busy = false; if (again) { again = false; refresh(); } }, Math.min(60000, 3 * (performance.now() - began)));
     }
   }
-  const events = new EventSource("events?" + query);
-  events.onopen = () => { at("connection").textContent = "connected"; refresh(); };
-  events.onerror = () => { at("connection").textContent = "connection lost, trying again"; };
-  events.addEventListener("change", refresh);
+  preftuneWatch("?" + query, at("connection"), refresh);
   at("reload").addEventListener("click", () => location.reload());
 
   async function ask(path, content) {
