@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from preftune.errors import ModelError
 from preftune.models.forward import RowForward
-from preftune.models.gate import Verdict, check_declared, probe
+from preftune.models.gate import Verdict, check_declared
 from preftune.models.head import base_model, probe_head
+from preftune.models.probe import probe
 from preftune.packing import Branch, Tree, build_row
 from preftune.references.fingerprint import model_weights_key, sequence_keys, trained_adapter
 from preftune.references.store import ReferenceStore

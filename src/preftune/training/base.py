@@ -23,8 +23,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from preftune.errors import ModelError, TrainingError
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
-from preftune.models.gate import Verdict, check_declared, probe
+from preftune.models.gate import Verdict, check_declared
 from preftune.models.head import base_model, probe_head
+from preftune.models.probe import probe
 from preftune.packing import PackedRow, Tree, build_row
 from preftune.training import card, checks, memory, setup
 from preftune.training.batch import Batch, Example
