@@ -198,7 +198,7 @@ def run_case(case: Case, place: Place, seed: int) -> dict[str, Any]:
 
     import preftune
     from preftune.demo.training import clone, quiet
-    from preftune.training.guards.hooks import find_guards
+    from preftune.training.guards import find_guards
 
     train, heldout = case.rows(place.train), place.heldout
     if case.rows is longer_wins:
@@ -240,12 +240,12 @@ _SHOWN = ("eval_rewards/accuracies", "generation/kl", "generation/length", "gene
 
 def _break_gradient(trainer: Any, step: int, factor: float) -> None:
     """Let the loss of one step be ``factor`` times as large, as a damaged batch or an overflow makes it."""
-    whole = trainer.backward_row
+    whole = trainer.step.backward
 
     def broken(model: Any, loss: Any, last: bool) -> None:
         whole(model, loss * factor if trainer.state.global_step + 1 == step else loss, last)
 
-    trainer.backward_row = broken
+    trainer.step.backward = broken
 
 
 def plan() -> list[tuple[Case, int, int]]:

@@ -39,10 +39,11 @@ def fail_in_backward(trainer: Any, error: BaseException, longer_than: int) -> li
     """Run out of memory half-way through the backward of rows that are too long, part of the gradient added."""
     met: list[int] = []
     handles: list[Any] = []
-    forward, true_run = trainer._forward, trainer.run_rows
+    step = trainer.step
+    score, true_run = step.score, step.run_rows
 
     def watched(model: Any, row: Any, with_stats: bool) -> Any:
-        scores, output = forward(model, row, with_stats)
+        scores, output = score(model, row, with_stats)
         if row.num_tokens > longer_than and torch.is_grad_enabled():
             met.append(row.num_tokens)
 
@@ -60,7 +61,7 @@ def fail_in_backward(trainer: Any, error: BaseException, longer_than: int) -> li
             while handles:
                 handles.pop().remove()
 
-    trainer._forward, trainer.run_rows = watched, run_rows
+    step.score, step.run_rows = watched, run_rows
     return met
 
 

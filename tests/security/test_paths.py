@@ -102,9 +102,8 @@ def test_a_checkpoint_holds_no_links(kind: str, listed: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["..", ".", "../other", "/tmp/other", "a/b", "a\\b", ""])
 def test_adapters_are_saved_below_the_run(name: str) -> None:
     model: Any = SimpleNamespace(peft_config={"default": None, name: None}, active_adapters=["default"])
-    args = SimpleNamespace(model_adapter_name=None, ref_adapter_name=None)
     with pytest.raises(ConfigError, match="the name of an adapter becomes that of a folder"):
-        choose_adapters(model, args)
+        choose_adapters(model)
 
 
 # ---- sweeps --------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_rows_that_a_balancing_loss_depends_on_are_not_split(world: Path, tmp_pa
         def term(self, output: Any) -> torch.Tensor:
             return torch.zeros(())
 
-    trainer.router = Balanced()
+    trainer.step.router = Balanced()
     with pytest.raises(SetupError, match="load-balancing"):
         trainer.train()
 

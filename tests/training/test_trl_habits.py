@@ -67,7 +67,7 @@ def test_sft_evaluates_what_it_is_handed(world: worlds.World, tmp_path: Path, fo
     theirs, ours = both("SFT", world, tmp_path, data)
     expected = theirs.evaluate(given)
     if form == "own":
-        ours.eval_dataset = ours._prepared(held_out, world.tokenizer, ours.args, "eval")
+        ours.eval_dataset = ours._prepared(held_out, world.tokenizer, "eval")
         given = ours.eval_dataset
     found = ours.evaluate(given)
     names = ["eval_a_loss", "eval_b_loss"] if form == "mapping" else ["eval_loss"]

@@ -418,14 +418,14 @@ def _advice_at_start(this: Any, trainer: Any, plan: Any) -> Advice:
     noise = _noise({"noise": None, "audit": path}, None, []) if os.path.isfile(path) else None
     case = Case(
         this.verb,
-        tuple(trainer.objective.names),
+        tuple(trainer.task.objective.names),
         plan.num_parameters,
         plan.num_trainable_parameters < plan.num_parameters // 2,
         num_pairs=plan.num_pairs or None,
         num_processes=this.args.world_size,
         noise=noise,
         truncated_share=getattr(report, "num_truncated", 0) / kept if kept else None,
-        given=_given({name: snapshot.get(name) for name in (*_GIVEN, *_knobs(trainer.objective.names))}, None),
+        given=_given({name: snapshot.get(name) for name in (*_GIVEN, *_knobs(trainer.task.objective.names))}, None),
         explicit=frozenset(name for name, origin in this.settings.origins.items() if origin.kind != "default"),
     )
     parts = {name: getattr(plan.memory, name) for name in ("weights", "gradients", "optimizer", "activations", "head")}

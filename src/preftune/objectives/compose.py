@@ -97,6 +97,11 @@ class Objective:
         return any(spec.needs_reference for spec in self.specs)
 
     @property
+    def takes_reference(self) -> bool:
+        """Whether a reference is looked at; as in TRL, the plain SFT term alone reports rewards against one."""
+        return self.needs_reference or self.names == ("sft",)
+
+    @property
     def separable(self) -> bool:
         """Whether the loss of an optimizer step is the sum over its pairs, however they are split into batches."""
         return all(spec.separable for spec in self.specs)

@@ -1,12 +1,11 @@
 """Trainers and their settings."""
 
-from preftune.training.config import DPOConfig, PackedConfig, SFTConfig
-from preftune.training.dpo import DPOTrainer
-from preftune.training.kto import KTOTrainer
+from preftune.training.config import PackedConfig
+from preftune.training.dpo_config import DPOConfig
 from preftune.training.kto_config import KTOConfig
-from preftune.training.reference_free import CPOTrainer, ORPOTrainer
 from preftune.training.reference_free_config import CPOConfig, ORPOConfig
-from preftune.training.sft import SFTTrainer
+from preftune.training.sft_config import SFTConfig
+from preftune.training.trainers import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer, SFTTrainer
 
 __all__ = [
     "CPOConfig",

@@ -7,19 +7,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+import preftune
 from preftune.files import replace_text
-
-if TYPE_CHECKING:
-    from preftune.training.base import PackedTrainer
+from preftune.models.head import base_model
+from preftune.objectives import METHODS
+from preftune.training import provenance
+from preftune.training.run import Run
+from preftune.training.tasks import TASKS
 
 FILE_NAME = "README.md"
-
-#: What a verb tunes on, where that is not preference pairs.
-_DATA = {"sft": "completions", "kto": "labelled answers"}
 
 #: Settings that every card names.
 _DECISIVE = ("beta", "learning_rate", "num_train_epochs", "max_length", "seed")
@@ -88,16 +88,16 @@ def render(card: Card) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def of_trainer(
-    trainer: PackedTrainer,
+def of_run(
+    run: Run,
     model_name: str | None,
     dataset_name: str | Sequence[str] | None,
     tags: str | Sequence[str] | None,
 ) -> Card:
-    """What a trainer knows about its model by itself.
+    """What a run knows about its model by itself.
 
     Args:
-        trainer: The trainer.
+        run: The run.
         model_name: Name of the tuned model; by default the output folder's.
         dataset_name: Name of the data, or several.
         tags: Further tags.
@@ -105,31 +105,26 @@ def of_trainer(
     Returns:
         The card.
     """
-    import preftune
-    from preftune.models.head import base_model
-    from preftune.objectives import METHODS
-    from preftune.training.provenance import FILE_NAME as PROVENANCE_FILE
-    from preftune.training.provenance import plain, versions
-
-    methods = list(getattr(getattr(trainer, "objective", None), "names", ()))
+    methods = [] if run.task.objective is None else list(run.task.objective.names)
     papers = [METHODS[name].paper for name in methods if name in METHODS]
-    lines = [line for line in trainer.state.log_history if "loss" in line or "eval_loss" in line]
+    lines = [line for line in run.state.log_history if "loss" in line or "eval_loss" in line]
     figures = {name: value for line in lines for name, value in line.items()}
-    source = str(getattr(base_model(trainer.model).config, "_name_or_path", "") or "a model")
+    source = str(getattr(base_model(run.model).config, "_name_or_path", "") or "a model")
+    settings = {name: provenance.plain(getattr(run.args, name)) for name in _DECISIVE if hasattr(run.args, name)}
     return Card(
-        title=model_name or Path(str(trainer.args.output_dir)).name,
-        verb=trainer._tag_names[-1],
+        title=model_name or Path(str(run.args.output_dir)).name,
+        verb=run.task.name,
         # Where it lies on somebody's disk is nobody else's business.
         base_model=Path(source).name if Path(source).exists() else source,
         datasets=_several(dataset_name),
         methods=methods,
         papers=list(dict.fromkeys((paper.title, paper.link) for paper in papers)),
-        settings={name: plain(getattr(trainer.args, name)) for name in _DECISIVE if hasattr(trainer.args, name)},
+        settings=settings,
         metrics={k: v for k, v in figures.items() if not k.endswith(("_runtime", "_per_second"))},
-        versions={"preftune": preftune.__version__, **versions()},
-        is_adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
+        versions={"preftune": preftune.__version__, **provenance.versions()},
+        is_adapter=hasattr(run.step.forward.model, "peft_config"),
         extra_tags=_several(tags),
-        has_provenance=(Path(str(trainer.args.output_dir)) / PROVENANCE_FILE).is_file(),
+        has_provenance=(Path(str(run.args.output_dir)) / provenance.FILE_NAME).is_file(),
     )
 
 
@@ -178,7 +173,7 @@ def _is_hub_name(name: str) -> bool:
 
 def _opening(card: Card) -> str:
     kind = "A LoRA adapter for" if card.is_adapter else "A version of"
-    how = f"tuned on {_DATA.get(card.verb, 'preference pairs')}"
+    how = f"tuned on {TASKS[card.verb].trains_on}"
     method = f" with {escape(', '.join(card.methods))}" if card.methods else ""
     data = f", data: {escape(', '.join(card.datasets))}" if card.datasets else ""
     return f"{kind} {escape(card.base_model)}, {how}{method}{data}.\n"

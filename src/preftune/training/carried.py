@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from preftune.errors import TrainingError
 from preftune.files import replace_text, replacing
 from preftune.objectives import BCOState
 from preftune.packing import PackedRow
-
-if TYPE_CHECKING:
-    from preftune.training.dpo import DPOTrainer
+from preftune.training.reference import Reference
 
 STATE_FILE = "preftune_state.json"
 REFERENCE_FILE = "reference.safetensors"
@@ -61,40 +59,50 @@ class RunningDelta:
         self.state = self.state.update(reward_sum=summed, num_rewards=int(number))
 
 
-def save(trainer: DPOTrainer, folder: str) -> None:
-    """Write what the trainer carries into a checkpoint folder, each file in one step."""
-    if not trainer.args.should_save:
-        return
-    if trainer.running_delta is not None:
-        state = trainer.running_delta.state
+class Carrier(Protocol):
+    """What has such state: a task, or the trainer that runs it."""
+
+    @property
+    def running_delta(self) -> RunningDelta | None:
+        """BCO's reward shift."""
+
+    @property
+    def reference(self) -> Reference | None:
+        """The reference, which may follow the policy."""
+
+
+def save(carrier: Carrier, folder: str) -> None:
+    """Write what is carried into a checkpoint folder, each file in one step."""
+    if carrier.running_delta is not None:
+        state = carrier.running_delta.state
         # JSON's shortest decimals give back the same double.
         text = json.dumps({"bco": {"total": state.total, "count": state.count}})
         replace_text(Path(folder, STATE_FILE), text + "\n")
-    if trainer.args.sync_ref_model and trainer.reference is not None:
+    if carrier.reference is not None and carrier.reference.follows:
         from safetensors.torch import save_file
 
-        tensors = {str(n): value.contiguous() for n, value in enumerate(trainer.reference.following())}
+        tensors = {str(n): value.contiguous() for n, value in enumerate(carrier.reference.following())}
         with replacing(Path(folder, REFERENCE_FILE)) as beside:
             save_file(tensors, beside)
 
 
-def load(trainer: DPOTrainer, folder: str) -> None:
+def load(carrier: Carrier, folder: str) -> None:
     """Read what :func:`save` wrote.
 
     Raises:
         TrainingError: A file is missing or does not fit the model, so that the run could not go on as it began.
     """
-    if trainer.running_delta is not None:
+    if carrier.running_delta is not None:
         try:
             found = json.loads(Path(folder, STATE_FILE).read_text(encoding="utf-8"))["bco"]
-            trainer.running_delta.state = BCOState(float(found["total"]), int(found["count"]))
+            carrier.running_delta.state = BCOState(float(found["total"]), int(found["count"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _unusable(folder, STATE_FILE, "the running mean of BCO's rewards") from error
-    if trainer.args.sync_ref_model and trainer.reference is not None:
+    if carrier.reference is not None and carrier.reference.follows:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        mine = trainer.reference.following()
+        mine = carrier.reference.following()
         try:
             tensors = load_file(Path(folder, REFERENCE_FILE))
             for number, value in enumerate(mine):

@@ -50,6 +50,16 @@ def refuse_collator(data_collator: Any) -> None:
         )
 
 
+def refuse_same(model: Any, ref_model: Any) -> None:
+    """A model compared with itself while it moves would always agree."""
+    if ref_model is model and not isinstance(model, str | None):
+        raise ModelError(
+            "model and ref_model are the same object, so that they would always agree",
+            where="ref_model",
+            remedy="leave ref_model out: the initial policy is the reference",
+        )
+
+
 def require_dataset(dataset: Any) -> None:
     """Training needs data."""
     if dataset is None:

@@ -1,10 +1,10 @@
-"""Settings of the trainers: TRL's fields with TRL's defaults, and the few that packing adds."""
+"""Settings that all trainers share: TRL's fields with TRL's defaults, and the few that packing adds."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import TrainingArguments
@@ -13,7 +13,6 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torc
 from preftune.errors import ConfigError
 from preftune.kernels.attention import BACKEND_NAMES
 from preftune.models.compiled import COMPILE_BACKENDS, COMPILE_MODES
-from preftune.objectives import Objective, build_objective
 from preftune.training.guards.settings import parse_guards
 
 if TYPE_CHECKING:
@@ -38,7 +37,8 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 }
 
 
-def _choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
+def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
+    """Refuse a value that is none of the allowed ones."""
     if value not in allowed:
         raise ConfigError("unknown value", where=name, value=value, allowed=", ".join(filter(None, allowed)))
 
@@ -64,7 +64,8 @@ _LEAST = {
 }
 
 
-def _at_least(name: str, value: Any, least: int | float) -> None:
+def check_at_least(name: str, value: Any, least: int | float) -> None:
+    """Refuse what is no number, or too small a one; ``None`` passes."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -186,15 +187,15 @@ class PackedConfig(TrainingArguments):
             raise ConfigError("not a number of seconds", where="worker_timeout", value=value, allowed="0 or more")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and (self.use_cpu or _has_bf16_accelerator())
-        _choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
-        _choice("packing_mode", self.packing_mode, ("auto", "packed", "padded"))
-        _choice("attention_backend", self.attention_backend, BACKEND_NAMES)
-        _choice("checkpoint_policy", self.checkpoint_policy, ("needed", "always"))
-        _choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
-        _choice("torch_compile_backend", self.torch_compile_backend, (None, *COMPILE_BACKENDS))
-        _choice("torch_compile_mode", self.torch_compile_mode, (None, *COMPILE_MODES))
+        check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
+        check_choice("packing_mode", self.packing_mode, ("auto", "packed", "padded"))
+        check_choice("attention_backend", self.attention_backend, BACKEND_NAMES)
+        check_choice("checkpoint_policy", self.checkpoint_policy, ("needed", "always"))
+        check_choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
+        check_choice("torch_compile_backend", self.torch_compile_backend, (None, *COMPILE_BACKENDS))
+        check_choice("torch_compile_mode", self.torch_compile_mode, (None, *COMPILE_MODES))
         for name, least in _LEAST.items():
-            _at_least(name, getattr(self, name), least)
+            check_at_least(name, getattr(self, name), least)
         if self.attention_backend != "auto" and self.packing_mode == "padded":
             said = "attention_backend has no effect with packing_mode: padded, which runs the model's own attention"
             warnings.warn(said, UserWarning, stacklevel=3)
@@ -233,225 +234,3 @@ class PackedConfig(TrainingArguments):
                 value={"dispatch_batches": True},
                 remedy="leave dispatch_batches out",
             )
-
-
-@dataclass
-class DPOConfig(PackedConfig):
-    """Settings of :class:`~preftune.DPOTrainer`.
-
-    Attributes:
-        disable_dropout: Switch dropout off in policy and reference.
-        max_prompt_length: Longest prompt in tokens; ``None`` for no limit of its own.
-        precompute_ref_log_probs: Compute reference log-probs before training, as is done anyway whenever the reference
-            is fixed and ``reference_store`` is on; without the store it is refused.
-        precompute_ref_batch_size: Accepted from TRL; the reference pass packs rows under ``max_tokens_per_row``.
-        reference_store: Keep reference log-probs on disk and never compute one twice.
-        loss_type: One method or several, see ``preftune methods``.
-        loss_weights: Weight of each method; all one by default.
-        beta: Strength of the pull towards the reference.
-        label_smoothing: Assumed share of flipped labels, for the methods that have it.
-        f_divergence_type: Divergence between policy and reference.
-        f_alpha_divergence_coef: Alpha of ``alpha_divergence``.
-        ld_alpha: Weight of completion tokens beyond the shorter answer (LD-DPO); ``None`` for one.
-        use_weighting: Weight pairs by the policy's own probability of them (WPO).
-        discopop_tau: Temperature of ``discopop``.
-        ipo_normalize: Use per-token averages in ``ipo``, as TRL does, rather than sums.
-        dpop_lambda: Penalty of ``dpop`` on chosen completions that fall below the reference.
-        odpo_alpha: Scale of the offset that ``odpo`` makes of the score gap.
-        odpo_transform: Offset of ``odpo`` as ``log`` of the score gap, or the gap itself (``identity``).
-        bco_running_delta: Shift the rewards of ``bco_pair`` by their mean over the steps so far, as its paper does.
-        sft_average: The SFT term as a mean over all chosen tokens of the step (``batch_tokens``, as TRL) or per pair
-            over its own (``pair_tokens``).
-        model_adapter_name: Adapter that is trained, where the model carries several; by default the active one.
-        ref_adapter_name: Adapter of the same model that is the reference; by default the policy as it is before
-            training.
-        sync_ref_model: Let the reference follow the policy (TR-DPO).
-        ref_model_mixup_alpha: Share of the policy in each synchronisation.
-        ref_model_sync_steps: Optimizer steps between synchronisations.
-        implicit_prompt: How the prompt is found where the data have none: ``common_prefix`` as TRL does, or
-            ``transcript`` at the last assistant turn.
-        first_step_check: Verify that policy and reference agree before the first update, and say what is wrong if not.
-    """
-
-    learning_rate: float = 1e-6
-    disable_dropout: bool = True
-    max_prompt_length: int | None = None
-    precompute_ref_log_probs: bool = False
-    precompute_ref_batch_size: int | None = None
-    reference_store: bool = True
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
-    loss_weights: list[float] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    ld_alpha: float | None = None
-    use_weighting: bool = False
-    discopop_tau: float = 0.05
-    ipo_normalize: bool = True
-    dpop_lambda: float = 50.0
-    odpo_alpha: float = 1.0
-    odpo_transform: str = "log"
-    bco_running_delta: bool = False
-    sft_average: str = "batch_tokens"
-    model_adapter_name: str | None = None
-    ref_adapter_name: str | None = None
-    sync_ref_model: bool = False
-    ref_model_mixup_alpha: float = 0.6
-    ref_model_sync_steps: int = 512
-    implicit_prompt: str = "common_prefix"
-    first_step_check: bool = True
-
-    def __post_init__(self) -> None:
-        given: Any = self.loss_type
-        if isinstance(given, str):
-            self.loss_type = [given]
-        _choice("implicit_prompt", self.implicit_prompt, ("common_prefix", "transcript"))
-        _at_least("max_prompt_length", self.max_prompt_length, 1)
-        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
-            raise ConfigError("value out of range", where="ld_alpha", value=self.ld_alpha, allowed="0 to 1, or null")
-        if self.sync_ref_model:
-            self._check_sync()
-        else:
-            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-                if getattr(self, name) != getattr(DPOConfig, name):
-                    warnings.warn(f"{name} has no effect without sync_ref_model", UserWarning, stacklevel=3)
-        if self.precompute_ref_log_probs and not self.reference_store:
-            raise ConfigError(
-                "precomputed values are kept in the reference store, which is switched off",
-                where="precompute_ref_log_probs",
-                value=True,
-                remedy="drop reference_store: false, or precompute_ref_log_probs",
-            )
-        if self.precompute_ref_batch_size is not None:
-            warnings.warn(
-                "precompute_ref_batch_size has no effect: the reference pass packs rows under max_tokens_per_row",
-                UserWarning,
-                stacklevel=3,
-            )
-        self._check_reference(self.build_objective())
-        super().__post_init__()
-
-    def _check_reference(self, objective: Objective) -> None:
-        """Refuse settings of a reference that no loss looks at."""
-        if objective.needs_reference or objective.names == ("sft",):
-            return
-        for name in ("precompute_ref_log_probs", "sync_ref_model", "ref_adapter_name"):
-            if getattr(self, name):
-                raise ConfigError(
-                    f"{', '.join(objective.names)} has no reference",
-                    where=name,
-                    value=getattr(self, name),
-                    remedy=f"leave {name} out",
-                )
-
-    def _check_sync(self) -> None:
-        if self.precompute_ref_log_probs:
-            raise ConfigError(
-                "a reference that follows the policy cannot be precomputed",
-                where="precompute_ref_log_probs",
-                value=True,
-                remedy="turn off precompute_ref_log_probs or sync_ref_model",
-            )
-        if self.ref_adapter_name is not None:
-            raise ConfigError(
-                "a reference that follows the policy begins as the policy itself",
-                where="ref_adapter_name",
-                value=self.ref_adapter_name,
-                remedy="leave out ref_adapter_name or sync_ref_model",
-            )
-        if not 0.0 < self.ref_model_mixup_alpha <= 1.0:
-            raise ConfigError(
-                "value out of range",
-                where="ref_model_mixup_alpha",
-                value=self.ref_model_mixup_alpha,
-                allowed="more than 0, up to 1",
-            )
-        _at_least("ref_model_sync_steps", self.ref_model_sync_steps, 1)
-
-    def build_objective(self) -> Objective:
-        """The objective that these settings describe; refuses contradictory ones."""
-        return build_objective(
-            self.loss_type,
-            loss_weights=self.loss_weights,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            f_divergence_type=self.f_divergence_type,
-            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
-            discopop_tau=self.discopop_tau,
-            ipo_normalize=self.ipo_normalize,
-            dpop_lambda=self.dpop_lambda,
-            odpo_alpha=self.odpo_alpha,
-            odpo_transform=self.odpo_transform,
-            bco_running_delta=self.bco_running_delta,
-            sft_average=self.sft_average,
-            use_weighting=self.use_weighting,
-            ld_alpha=self.ld_alpha,
-        )
-
-
-@dataclass
-class SFTConfig(PackedConfig):
-    """Settings of :class:`~preftune.SFTTrainer`.
-
-    Attributes:
-        dataset_text_field: Column that holds plain text.
-        completion_only_loss: Train on completions only; by default where the data have prompt and completion.
-        assistant_only_loss: Train on all assistant turns of conversational data.
-        eos_token: End-of-sequence token, where the tokenizer's is not to be used.
-        chat_template_path: File with a chat template, or a tokenizer folder to take it from.
-        shuffle_dataset: Shuffle before training.
-        loss_type: ``nll``, or ``dft`` which weights every token by its own probability (2508.05629).
-        packing: Accepted from TRL; rows are always packed without mixing examples.
-        packing_strategy: Accepted from TRL; ``wrapped`` cuts examples apart and is refused.
-        eval_packing: Accepted from TRL.
-        dataset_kwargs: ``{"skip_prepare_dataset": true}`` takes the data as tokenised.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
-        *PackedConfig._VALID_DICT_FIELDS,
-        "dataset_kwargs",
-    ]
-
-    learning_rate: float = 2e-5
-    dataset_text_field: str = "text"
-    completion_only_loss: bool | None = None
-    assistant_only_loss: bool = False
-    eos_token: str | None = None
-    chat_template_path: str | None = None
-    shuffle_dataset: bool = False
-    loss_type: str = "nll"
-    packing: bool = False
-    packing_strategy: str = "bfd"
-    eval_packing: bool | None = None
-    dataset_kwargs: dict[str, Any] | str | None = None
-
-    def __post_init__(self) -> None:
-        if self.loss_type == "chunked_nll":
-            warnings.warn("loss_type chunked_nll is the former name of nll", FutureWarning, stacklevel=3)
-            self.loss_type = "nll"
-        _choice("loss_type", self.loss_type, ("nll", "dft"))
-        if self.generation_steps:
-            raise ConfigError(
-                "samples are drawn by the preference trainers alone",
-                where="generation_steps",
-                value=self.generation_steps,
-                remedy="leave it out and sample from the saved model",
-            )
-        if self.packing and self.packing_strategy not in ("bfd", "ffd"):
-            raise ConfigError(
-                "preftune packs whole examples and never cuts one apart",
-                where="packing_strategy",
-                value=self.packing_strategy,
-                allowed="bfd, ffd",
-                remedy="drop packing_strategy",
-            )
-        if self.eval_packing is not None:
-            warnings.warn(
-                "eval_packing has no effect: rows are packed without mixing examples", UserWarning, stacklevel=3
-            )
-        if isinstance(self.dataset_kwargs, dict) and set(self.dataset_kwargs) - {"skip_prepare_dataset"}:
-            # Older recipes carry add_special_tokens and append_concat_token here, which TRL no longer reads either.
-            unread = ", ".join(sorted(set(self.dataset_kwargs) - {"skip_prepare_dataset"}))
-            warnings.warn(f"dataset_kwargs: {unread} has no effect", UserWarning, stacklevel=3)
-        super().__post_init__()

@@ -7,13 +7,17 @@ from typing import Any
 
 from preftune.errors import ConfigError, ModelError
 from preftune.models.head import base_model
-from preftune.objectives import Objective
 from preftune.training import setup
-from preftune.training.config import PackedConfig
+from preftune.training.preference_config import ReferenceConfig
 
 
-def choose_adapters(model: Any, args: Any) -> None:
+def choose_adapters(model: Any, trained: str | None = None, compared: str | None = None) -> None:
     """Make the adapter to be trained the active one, and check the one to compare with.
+
+    Args:
+        model: The policy.
+        trained: Adapter that is trained; by default the active one.
+        compared: Adapter that is the reference, or ``None``.
 
     Raises:
         ConfigError: The model has no such adapter, or they are the same.
@@ -30,8 +34,7 @@ def choose_adapters(model: Any, args: Any) -> None:
                 allowed="a name without / and \\, and neither . nor ..",
                 remedy="load the adapter under another name",
             )
-    for name in ("model_adapter_name", "ref_adapter_name"):
-        value = getattr(args, name)
+    for name, value in (("model_adapter_name", trained), ("ref_adapter_name", compared)):
         if value is not None and value not in loaded:
             raise ConfigError(
                 "the model has no such adapter",
@@ -42,21 +45,21 @@ def choose_adapters(model: Any, args: Any) -> None:
             )
     if not loaded:
         return
-    if args.model_adapter_name is not None:
-        model.set_adapter(args.model_adapter_name)
+    if trained is not None:
+        model.set_adapter(trained)
     active = model.active_adapters
     if len(active) != 1:
         raise ModelError(
             "several adapters are active at once", value=list(active), remedy="merge them into one, or activate one"
         )
-    if args.ref_adapter_name == active[0]:
+    if compared == active[0]:
         raise ConfigError(
             "the adapter that is trained cannot be the reference as well",
             where="ref_adapter_name",
             value=active[0],
             remedy="leave ref_adapter_name out to compare with it as it is before training",
         )
-    idle = [name for name in loaded if name not in (active[0], args.ref_adapter_name)]
+    idle = [name for name in loaded if name not in (active[0], compared)]
     if idle:
         warnings.warn(
             f"{active[0]} is trained, and of the model's other adapters {', '.join(idle)} plays no part; "
@@ -66,7 +69,7 @@ def choose_adapters(model: Any, args: Any) -> None:
         )
 
 
-def explicit_reference(ref_model: Any, policy: Any, tokenizer: Any, args: Any, objective: Objective) -> Any:
+def explicit_reference(ref_model: Any, policy: Any, tokenizer: Any, args: ReferenceConfig) -> Any:
     """The reference model that was given, loaded where it is given by name, or ``None``.
 
     Raises:
@@ -75,7 +78,8 @@ def explicit_reference(ref_model: Any, policy: Any, tokenizer: Any, args: Any, o
     """
     if ref_model is None:
         return None
-    if not objective.needs_reference and objective.names != ("sft",):
+    objective = args.build_objective()
+    if not objective.takes_reference:
         raise ConfigError(
             f"{', '.join(objective.names)} has no reference", where="ref_model", remedy="leave ref_model out"
         )
@@ -98,7 +102,7 @@ def explicit_reference(ref_model: Any, policy: Any, tokenizer: Any, args: Any, o
     return ref_model
 
 
-def reloaded(policy: Any, args: PackedConfig) -> Any:
+def reloaded(policy: Any, args: ReferenceConfig) -> Any:
     """The model that training started from, loaded again, or ``None`` where it cannot be."""
     name = getattr(policy.config, "_name_or_path", "")
     if not name:
@@ -113,12 +117,12 @@ def reloaded(policy: Any, args: PackedConfig) -> Any:
         model = setup.from_name(name, args, kwargs)
     except ModelError:
         return None
-    if getattr(args, "disable_dropout", False):
+    if args.disable_dropout:
         setup.disable_dropout(model)
     return model
 
 
-def _loaded(name: str, policy: Any, args: PackedConfig) -> Any:
+def _loaded(name: str, policy: Any, args: ReferenceConfig) -> Any:
     # Everything but the revision, which names one of the policy's.
     kwargs = {key: value for key, value in setup.init_kwargs(args).items() if key != "revision"}
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)

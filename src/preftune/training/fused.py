@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from preftune.errors import ConfigError
 from preftune.kernels.head import TokenScores
 from preftune.models.grouped import Parts, adapter_parameters, add_copies, grouped
-from preftune.packing import PackedRow, build_row, plan_rows
-from preftune.training.base import RowTerms
+from preftune.packing import PackedRow, plan_rows
 from preftune.training.batch import Batch, Example
-from preftune.training.config import DPOConfig
-from preftune.training.dpo import DPOTrainer
+from preftune.training.dpo_config import DPOConfig
 from preftune.training.metrics import Term
-from preftune.training.pairs import pair_metrics
+from preftune.training.sequences import pair_metrics
+from preftune.training.step import Step
+from preftune.training.task import RowTerms, Scoring
+from preftune.training.tasks.pairs import PairTask
+from preftune.training.trainers import DPOTrainer
 
 #: Settings that configurations may differ in, beside those that the objective reads.
 OPTIMIZER_FIELDS = ("learning_rate", "weight_decay", "max_grad_norm")
@@ -47,6 +49,105 @@ FUSABLE = (*OPTIMIZER_FIELDS, *OBJECTIVE_FIELDS)
 _ELEMENTWISE = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "lion")
 
 
+class FusedTask(PairTask):
+    """Pairs that stand in a row once per configuration.
+
+    Args:
+        args: Settings that all share.
+        settings: Settings of each.
+
+    Attributes:
+        loss_sums: Each configuration's losses, summed over the steps, ``(configurations,)``.
+    """
+
+    def __init__(self, args: DPOConfig, settings: Sequence[DPOConfig]) -> None:
+        super().__init__(args)
+        self._objectives = [each.build_objective() for each in settings]
+        for objective in self._objectives:
+            if not objective.separable or objective.uses_running_delta:
+                raise ConfigError("joins the pairs of a step", where="loss_type", value=", ".join(objective.names))
+        self.loss_sums = torch.zeros(len(settings), dtype=torch.float64, device=args.device)
+        self._training = False
+
+    def before_rows(self, rows: Sequence[PackedRow], batch: Batch, scoring: Scoring, *, training: bool) -> None:
+        """Run the reference along where its values are not in the data."""
+        self._training = training
+        super().before_rows(rows, batch, scoring, training=training)
+
+    def row_terms(
+        self, row: PackedRow, scores: TokenScores, examples: Sequence[Example], totals: Sequence[float]
+    ) -> RowTerms:
+        """Sum of all configurations' losses; metrics under ``<number>/``."""
+        logps = self.pair_logps(row, scores, examples, totals)
+        self.check_pairs(logps)
+        times = len(self._objectives)
+        num_pairs = logps.num_pairs // times
+        total, rewards = logps.chosen_logps.new_zeros(()), []
+        metrics: dict[str, Term] = {}
+        for number, objective in enumerate(self._objectives):
+            own = logps.select(slice(number * num_pairs, (number + 1) * num_pairs))
+            loss = objective(own).loss.sum()
+            # A loss that is not finite must not make the step's sum so; its configuration is found by its gradient.
+            total = total + loss.nan_to_num(0.0, 0.0, 0.0)
+            if self._training:
+                self.loss_sums[number] += loss.detach() / totals[0]
+            rewards.append(torch.stack(objective.rewards(own), 1).detach())
+            terms = pair_metrics(*_part(row, scores, number, num_pairs), own, rewards[-1])
+            terms["loss"] = (loss.detach(), float(num_pairs))
+            metrics |= {f"{number}/{name}": term for name, term in terms.items()}
+        # Every copy of a pair carries the rewards of all configurations, so that any order of the copies will do.
+        predictions = torch.stack(rewards, 1).repeat(times, 1, 1)
+        return RowTerms(total, float(num_pairs), metrics, predictions)
+
+    def kept(self) -> Any:
+        """The losses before a step."""
+        return self.loss_sums.clone()
+
+    def undo(self, kept: Any) -> None:
+        """Put the losses back."""
+        self.loss_sums = kept
+
+
+class FusedStep(Step):
+    """Runs every configuration's part of a row under its adapter.
+
+    Attributes:
+        names: Adapters, in the order of the configurations.
+    """
+
+    names: Sequence[str] = ()
+    _parts = Parts()
+
+    def plan(self, batch: Batch) -> list[PackedRow]:
+        """Rows that hold their pairs once per configuration, configuration by configuration."""
+        times = len(self.names)
+        lengths = [times * length for length in self._lengths(batch.examples, self.task.trees)]
+        return [
+            self._row(batch.examples, numbers * times, self.task.trees)
+            for numbers in plan_rows(lengths, self.max_tokens_per_row)
+        ]
+
+    @contextmanager
+    def _sharing(self) -> Iterator[None]:
+        with grouped(self.forward.model, self.names) as self._parts:
+            yield
+
+    def run_rows(self, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
+        """Forward and backward row by row."""
+        with self._sharing():
+            return super().run_rows(model, rows, batch, totals)
+
+    def evaluate(self, model: nn.Module, batch: Batch, totals: list[float]) -> Tensor | None:
+        """Add up a batch's metrics. Returns its predictions in the order of the examples."""
+        with self._sharing():
+            return super().evaluate(model, batch, totals)
+
+    def score(self, model: nn.Module, row: PackedRow, with_stats: bool) -> tuple[TokenScores, Any]:
+        """Score a row under the policies."""
+        self._parts.num_tokens = row.num_tokens
+        return super().score(model, row, with_stats)
+
+
 class FusedTrainer(DPOTrainer):
     """Trains one LoRA adapter per configuration, all of them in the same forward.
 
@@ -59,6 +160,10 @@ class FusedTrainer(DPOTrainer):
     Raises:
         ConfigError: Something cannot be shared.
     """
+
+    task: FusedTask
+    step: FusedStep
+    step_class = FusedStep
 
     def __init__(
         self,
@@ -73,75 +178,15 @@ class FusedTrainer(DPOTrainer):
         super().__init__(args=args, peft_config=peft_config, **kwargs)
         self.names = [str(self.model.active_adapter), *(f"fused{k}" for k in range(1, len(self.settings)))]
         add_copies(self.model, self.names[1:])
-        self.objectives = [each.build_objective() for each in self.settings]
-        for objective in self.objectives:
-            if not objective.separable or objective.uses_running_delta:
-                raise ConfigError("joins the pairs of a step", where="loss_type", value=", ".join(objective.names))
-        if self.router is not None or not self.forward_policy.packed:
+        self.step.names = self.names
+        if self.step.router is not None or not self.step.forward.packed:
             raise ConfigError("only packed rows can be shared", where="packing_mode", value=self.verdict.reason)
-        self._parts = Parts()
         # Configurations whose loss or gradient was not finite: they stand still, and the others go on unharmed.
         self.lost: set[int] = set()
-        self._loss_sums = torch.zeros(len(self.settings), dtype=torch.float64, device=self.args.device)
 
-    # ---- rows -------------------------------------------------------------------------------------------------------
-
-    def _plan(self, batch: Batch) -> list[PackedRow]:
-        """Rows that hold their pairs once per configuration, configuration by configuration."""
-        times = len(self.settings)
-        trees = [self.example_trees(example, 0) for example in batch.examples]
-        lengths = [times * sum(tree.num_tokens for tree in each) for each in trees]
-        rows = []
-        for numbers in plan_rows(lengths, self.max_tokens_per_row):
-            repeated = numbers * times
-            in_row = [self.example_trees(batch.examples[n], k) for k, n in enumerate(repeated)]
-            rows.append(build_row([tree for each in in_row for tree in each], repeated))
-        return rows
-
-    @contextmanager
-    def _sharing(self) -> Iterator[None]:
-        with grouped(self.model, self.names) as self._parts:
-            yield
-
-    def run_rows(self, model: nn.Module, rows: list[PackedRow], batch: Batch, totals: list[float]) -> Tensor:
-        """Forward and backward row by row, every configuration's part under its adapter."""
-        with self._sharing():
-            return super().run_rows(model, rows, batch, totals)
-
-    def _evaluate_batch(self, batch: Batch, totals: list[float]) -> Tensor | None:
-        with self._sharing():
-            return super()._evaluate_batch(batch, totals)
-
-    def _forward(self, model: nn.Module, row: PackedRow, with_stats: bool) -> tuple[TokenScores, Any]:
-        self._parts.num_tokens = row.num_tokens
-        return super()._forward(model, row, with_stats)
-
-    def row_terms(self, row: PackedRow, scores: TokenScores, examples: list[Example], totals: list[float]) -> RowTerms:
-        """Sum of all configurations' losses; metrics under ``<number>/``."""
-        logps = self.pair_logps(row, scores, examples, totals)
-        if not self._checked_first_step and self.model.training:
-            self._check_first_step(logps)
-        num_pairs = logps.num_pairs // len(self.settings)
-        total, rewards = logps.chosen_logps.new_zeros(()), []
-        metrics: dict[str, Term] = {}
-        for number, objective in enumerate(self.objectives):
-            own = logps.select(slice(number * num_pairs, (number + 1) * num_pairs))
-            loss = objective(own).loss.sum()
-            # A loss that is not finite must not make the step's sum so; its configuration is found by its gradient.
-            total = total + loss.nan_to_num(0.0, 0.0, 0.0)
-            if self.model.training:
-                self._loss_sums[number] += loss.detach() / totals[0]
-            rewards.append(torch.stack(objective.rewards(own), 1).detach())
-            terms = pair_metrics(*_part(row, scores, number, num_pairs), own, rewards[-1])
-            terms["loss"] = (loss.detach(), float(num_pairs))
-            metrics |= {f"{number}/{name}": term for name, term in terms.items()}
-        # Every copy of a pair carries the rewards of all configurations, so that any order of the copies will do.
-        predictions = torch.stack(rewards, 1).repeat(len(self.settings), 1, 1)
-        return RowTerms(total, float(num_pairs), metrics, predictions)
-
-    def user_metrics(self, predictions: Any) -> Any:
-        """Call ``compute_metrics`` with rewards ``(pairs, configurations, 2)``."""
-        return super().user_metrics(predictions[:: len(self.settings)])
+    def make_task(self, args: Any) -> FusedTask:
+        """The pairs of all configurations."""
+        return FusedTask(args, self.settings)
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
 
@@ -172,10 +217,10 @@ class FusedTrainer(DPOTrainer):
             limit = settings.max_grad_norm if settings.max_grad_norm > 0 else float("inf")
             norms.append(torch.nn.utils.clip_grad_norm_(own, limit))
         stacked = torch.stack(norms)
-        finite = torch.isfinite(stacked) & torch.isfinite(self._loss_sums)
+        finite = torch.isfinite(stacked) & torch.isfinite(self.task.loss_sums)
         self.lost |= {number for number, good in enumerate(finite.tolist()) if not good}
         for number, norm in enumerate(norms):
-            self._train_sums.add({f"{number}/grad_norm": (norm.detach(), 1.0)})
+            self.step.sums.add({f"{number}/grad_norm": (norm.detach(), 1.0)})
             if number in self.lost:
                 for _, parameter in adapter_parameters(self.model, self.names[number]):
                     parameter.grad = None
@@ -183,12 +228,12 @@ class FusedTrainer(DPOTrainer):
 
     def process_state(self) -> dict[str, Any]:
         """Sums of every configuration's losses, beside those of the log lines."""
-        return {**super().process_state(), "fused_losses": self._loss_sums.clone()}
+        return {**super().process_state(), "fused_losses": self.task.loss_sums.clone()}
 
     def load_process_state(self, state: dict[str, Any]) -> None:
         """Go on with the sums of a checkpoint, or of the step's beginning."""
         super().load_process_state(state)
-        self._loss_sums = state["fused_losses"].to(self.args.device)
+        self.task.loss_sums = state["fused_losses"].to(self.args.device)
 
     # ---- results ----------------------------------------------------------------------------------------------------
 
@@ -200,7 +245,7 @@ class FusedTrainer(DPOTrainer):
 
     def mean_losses(self) -> list[float]:
         """Each configuration's loss, averaged over the optimizer steps: its own ``train_loss``."""
-        found: list[float] = (self._loss_sums / max(self.state.global_step, 1)).tolist()
+        found: list[float] = (self.task.loss_sums / max(self.state.global_step, 1)).tolist()
         return found
 
     def use(self, number: int) -> None:

@@ -8,8 +8,9 @@ Training does not notice: the samples have random streams of their own, and noth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,17 +18,16 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from preftune.errors import ConfigError, DataError
+from preftune.models.head import base_model
 from preftune.models.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.packing import Branch, PackedRow, Tree, build_row
 from preftune.training.batch import Example, as_arrays
 from preftune.training.guards.alarm import up_to_step, write_lines
 from preftune.training.guards.evidence import Generation
-from preftune.training.guards.hooks import find_guards
+from preftune.training.guards.panel import find_guards
 from preftune.training.guards.statistics import Z95, t_interval
 from preftune.training.reference import Reference
-
-if TYPE_CHECKING:
-    from preftune.training.dpo import DPOTrainer
+from preftune.training.run import Run
 
 #: Beside the checkpoints.
 SAMPLES = "samples.jsonl"
@@ -39,37 +39,39 @@ class Generations(TrainerCallback):
     """Draws completions before the first step, every ``generation_steps`` steps and after the last one.
 
     Args:
-        trainer: Whose policy is sampled.
+        run: Whose policy is sampled.
+        log: Takes a log line.
 
     Raises:
         ConfigError: The parameters lie in shards, so that one process alone cannot generate.
         DataError: No prompt has a token.
     """
 
-    def __init__(self, trainer: DPOTrainer) -> None:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    def __init__(self, run: Run, log: Callable[[dict[str, float]], None]) -> None:
+        if run.step.processes.sharded:
             raise ConfigError(
                 "sampling during training needs whole parameters in one process, and these are sharded",
                 where="generation_steps",
-                value=trainer.args.generation_steps,
+                value=run.args.generation_steps,
                 remedy="leave generation_steps out and sample from the saved model",
             )
-        self._trainer = trainer
+        self._run, self._log = run, log
         self._reference: Reference | None = None
-        self._examples = _choose(_dataset(trainer), trainer.args.num_generations, trainer.args.seed)
+        self._examples = _choose(_dataset(run), run.args.num_generations, run.args.seed)
         self._prompts = [example["prompt_ids"].tolist() for example in self._examples]
-        self._max_new_tokens = _room(trainer, max(map(len, self._prompts)))
+        self._max_new_tokens = _room(run, max(map(len, self._prompts)))
         self._first: list[str | None] | None = None
         self._records: list[dict[str, Any]] = []
 
     def keep_reference(self) -> None:
         """Remember the policy before it moves, where nothing else keeps what samples are compared with."""
-        reference = self._trainer.reference
+        reference = self._run.task.reference
         if reference is not None and not reference.policy_moved:
             reference.keep_shadow()
         elif reference is None and self._reference is None:
             # Methods without a reference: the policy as it was in the beginning.
-            self._reference = Reference(self._trainer.forward_policy, self._trainer.accelerator.autocast, store=None)
+            step = self._run.step
+            self._reference = Reference(step.forward, step.accelerator.autocast, store=None)
             self._reference.keep_shadow()
 
     # ---- callback -------------------------------------------------------------------------------------------------
@@ -82,48 +84,46 @@ class Generations(TrainerCallback):
         first = [record for record in self._records if record["step"] == 0]
         self._first = [record["reference_completion"] for record in first] if self._fits(first) else None
         if not state.global_step:
-            self._run(state, control)
+            self._draw_and_tell(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Sample where it is due, and after the last step."""
-        if state.global_step % self._trainer.args.generation_steps == 0 or state.global_step >= state.max_steps:
-            self._run(state, control)
+        if state.global_step % self._run.args.generation_steps == 0 or state.global_step >= state.max_steps:
+            self._draw_and_tell(state, control)
 
     @property
     def _file(self) -> Path:
-        return Path(str(self._trainer.args.output_dir)) / SAMPLES
+        return Path(str(self._run.args.output_dir)) / SAMPLES
 
     def _fits(self, records: list[dict[str, Any]]) -> bool:
         return [record["prompt"] for record in records] == [self._text(ids) for ids in self._prompts]
 
     def _text(self, ids: Any) -> str:
-        return str(self._trainer.processing_class.decode(ids, skip_special_tokens=False))  # type: ignore[union-attr]
+        return str(self._run.processing_class.decode(ids, skip_special_tokens=False))
 
-    def _run(self, state: TrainerState, control: TrainerControl) -> None:
-        trainer = self._trainer
-        found: list[Generation | None] = [self._sample(state) if trainer.is_world_process_zero() else None]
-        if trainer.args.world_size > 1:
+    def _draw_and_tell(self, state: TrainerState, control: TrainerControl) -> None:
+        run = self._run
+        found: list[Generation | None] = [self._sample(state) if run.is_world_process_zero() else None]
+        if run.step.processes.number > 1:
             # All processes come to the same decisions, so all of them see the samples.
             from accelerate.utils import broadcast_object_list
 
             broadcast_object_list(found)
         assert found[0] is not None
         logs = figures(found[0])
-        guards = find_guards(trainer)
+        guards = find_guards(run)
         if guards is not None and guards.active:
-            logs.update(guards.observe(found[0], writes=trainer.is_world_process_zero()))
+            logs.update(guards.observe(found[0], writes=run.is_world_process_zero()))
         # Logging says that no line is due any more; the trainer's own line may still be.
         due = control.should_log
-        trainer.log(logs)
+        self._log(logs)
         control.should_log = due
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 
     def _sample(self, state: TrainerState) -> Generation:
-        trainer = self._trainer
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        with trainer.accelerator.autocast():
-            samples = self._draw(model)
+        with self._run.step.accelerator.autocast():
+            samples = self._draw(self._run.step.forward.model)
         policy, reference, tails = self._scores(samples)
         if self._first is None and state.global_step == 0:
             self._first = self._reference_texts(samples)
@@ -157,19 +157,19 @@ class Generations(TrainerCallback):
     def _draw(self, model: Any) -> list[Sample]:
         return continue_prompts(
             model,
-            self._trainer.processing_class,
+            self._run.processing_class,
             self._prompts,
             max_new_tokens=self._max_new_tokens,
-            seed=self._trainer.args.seed,
+            seed=self._run.args.seed,
             batch_size=_BATCH,
         )
 
     def _reference_texts(self, samples: list[Sample]) -> list[str | None]:
-        reference = self._trainer.reference
+        reference = self._run.task.reference
         if reference is None or reference.separate is None:
             # The policy has not moved yet: it is the reference.
             return [sample.text for sample in samples]
-        with self._trainer.accelerator.autocast():
+        with self._run.step.accelerator.autocast():
             return [sample.text for sample in self._draw(reference.separate.model)]
 
     def _scores(self, samples: list[Sample]) -> tuple[list[float], list[float], list[float]]:
@@ -177,11 +177,11 @@ class Generations(TrainerCallback):
 
         Both models run through the same forward as in training.
         """
-        trainer = self._trainer
+        step = self._run.step
         trees = [Tree(np.array(sample.prompt_ids), (Branch(np.array(sample.token_ids), 0),)) for sample in samples]
         policy, other, tails = np.zeros(len(samples)), np.full(len(samples), np.nan), np.full(len(samples), np.nan)
-        reference = trainer.reference or self._reference
-        for numbers in trainer.forward_policy.rows_of([tree.num_tokens for tree in trees], trainer.max_tokens_per_row):
+        reference = self._run.task.reference or self._reference
+        for numbers in step.forward.rows_of([tree.num_tokens for tree in trees], step.max_tokens_per_row):
             row = build_row([_in_slot(trees[n], k) for k, n in enumerate(numbers)], numbers)
             policy[list(numbers)] = _sums(row, self._policy_logps(row))
             if reference is not None:
@@ -192,11 +192,11 @@ class Generations(TrainerCallback):
         return policy.tolist(), other.tolist(), tails.tolist()
 
     def _policy_logps(self, row: PackedRow) -> torch.Tensor:
-        forward = self._trainer.forward_policy
+        step, forward = self._run.step, self._run.step.forward
         training = forward.model.training
         forward.model.eval()
         try:
-            with torch.no_grad(), self._trainer.accelerator.autocast(), forward.active():
+            with torch.no_grad(), step.computing():
                 return forward(row)[0].logps
         finally:
             forward.model.train(training)
@@ -221,12 +221,12 @@ def figures(generation: Generation) -> dict[str, float]:
     }
 
 
-def _dataset(trainer: DPOTrainer) -> Any:
+def _dataset(run: Run) -> Any:
     """Held-out data if there are any: the first set of several."""
-    held = trainer.eval_dataset
+    held = run.eval_dataset
     if isinstance(held, dict):
         held = next(iter(held.values()), None)
-    return held if isinstance(held, datasets.Dataset) and len(held) else trainer.train_dataset
+    return held if isinstance(held, datasets.Dataset) and len(held) else run.train_dataset
 
 
 def _choose(dataset: Any, num: int, seed: int) -> list[Example]:
@@ -250,10 +250,10 @@ def _choose(dataset: Any, num: int, seed: int) -> list[Example]:
     return list(found.values())
 
 
-def _room(trainer: DPOTrainer, longest: int) -> int:
-    config = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config()
+def _room(run: Run, longest: int) -> int:
+    config = base_model(run.model).config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
-    wanted: int = trainer.args.generation_max_new_tokens
+    wanted: int = run.args.generation_max_new_tokens
     if most is None:
         return wanted
     if most - longest < 1:

@@ -108,6 +108,12 @@ def row_budget(per_token: float, device: torch.device, reserved: int) -> int:
     return max(256, min(most, fits))
 
 
+def tokens_that_fit(per_token: float, device: torch.device, reserved: int) -> int:
+    """Tokens whose activations fit into the free memory; see :func:`row_budget` for the arguments."""
+    free = available_bytes(device)
+    return 1 << 62 if free is None or per_token <= 0 else int(max(free - reserved, free // 10) / per_token)
+
+
 def estimate(
     model: nn.Module, *, per_token: float, row_tokens: int, head_bytes: int, reference_bytes: int, device: torch.device
 ) -> MemoryEstimate:

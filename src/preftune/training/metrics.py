@@ -16,10 +16,17 @@ class MetricSums:
 
     Every metric is a weighted mean: pairs weigh one each in rewards, tokens in the entropy. Means of means, which
     change with the way a batch was split, are not formed.
+
+    Args:
+        device: Where the sums are kept.
+        derive: Adds metrics that are made of others.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, derive: Callable[[dict[str, float]], dict[str, float]] = lambda found: found
+    ) -> None:
         self._device = device
+        self._derive = derive
         self._sums: dict[str, Tensor] = {}
 
     def add(self, terms: Mapping[str, Term]) -> None:
@@ -48,4 +55,4 @@ class MetricSums:
             return {}
         sums = reduce(torch.stack([self._sums[name] for name in names])).tolist()
         self._sums.clear()
-        return {name: total / weight for name, (total, weight) in zip(names, sums, strict=True) if weight}
+        return self._derive({name: total / weight for name, (total, weight) in zip(names, sums, strict=True) if weight})

@@ -29,6 +29,7 @@ from preftune.references.fingerprint import model_weights_key, sequence_keys, tr
 from preftune.references.live import Shadow, using_adapter
 from preftune.references.store import ReferenceStore
 from preftune.training.batch import Example, as_arrays
+from preftune.training.sequences import sequence_sums
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,6 +85,7 @@ class Reference:
         compute: What beside the weights decides the numbers, for the store's key.
         reload: Loads the reference again where the policy has moved on and nothing of it was kept.
         show_progress: Draw a progress bar over the reference pass.
+        follows: Whether it follows the policy, so that it is part of a checkpoint.
     """
 
     def __init__(
@@ -98,12 +100,14 @@ class Reference:
         compute: dict[str, Any] | None = None,
         reload: Callable[[], RowForward | None] = lambda: None,
         show_progress: bool = True,
+        follows: bool = False,
     ) -> None:
         self.policy = forward
         self.separate = model
         self.adapter = adapter
         self.store = store
         self.ld_alpha = ld_alpha
+        self.follows = follows
         self.num_scored = 0
         self.num_found = 0
         self.policy_moved = False
@@ -113,6 +117,7 @@ class Reference:
         self._reload = reload
         self._show_progress = show_progress
         self._key: str | None = None
+        self._live: dict[int, tuple[Tensor, Tensor]] = {}
 
     # ---- fixed references -----------------------------------------------------------------------------------------
 
@@ -303,6 +308,30 @@ class Reference:
                     return forward(row, with_tail=with_tail)[0]
             finally:
                 forward.model.train(training)
+
+    # ---- what a row's loss asks for ---------------------------------------------------------------------------------
+
+    def run_along(self, rows: Sequence[PackedRow], examples: Sequence[Example]) -> None:
+        """Score the rows of a step, where the values are not in the data."""
+        if not (examples and COLUMNS[0] in examples[0]):
+            self._live = {id(row): sequence_sums(row, self.row_logps(row), self.ld_alpha) for row in rows}
+
+    def row_sums(self, row: PackedRow, examples: Sequence[Example], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of a row's chosen and rejected completions, from the data or from :meth:`run_along`.
+
+        Raises:
+            TrainingError: A value in the data is missing.
+        """
+        if COLUMNS[0] not in examples[0]:
+            return self._live[id(row)]
+        values = torch.tensor([[e[column] for column in COLUMNS] for e in examples], dtype=like.dtype)
+        if bool(values.isnan().any()):
+            raise TrainingError(
+                "a pair's reference log-probs were not computed before training",
+                remedy="set reference_store: false, and report this: the data order was foreseen wrongly",
+            )
+        values = values.to(like.device, non_blocking=True)
+        return values[:, 0], values[:, 1]
 
 
 def _trees(pair: PairSequences, first_slot: int, alone: bool) -> tuple[Tree, ...]:

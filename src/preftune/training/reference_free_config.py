@@ -8,47 +8,30 @@ from typing import ClassVar
 
 from preftune.errors import ConfigError
 from preftune.objectives import Objective, build_objective
-from preftune.training.config import PackedConfig
+from preftune.training.preference_config import PreferenceConfig
 
 #: TRL's ``loss_type`` of its CPO trainer, by the method's name in the table.
 CPO_METHODS = {"sigmoid": "cpo", "hinge": "cpo_hinge", "ipo": "cpo_ipo", "simpo": "simpo", "alphapo": "alphapo"}
 
 
 @dataclass
-class ReferenceFreeConfig(PackedConfig):
+class ReferenceFreeConfig(PreferenceConfig):
     """What ORPO and CPO share.
 
     Attributes:
         max_completion_length: Accepted from TRL, where it only concerns encoder-decoder models; refused otherwise than
             unset.
         beta: Weight of ORPO's odds-ratio term, or CPO's scale of the rewards.
-        disable_dropout: Switch dropout off.
         padding_value: Accepted from TRL; packed rows carry no padding.
         generate_during_eval: Accepted from TRL; refused where true: generate with the saved model.
         is_encoder_decoder: Accepted from TRL; refused where true: only decoder models are trained.
-        max_prompt_length: Longest prompt in tokens; ``None`` for no limit of its own.
-        implicit_prompt: How the prompt is found where the data have none: ``common_prefix`` as TRL does, or
-            ``transcript`` at the last assistant turn.
     """
 
-    # What the pair trainer asks for, and a method without reference does not have.
-    ld_alpha: ClassVar[float | None] = None
-    use_weighting: ClassVar[bool] = False
-    sync_ref_model: ClassVar[bool] = False
-    model_adapter_name: ClassVar[str | None] = None
-    ref_adapter_name: ClassVar[str | None] = None
-    first_step_check: ClassVar[bool] = False
-    reference_store: ClassVar[bool] = False
-
-    learning_rate: float = 1e-6
     max_completion_length: int | None = None
     beta: float = 0.1
-    disable_dropout: bool = True
     padding_value: int | None = None
     generate_during_eval: bool = False
     is_encoder_decoder: bool | None = None
-    max_prompt_length: int | None = None
-    implicit_prompt: str = "common_prefix"
 
     def __post_init__(self) -> None:
         refused = {
@@ -61,23 +44,7 @@ class ReferenceFreeConfig(PackedConfig):
                 raise ConfigError("not supported", where=name, value=getattr(self, name), remedy=remedy)
         if self.padding_value is not None:
             warnings.warn("padding_value has no effect: packed rows are not padded", UserWarning, stacklevel=3)
-        if self.implicit_prompt not in ("common_prefix", "transcript"):
-            raise ConfigError(
-                "unknown value",
-                where="implicit_prompt",
-                value=self.implicit_prompt,
-                allowed="common_prefix, transcript",
-            )
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ConfigError(
-                "value too small", where="max_prompt_length", value=self.max_prompt_length, allowed="1 or more"
-            )
-        self.build_objective()
         super().__post_init__()
-
-    def build_objective(self) -> Objective:
-        """The objective that these settings describe; refuses contradictory ones."""
-        raise NotImplementedError
 
 
 @dataclass

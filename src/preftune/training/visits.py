@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-if TYPE_CHECKING:
-    from preftune.training.base import PackedTrainer
+from preftune.training.config import PackedConfig
 
 
 class _Indices(Dataset[int]):
@@ -23,13 +23,17 @@ class _Indices(Dataset[int]):
         return index
 
 
-def visited_rows(trainer: PackedTrainer) -> list[int]:
+def visited_rows(args: PackedConfig, size: int, sampler: Callable[[], Any]) -> list[int]:
     """Rows that any process will train on, ascending.
 
     Only a run shorter than one epoch leaves rows out. Its data order is that of transformers' sampler, which a loader
     over bare indices with the same sampler repeats; random state is left as it was.
+
+    Args:
+        args: Settings of the run.
+        size: Rows of the training data.
+        sampler: Makes transformers' sampler.
     """
-    args, size = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.train_sampling_strategy == "sequential" and args.max_steps > 0:
         return list(range(min(size, args.max_steps * per_step)))
@@ -39,8 +43,7 @@ def visited_rows(trainer: PackedTrainer) -> list[int]:
         return list(range(size))
     state = torch.get_rng_state()
     try:
-        sampler = trainer._get_train_sampler(trainer.train_dataset)
-        order = _seeded_order(sampler, args.data_seed)
+        order = _seeded_order(sampler(), args.data_seed)
         # Processes take turns batch by batch, so that together they consume the order from its beginning.
         return sorted({int(i) for i in itertools.islice(order, args.max_steps * per_step)})
     finally:

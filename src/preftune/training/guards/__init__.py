@@ -1,8 +1,7 @@
 """Guards: callbacks that say when a preference training goes wrong, with evidence, cause, remedy and source."""
 
 from preftune.training.guards.alarm import Alarm
-from preftune.training.guards.hooks import find_guards, install_guards, watch_line
-from preftune.training.guards.panel import Guards
+from preftune.training.guards.panel import Guards, find_guards
 from preftune.training.guards.settings import COMMON, GUARD_NAMES, check_guards, parse_guards
 
 __all__ = [
@@ -12,7 +11,5 @@ __all__ = [
     "Guards",
     "check_guards",
     "find_guards",
-    "install_guards",
     "parse_guards",
-    "watch_line",
 ]

@@ -263,16 +263,16 @@ class Watch:
         self._window, self._grad_norms = None, []
         return moments, norms
 
-    def pop_heldout(self, gather: Callable[[list[Any]], list[Any]]) -> tuple[Array, npt.NDArray[np.int64]] | None:
+    def pop_heldout(self, gather: Callable[[Any], list[Any]]) -> tuple[Array, npt.NDArray[np.int64]] | None:
         """Values ``(P, C)`` and prompt numbers of all processes since the last call, or ``None``.
 
         Args:
-            gather: Joins a list of every process.
+            gather: Gives what every process has.
         """
         if not self.on:
             return None
         local = torch.cat(self._heldout).double().cpu().numpy() if self._heldout else np.zeros((0, len(COLUMNS)))
-        parts = gather([(local, np.asarray(self._groups, dtype=np.int64))])
+        parts = gather((local, np.asarray(self._groups, dtype=np.int64)))
         self._heldout, self._groups = [], []
         values = np.concatenate([part[0] for part in parts])
         return (values, np.concatenate([part[1] for part in parts])) if len(values) else None

@@ -218,3 +218,8 @@ class Guards(TrainerCallback, ExportableState):
             "args": {"actions": self.actions, "output_dir": self.output_dir},
             "attributes": {"memory": self.memory, "lacking": self.lacking},
         }
+
+
+def find_guards(run: Any) -> Guards | None:
+    """A trainer's guards; transformers may have put fresh ones in their place when it restored a checkpoint."""
+    return next((each for each in run.callback_handler.callbacks if isinstance(each, Guards)), None)

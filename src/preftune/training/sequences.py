@@ -1,26 +1,16 @@
-"""What the pairs of a packed row add up to: sums per sequence, weights and metrics."""
+"""What the sequences of a packed row add up to: sums, weights and metrics."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from preftune.kernels.head import TokenScores
 from preftune.objectives import PairLogps, ld_token_weights, wpo_weight
 from preftune.packing import PackedRow
-from preftune.training.config import DPOConfig
 from preftune.training.metrics import Term
-
-if TYPE_CHECKING:
-    from preftune.training.dpo import DPOTrainer
-
-#: Difference of policy and reference in nats per token that rounding can explain, by half-precision or not.
-_AGREEMENT = {True: 5e-2, False: 2e-3}
 
 
 def sequence_sums(row: PackedRow, logps: Tensor, ld_alpha: float | None = None) -> tuple[Tensor, Tensor]:
@@ -83,38 +73,3 @@ def pair_metrics(row: PackedRow, scores: TokenScores, logps: PairLogps, rewards:
         terms["logits/rejected"] = ((scores.mean_logit * ~is_chosen).sum(), number - num_chosen)
         terms["mean_token_accuracy"] = ((scores.top1 & is_chosen).sum(), num_chosen)
     return terms
-
-
-def disagreement(logps: PairLogps, half: bool) -> str | None:
-    """What is wrong where policy and reference differ before the first update, or ``None`` where they do not.
-
-    Args:
-        logps: The pairs of a row.
-        half: Whether something was computed in half precision.
-    """
-    with torch.no_grad():
-        ratios = torch.cat([logps.chosen_logratios, logps.rejected_logratios]).abs()
-        tokens = torch.cat([logps.chosen_lengths, logps.rejected_lengths])
-        worst = float((ratios / tokens.to(ratios.dtype)).max())
-    if worst <= _AGREEMENT[half]:
-        return None
-    return (
-        f"policy and reference differ by {worst:.2g} nats per token before the first update, so that the loss does not "
-        "start where it should; likely causes: dropout is on (disable_dropout: true), the reference is not the model "
-        "that training starts from, or an adapter was merged or switched in between"
-    )
-
-
-class SyncReference(TrainerCallback):
-    """Moves the reference towards the policy every so many steps (TR-DPO, 2404.09656)."""
-
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(  # type: ignore[override]
-        self, args: DPOConfig, state: Any, control: Any, **kwargs: Any
-    ) -> None:
-        """Follow the policy where a synchronisation is due."""
-        reference = self.trainer.reference
-        if reference is not None and state.global_step % args.ref_model_sync_steps == 0:
-            reference.follow(args.ref_model_mixup_alpha)

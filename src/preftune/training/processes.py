@@ -1,0 +1,96 @@
+"""What the processes of a run tell each other, whichever of them has data and whichever has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from preftune.training.config import PackedConfig
+from preftune.training.metrics import MetricSums
+
+
+class Processes:
+    """The processes that train together.
+
+    Args:
+        accelerator: Accelerate's, which carries out the exchanges.
+        args: Settings of the run.
+        sharded: Whether parameters lie in shards, so that all processes have to run the same number of rows.
+    """
+
+    def __init__(self, accelerator: Accelerator, args: PackedConfig, *, sharded: bool) -> None:
+        self.number = args.world_size
+        self.index = args.process_index
+        self.device = args.device
+        self.sharded = sharded
+        self._accelerator = accelerator
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over all processes."""
+        if self.number == 1:
+            return tensor
+        reduced = self._accelerator.reduce(tensor.clone(), reduction="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Each value summed over all processes."""
+        if self.number == 1:
+            return values
+        result: list[float] = self.reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        return result
+
+    def all_well(self, well: bool) -> bool:
+        """Whether every process is well."""
+        return not self.sums([float(not well)])[0]
+
+    def most_rows(self, rows: int) -> int:
+        """Rows that every process has to run: sharded models gather parameters in step."""
+        if self.number == 1 or not self.sharded:
+            return rows
+        counts = self._accelerator.gather(torch.tensor([rows], device=self.device))
+        return int(counts.max())
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What every process has, in their order."""
+        if self.number == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object([value])
+        return found
+
+    def merged(self, values: dict[bytes, Any]) -> dict[bytes, Any]:
+        """The mappings of all processes in one."""
+        return {key: value for part in self.gathered(values) for key, value in part.items()}
+
+    def agree_on_names(self, sums: MetricSums) -> None:
+        """Enter the metrics that other processes have, with no weight: sums are exchanged as one tensor."""
+        if self.number > 1:
+            for names in self.gathered(sorted(sums.state())):
+                sums.add(dict.fromkeys(names, (0.0, 0.0)))
+
+    def in_order(self, predictions: Sequence[Tensor]) -> npt.NDArray[Any] | None:
+        """Predictions of all processes, in the order of the data.
+
+        Args:
+            predictions: Those of this process, one tensor per batch; shares may differ in length. The ``n``-th example
+                went to the ``n``-th process, counted round and round.
+
+        Returns:
+            One array, or ``None`` where nothing was predicted.
+        """
+        mine = np.concatenate([each.cpu().numpy() for each in predictions]) if predictions else None
+        parts = [part for part in self.gathered(mine) if part is not None]
+        if not parts:
+            return None
+        places = np.concatenate([np.arange(len(part)) for part in parts])
+        # Equal places keep the order of the processes.
+        joined: npt.NDArray[Any] = np.concatenate(parts)[np.argsort(places, kind="stable")]
+        return joined

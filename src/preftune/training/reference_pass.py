@@ -1,0 +1,117 @@
+"""The reference of a run: which model it is, and the pass over all data that the run visits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import TrainerCallback
+
+from preftune.models.forward import RowForward
+from preftune.references.store import ReferenceStore
+from preftune.training import memory
+from preftune.training.explicit import reloaded
+from preftune.training.preference_config import ReferenceConfig
+from preftune.training.reference import COLUMNS, Reference
+from preftune.training.step import Step
+
+
+def make_reference(
+    step: Step, args: ReferenceConfig, given: Any, forward_of: Callable[[Any], RowForward], *, mapped: bool
+) -> Reference:
+    """The reference that the settings ask for.
+
+    Args:
+        step: The policy, in its initial state.
+        args: Settings.
+        given: A model that is the reference, or ``None``.
+        forward_of: Makes a model ready to score rows.
+        mapped: Whether training data are known beforehand.
+    """
+
+    def reload() -> RowForward | None:
+        model = reloaded(step.forward.model, args)
+        return None if model is None else forward_of(model)
+
+    fixed = args.reference_store and not args.sync_ref_model and mapped
+    return Reference(
+        step.forward,
+        step.accelerator.autocast,
+        store=ReferenceStore() if fixed else None,
+        model=None if given is None else forward_of(given),
+        adapter=args.ref_adapter_name,
+        ld_alpha=step.task.ld_alpha,
+        compute={"mixed_precision": str(step.accelerator.mixed_precision)},
+        reload=reload,
+        show_progress=not args.disable_tqdm,
+        follows=args.sync_ref_model,
+    )
+
+
+class SyncReference(TrainerCallback):
+    """Moves a reference towards the policy every so many steps (TR-DPO, 2404.09656).
+
+    Args:
+        reference: The reference.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+
+    def on_step_end(  # type: ignore[override]
+        self, args: ReferenceConfig, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        """Follow the policy where a synchronisation is due."""
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self._reference.follow(args.ref_model_mixup_alpha)
+
+
+class ReferencePass:
+    """Completes data with what a fixed reference makes of them.
+
+    Args:
+        reference: A reference with a store.
+        step: Token budgets, and the processes that divide what is missing.
+    """
+
+    def __init__(self, reference: Reference, step: Step) -> None:
+        self._reference = reference
+        self._step = step
+
+    def complete(self, dataset: Any, name: str, rows: list[int] | None = None) -> Any:
+        """The data with the reference's sums.
+
+        Args:
+            dataset: Tokenised examples; of a stream nothing is known beforehand, and the reference will run along.
+            name: Name of the data, for the progress bar.
+            rows: Which of them are needed; by default all.
+        """
+        if not isinstance(dataset, datasets.Dataset):
+            self._reference.keep_shadow()
+            return dataset
+        rows = list(range(len(dataset))) if rows is None else rows
+        if set(COLUMNS) <= set(dataset.column_names):
+            known = np.isfinite(np.asarray(dataset[COLUMNS[0]], dtype=np.float32))
+            if known[rows].all():
+                return dataset
+            dataset = dataset.remove_columns(list(COLUMNS))
+        processes = self._step.processes
+        sums = self._reference.sums(
+            dataset,
+            rows,
+            max_tokens=memory.reference_budget(self._step.max_tokens_per_row, self._step.device),
+            share=(processes.index, processes.number),
+            exchange=processes.merged,
+            description=f"Reference log-probs ({name})",
+        )
+        for column, values in zip(COLUMNS, sums.T, strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def complete_each(self, data: Any) -> Any:
+        """The same for evaluation data: one set, several by name, or none."""
+        if isinstance(data, dict):
+            return {name: self.complete(each, name) for name, each in data.items()}
+        return None if data is None else self.complete(data, "eval")
