@@ -9,7 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from preftune.threads import wait_passively
+
 __version__ = "0.1.0"
+
+wait_passively()
 
 if TYPE_CHECKING:
     from preftune.errors import (

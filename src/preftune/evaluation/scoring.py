@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,9 @@ from tqdm.auto import tqdm
 
 from preftune.errors import ModelError
 from preftune.models.forward import RowForward
-from preftune.models.gate import Verdict, check_declared
-from preftune.models.head import base_model, probe_head
-from preftune.models.probe import probe
+from preftune.models.gate import Verdict
+from preftune.models.head import base_model
+from preftune.models.path import PathChoice
 from preftune.packing import Branch, Tree, build_row
 from preftune.references.fingerprint import model_weights_key, sequence_keys, trained_adapter
 from preftune.references.store import ReferenceStore
@@ -84,22 +83,12 @@ class Scorer:
         self._key: str | None = None
         self.device = next(model.parameters()).device
         self._max_tokens = max_tokens or _MOST_TOKENS.get(self.device.type, 8192)
-        self.verdict = self._verdict(packing_mode, backend, pad_token_id, max_length, like)
-        head = like.forward.head if like is not None and like.model is model else probe_head(model)
-        alone = self.verdict.alone
-        self.forward: RowForward = RowForward(model, self.verdict.ok, backend, head, pad_token_id, alone=alone)
-
-    def _verdict(self, mode: str, backend: str, pad: int, max_length: int | None, like: Scorer | None) -> Verdict:
+        choice = PathChoice(packing_mode, backend, pad_token_id, max_length)
         if like is not None and _same_kind(like.model, self.model):
-            return like.verdict
-        verdict = check_declared(self.model, max_length=max_length)
-        if mode == "padded":
-            verdict = replace(verdict, ok=False, reason="asked for by packing_mode: padded")
-        elif verdict.ok:
-            verdict = probe(self.model, backend=backend, pad_token_id=pad)
-        if mode == "packed" and not verdict.ok:
-            raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
-        return verdict
+            self.verdict: Verdict = like.verdict
+            self.forward: RowForward = choice.forward_of(model, self.verdict)
+        else:
+            self.forward, self.verdict = choice.of(model, self.autocast)
 
     @property
     def weights_key(self) -> str:

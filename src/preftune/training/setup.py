@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from torch import nn
 from preftune.data import DataOptions
 from preftune.errors import ConfigError, ModelError
 from preftune.models.compiled import COMPILE_BACKENDS, CompiledLayers
-from preftune.models.forward import RowForward
-from preftune.models.gate import Verdict, check_declared, probe
-from preftune.models.head import probe_head
 from preftune.models.loading import read_chat_template
+from preftune.models.path import PathChoice
 from preftune.models.trust import TOKENIZER_FILES, load_adapter, pinned
 from preftune.training.config import PackedConfig
 from preftune.training.router import REASON as ROUTER_REASON
@@ -146,34 +143,17 @@ def _template_of(folder: Path) -> Any:
         ) from error
 
 
-@dataclass(frozen=True)
-class Paths:
-    """How the models of a run are computed: packed or padded.
+def path_choice(args: PackedConfig, tokenizer: Any, longest: int | None, balanced: bool) -> PathChoice:
+    """How the models of a run are to be computed.
 
-    Attributes:
+    Args:
         args: What the user asked for.
         tokenizer: The tokenizer.
         longest: Tokens of the longest sequence, where they are known.
         balanced: Whether there is a load-balancing loss.
     """
-
-    args: PackedConfig
-    tokenizer: Any
-    longest: int | None
-    balanced: bool
-
-    def choose(self, model: nn.Module) -> tuple[RowForward, Verdict]:
-        """What the user asked for, what the gate allows, what the probe shows."""
-        pad, mode, backend = self.tokenizer.pad_token_id or 0, self.args.packing_mode, self.args.attention_backend
-        verdict = check_declared(model, max_length=self.longest)
-        if mode == "padded" or (self.balanced and mode != "packed"):
-            reason = ROUTER_REASON if self.balanced and mode != "padded" else "asked for by packing_mode: padded"
-            verdict = replace(verdict, ok=False, reason=reason)
-        elif verdict.ok:
-            verdict = probe(model, backend=backend, pad_token_id=pad)
-        if mode == "packed" and not verdict.ok:
-            raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
-        return RowForward(model, verdict.ok, backend, probe_head(model), pad, alone=verdict.alone), verdict
+    pad = tokenizer.pad_token_id or 0
+    return PathChoice(args.packing_mode, args.attention_backend, pad, longest, ROUTER_REASON if balanced else None)
 
 
 def compiled_layers(model: nn.Module, args: PackedConfig, accelerator: Any) -> CompiledLayers | None:

@@ -26,6 +26,7 @@ from preftune.errors import ConfigError, TrainingError
 from preftune.kernels.head import TokenScores
 from preftune.models.head import base_model
 from preftune.packing import PackedRow
+from preftune.threads import tell_if_spinning
 from preftune.training import card, carried, checks, loaders, memory, recovery, setup
 from preftune.training.batch import Batch, Example, collate
 from preftune.training.blame import blamed_rows
@@ -166,15 +167,17 @@ class TaskTrainer(CheckpointedTrainer):
     def _make_step(self) -> None:
         """Choose how rows are computed, and how long they may be."""
         args, task = self.args, self.task
+        if args.device.type == "cpu":
+            tell_if_spinning(torch.get_num_threads())
         self._num_parameters = base_model(self.model).num_parameters(exclude_embeddings=True)
         self.lengths = task.lengths(self.train_dataset)
         # What transformers divides the loss of such a model by.
         task.shifts_labels = getattr(self, "_loss_shifts_labels", True)
         self.processes = Processes(self.accelerator, args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         router = RouterLoss.of(self.model, args.router_aux_loss_coef, task.balances_experts)
-        self._paths = setup.Paths(args, self.processing_class, self._longest_sequence(), balanced=router is not None)
-        checks.check_positions(self.model, self._paths.longest)
-        forward, self.verdict = self._paths.choose(self.model)
+        self._paths = setup.path_choice(args, self.processing_class, self._longest_sequence(), router is not None)
+        checks.check_positions(self.model, self._paths.max_length)
+        forward, self.verdict = self._paths.of(self.model, self.accelerator.autocast)
         self.step = self.step_class(
             task, forward, self.accelerator, args, self.processes, lambda *given: self.row_terms(*given)
         )
@@ -307,7 +310,7 @@ class TaskTrainer(CheckpointedTrainer):
     def _make_reference(self, args: ReferenceConfig, ref_model: Any) -> None:
         def forward_of(model: Any) -> Any:
             inner = self.accelerator.unwrap_model(self.accelerator.prepare_model(model, evaluation_mode=True))
-            return self._paths.choose(inner)[0]
+            return self._paths.of(inner, self.accelerator.autocast)[0]
 
         mapped = isinstance(self.train_dataset, datasets.Dataset)
         self.task.reference = make_reference(self.step, args, ref_model, forward_of, mapped=mapped)

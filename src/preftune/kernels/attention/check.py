@@ -62,8 +62,9 @@ def kernel_errors(request: Request) -> tuple[float, float]:
         direction = torch.randn(got.shape, generator=generator).to(got)
         grads = torch.autograd.grad(got, (query, key, value), direction)
     wide = [each.detach().cpu().double().requires_grad_(True) for each in (query, key, value)]
+    wide_query, wide_key, wide_value = wide
     spec = replace(spec, sinks=sinks.cpu().double() if request.sinks else None)
-    expected = reference.attend(*wide, layout, spec)
+    expected = reference.attend(wide_query, wide_key, wide_value, layout, spec)
     expected_grads = torch.autograd.grad(expected, wide, direction.cpu().double())
     return _error(got, expected), max(_error(*each) for each in zip(grads, expected_grads, strict=True))
 
