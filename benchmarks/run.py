@@ -5,7 +5,7 @@ rotating order, repetition after repetition, so that a slow minute of the machin
 median and the range; the JSON holds every single measurement and the environment. ``render.py`` turns it into
 ``docs/benchmarks.md``.
 
-A quick look:    python benchmarks/run.py --only hh --dtype bf16 --steps 8 --reps 1
+A quick look:    python benchmarks/run.py --models llama-19m --reps 1
 """
 
 from __future__ import annotations
@@ -27,47 +27,56 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.workloads import MODELS
+
 from benchmarks import summary
 
 HERE = Path(__file__).resolve().parent
 WORKLOADS = ("hh", "dpo_en", "capybara", "hh_rlhf", "metamath", "tldr", "helpsteer", "ultrafeedback")
 VARIANTS = ("trl", "trl-precompute", "padded", "packed", "packed-known")
-# What one optimizer step of TRL takes on two cores decides how many fit into a coffee break.
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "only": ["hh", "dpo_en"],
+        "models": ["llama-19m", "smollm2-135m"],
+        "only": ["hh"],
         "dtype": ["bf16"],
         "peft": ["full"],
         "checkpointing": ["default"],
         "variants": ["trl", "trl-precompute", "padded", "packed"],
-        "steps": {"hh": 16, "dpo_en": 6},
-        "trl_steps": {"hh": 3, "dpo_en": 2},
-        "reps": 2,
+        "reps": 3,
+    },
+    "pretrained": {
+        "models": ["smollm2-135m"],
+        "only": ["hh", "dpo_en"],
+        "dtype": ["bf16", "fp32"],
+        "peft": ["full", "lora"],
+        "checkpointing": ["default"],
+        "variants": list(VARIANTS),
+        "reps": 3,
     },
     "full": {
+        "models": ["llama-19m"],
         "only": list(WORKLOADS),
         "dtype": ["bf16", "fp32"],
         "peft": ["full", "lora"],
         "checkpointing": ["default", "off"],
         "variants": list(VARIANTS),
-        "steps": {"hh": 32},
-        "trl_steps": {"hh": 4},
         "reps": 3,
     },
     "growth": {
+        "models": ["llama-19m"],
         "only": ["hh_rlhf"],
         "dtype": ["bf16"],
         "peft": ["full"],
         "checkpointing": ["default"],
         "variants": ["packed"],
-        "steps": {"hh_rlhf": 8},
-        "trl_steps": {},
+        "steps": 8,
         "reps": 1,
         "data_scale": [1, 4, 16],
         "length_scale": [1.0, 4.0],
     },
 }
-DEFAULT_STEPS, DEFAULT_TRL_STEPS = 8, 2
+#: Optimizer steps of every contender; fewer would let a single slow row decide.
+STEPS = 5
 PREPARATION_SECONDS = 1800
 
 
@@ -75,6 +84,7 @@ PREPARATION_SECONDS = 1800
 class Setting:
     """What all contenders have in common in one comparison."""
 
+    model: str
     workload: str
     dtype: str
     peft: str
@@ -87,27 +97,30 @@ class Setting:
         """Short text for progress lines and tables."""
         scales = [f"{self.data_scale}x data"] * (self.data_scale != 1)
         scales += [f"{self.length_scale:g}x length"] * (self.length_scale != 1)
-        return " ".join([self.workload, self.dtype, self.peft, f"checkpointing {self.checkpointing}", *scales])
+        return " ".join(
+            [self.model, self.workload, self.dtype, self.peft, f"checkpointing {self.checkpointing}", *scales]
+        )
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; a preset fills what is not given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="quick", help="quick (default) | full (hours) | growth")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="quick", help="quick (default) | pretrained | full (hours) | growth"
+    )
 
     def several(flag: str, choices: tuple[str, ...]) -> None:
         parser.add_argument(flag, type=lambda text: text.split(","), help=f"comma-separated: {', '.join(choices)}")
 
+    several("--models", tuple(MODELS))
     several("--only", WORKLOADS)
     several("--dtype", ("bf16", "fp32"))
     several("--peft", ("full", "lora"))
     several("--checkpointing", ("default", "off"))
     several("--variants", VARIANTS)
-    parser.add_argument("--steps", type=int, help="optimizer steps of each cell")
-    parser.add_argument("--trl_steps", type=int, help="optimizer steps of the TRL cells, which are slower")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every contender (default: 5)")
     parser.add_argument("--reps", type=int, help="repetitions")
     parser.add_argument("--batch", type=int, help="pairs per step (default: 8 for short rows, 4 for long ones)")
-    parser.add_argument("--model", default="llama-19m", help="a shape of workloads.MODELS; weights are random")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds after which a cell is given up")
     parser.add_argument(
@@ -119,10 +132,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
     given = {key: value for key, value in vars(args).items() if value is not None}
-    if args.steps is not None and args.trl_steps is None:
-        given["trl_steps"] = min(args.steps, DEFAULT_TRL_STEPS * 2)
-    merged: dict[str, Any] = {"data_scale": [1], "length_scale": [1.0]} | preset | given
+    merged: dict[str, Any] = {"data_scale": [1], "length_scale": [1.0], "steps": STEPS} | preset | given
     known: dict[str, tuple[str, ...]] = {
+        "models": tuple(MODELS),
         "only": WORKLOADS,
         "dtype": ("bf16", "fp32"),
         "peft": ("full", "lora"),
@@ -135,28 +147,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return argparse.Namespace(**{"batch": None, "threads": None, "work": None, "out": None} | merged)
 
 
-def num_steps(args: argparse.Namespace, setting: Setting, variant: str) -> tuple[int, bool]:
-    """Return the optimizer steps of a cell, and whether they were cut because the contender is slow."""
-
-    def of(value: Any, default: int) -> int:
-        return value if isinstance(value, int) else value.get(setting.workload, default)
-
-    steps = of(args.steps, DEFAULT_STEPS) * setting.data_scale
-    if not variant.startswith("trl"):
-        return steps, False
-    capped = min(steps, of(args.trl_steps, DEFAULT_TRL_STEPS))
-    return capped, capped < steps
-
-
 def make_spec(args: argparse.Namespace, setting: Setting, variant: str) -> dict[str, Any]:
     """Return the task of one cell."""
-    steps, capped = num_steps(args, setting, variant)
+    steps = args.steps * setting.data_scale
     batch_size = args.batch or (8 if setting.workload in ("hh", "hh_rlhf") else 4)
     return {
         "task": "measure",
         "variant": variant,
         "workload": setting.workload,
-        "model": args.model,
+        "model": setting.model,
         "dtype": setting.dtype,
         "peft": setting.peft,
         "checkpointing": setting.checkpointing,
@@ -164,7 +163,6 @@ def make_spec(args: argparse.Namespace, setting: Setting, variant: str) -> dict[
         "batch_size": batch_size,
         "scale": setting.length_scale,
         "data_scale": setting.data_scale,
-        "capped": capped,
         "threads": args.threads,
         "work": str(args.work),
     }
@@ -229,7 +227,7 @@ def run_all(args: argparse.Namespace, settings: list[Setting]) -> list[dict[str,
                     run_cell(spec | {"variant": "packed"}, args.timeout, cache)  # fills the store, is not counted
                 result = run_cell(spec, args.timeout, cache)
                 keep = ("variant", "workload", "model", "dtype", "peft", "checkpointing", "batch_size", "scale")
-                record = {key: spec[key] for key in (*keep, "data_scale", "capped")} | {"rep": rep} | result
+                record = {key: spec[key] for key in (*keep, "data_scale")} | {"rep": rep} | result
                 results.append(record)
                 left = (time.monotonic() - start) / len(results) * (total - len(results))
                 print(
@@ -255,14 +253,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     args.work = args.work or Path(tempfile.gettempdir()) / f"preftune-bench-{os.getuid()}"
     args.work.mkdir(parents=True, exist_ok=True)
-    grid = itertools.product(args.only, args.dtype, args.peft, args.checkpointing, args.data_scale, args.length_scale)
-    settings = [Setting(*cell) for cell in grid if 1 in cell[4:] or args.preset != "growth"]
+    grid = itertools.product(
+        args.models, args.only, args.dtype, args.peft, args.checkpointing, args.data_scale, args.length_scale
+    )
+    settings = [Setting(*cell) for cell in grid if 1 in cell[5:] or args.preset != "growth"]
     if args.dry_run:
         for setting, variant in itertools.product(settings, args.variants):
-            steps, capped = num_steps(args, setting, variant)
-            print(f"{args.reps} x {setting.name}: {variant}, {steps} steps{' (capped)' if capped else ''}")
+            print(f"{args.reps} x {setting.name}: {variant}, {args.steps * setting.data_scale} steps")
         return 0
-    prepared = run_cell({"task": "prepare", "work": str(args.work), "model": args.model}, PREPARATION_SECONDS)
+    prepared = run_cell({"task": "prepare", "work": str(args.work), "models": args.models}, PREPARATION_SECONDS)
     machine = run_cell({"task": "machine", "threads": args.threads}, PREPARATION_SECONDS)
     for failed in (prepared, machine):
         if "error" in failed:

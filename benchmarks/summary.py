@@ -17,7 +17,8 @@ LABELS = {
 HEADERS = (
     "contender",
     "pairs/s",
-    "tokens/s",
+    "pairs/s, steps alone",
+    "start-up, s",
     "x TRL",
     "x padded",
     "memory growth",
@@ -49,11 +50,6 @@ def setting_text(setting: tuple[Any, ...]) -> str:
 def pairs_per_second(cell: Cell) -> float:
     """Return pairs over construction and training time."""
     return float(cell["num_pairs"] / cell["seconds"])
-
-
-def tokens_per_second(cell: Cell) -> float:
-    """Return tokens of prompt, chosen and rejected, each counted once, per second."""
-    return float(cell["num_useful_tokens"] / cell["seconds"])
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
@@ -133,18 +129,18 @@ def _row(variant: str, by_rep: dict[int, Cell], group: dict[str, dict[int, Cell]
         return [value(cells[rep]) / value(base[rep]) for rep in sorted(cells.keys() & base.keys())]
 
     ordered = [cells[rep] for rep in sorted(cells)]
-    capped = any(cell["capped"] for cell in ordered)
     return [
         label,
         spread([pairs_per_second(cell) for cell in ordered], number),
-        spread([tokens_per_second(cell) for cell in ordered], number),
+        spread([cell["num_pairs"] / cell["training_seconds"] for cell in ordered], number),
+        spread([cell["construction_seconds"] for cell in ordered], number),
         spread(ratios("trl", pairs_per_second), number),
         spread(ratios("padded", pairs_per_second), number),
         spread([cell["memory_growth"] for cell in ordered], megabytes),
         spread(ratios("trl", lambda cell: float(cell["memory_growth"])), number),
         spread([cell["useful_flops"] / cell["seconds"] / rate for cell in ordered], percent),
         spread([cell["cpu_seconds"] / cell["num_pairs"] for cell in ordered], number),
-        f"{ordered[0]['num_pairs']}{' (capped)' if capped else ''}",
+        str(ordered[0]["num_pairs"]),
     ]
 
 
@@ -160,6 +156,4 @@ def table(report: dict[str, Any]) -> str:
             lines.append("  ".join(["  " + first.strip().ljust(widths[0]), *rest]))
     if caution := busy(report["machine"]):
         lines += ["", caution]
-    if any(cell["capped"] for cell in report["cells"]):
-        lines += ["", "capped: fewer steps, because the contender is slow; its rate is per pair all the same."]
     return "\n".join(lines)

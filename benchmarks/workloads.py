@@ -1,8 +1,9 @@
 """What is measured: rows, tokenizer and model, the same for every contender.
 
-Everything is made on the spot from a seed and kept in a work folder: a byte-level BPE tokenizer trained on the
-preference files, a randomly initialised model, and rows of three kinds: HH transcripts, ShareGPT conversations, and
-synthetic rows that follow published length statistics.
+Models are random, with a byte-level BPE tokenizer trained on the preference files, or the pretrained one of
+``make real`` with its own. Rows are of three kinds: HH transcripts and ShareGPT conversations, from files beside the
+checkout or from the Hub; and synthetic rows that follow length statistics, which also stand in for the former where
+neither is to be had. :func:`source_of` says which.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import math
 import random
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from benchmarks import pretrained
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB_SIZE = 16_000
@@ -36,6 +40,7 @@ class Workload:
         max_length: Truncation length, as both libraries take it.
         overall: Median tokens of prompt and one completion, for synthetic rows.
         ratio: Median of prompt tokens per completion token, for synthetic rows.
+        spread: Standard deviations of the logarithms of prompt and completion lengths, for synthetic rows.
         about: One line for the report.
     """
 
@@ -44,6 +49,7 @@ class Workload:
     about: str
     overall: int = 0
     ratio: float = 0.0
+    spread: tuple[float, float] = (0.6, 0.5)
 
 
 def _synthetic(name: str, overall: int, ratio: float, batch_size: int = 4) -> Workload:
@@ -64,6 +70,21 @@ WORKLOADS = {
     "ultrafeedback": _synthetic("UltraFeedback", 409, 0.42),
 }
 
+# In place of the real files: medians and spreads of their tokens, as SmolLM2's tokenizer counts them.
+STAND_INS = {
+    "hh": Workload(8, 1024, "synthetic rows with the lengths of HH (harmless, test)", 112, 2.6, (0.98, 0.95)),
+    "dpo_en": Workload(4, 1024, "synthetic rows with the lengths of dpo_en_demo", 390, 0.8, (1.4, 1.2)),
+}
+FILES = {"hh": "hh_harmless_1700.jsonl.gz", "dpo_en": "dpo_en_demo.json"}
+#: Where the Hub has the same rows: repository, and the file or folder in it.
+ON_THE_HUB = {
+    "hh": ("Anthropic/hh-rlhf", {"data_dir": "harmless-base", "split": "test"}),
+    "dpo_en": ("llamafactory/demo_data", {"data_files": "dpo_en_demo.json", "split": "train"}),
+}
+
+# Pretrained models, and their names in ``pretrained.py``.
+PRETRAINED = {"smollm2-135m": "smollm2"}
+
 # Llama shapes by name. The first two fit two CPU cores; the others are those of published models, for accelerators.
 MODELS: dict[str, dict[str, Any]] = {
     "llama-1m": {"hidden": 64, "heads": 4, "kv_heads": 2, "layers": 4, "intermediate": 192},
@@ -71,6 +92,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {"hidden": 2048, "heads": 32, "kv_heads": 8, "layers": 16, "intermediate": 8192},
     "qwen2.5-0.5b": {"hidden": 896, "heads": 14, "kv_heads": 2, "layers": 24, "intermediate": 4864},
     "llama-3.1-8b": {"hidden": 4096, "heads": 32, "kv_heads": 8, "layers": 32, "intermediate": 14336},
+    "smollm2-135m": {"hidden": 576, "heads": 9, "kv_heads": 3, "layers": 30, "intermediate": 1536},
 }
 
 
@@ -87,14 +109,45 @@ def make_rows(name: str, num_rows: int, tokenizer: Any, scale: float = 1.0, seed
         scale: Multiplies the lengths of synthetic rows.
         seed: Of the order, and of synthetic rows.
     """
-    workload = WORKLOADS[name]
     rng = random.Random(f"{name}-{seed}")
-    if workload.overall:
-        rows = _synthetic_rows(workload, num_rows, tokenizer, scale, rng)
+    rows = _real_rows(name)
+    if rows is None:
+        rows = _synthetic_rows(STAND_INS.get(name, WORKLOADS[name]), num_rows, tokenizer, scale, rng)
     else:
-        rows = _spread(_hh_rows() if name == "hh" else _dpo_en_rows(), num_rows)
+        rows = _spread(rows, num_rows)
     rng.shuffle(rows)
     return rows
+
+
+def source_of(name: str) -> str:
+    """Where a workload's rows come from, for the report."""
+    if name not in FILES:
+        return WORKLOADS[name].about
+    if (DATA / FILES[name]).exists():
+        return f"{WORKLOADS[name].about} (file {FILES[name]})"
+    return f"{WORKLOADS[name].about} (Hub)" if _from_hub(name) is not None else STAND_INS[name].about
+
+
+def _real_rows(name: str) -> list[Row] | None:
+    """Rows of a published data set, or ``None`` where it has to be stood in for."""
+    if name == "hh":
+        found = _hh_rows()
+    elif name == "dpo_en":
+        found = _dpo_en_rows()
+    else:
+        return None
+    return found or None
+
+
+@cache
+def _from_hub(name: str) -> list[Row] | None:
+    import datasets
+
+    repository, options = ON_THE_HUB[name]
+    try:
+        return list(datasets.load_dataset(repository, **options))
+    except Exception:  # no network, no such repository: whatever it is, there are stand-ins
+        return None
 
 
 def _spread(rows: list[Row], num_rows: int) -> list[Row]:
@@ -117,17 +170,27 @@ def _numbered(row: Row, number: int) -> Row:
 
 def _hh_rows() -> list[Row]:
     rows: list[Row] = []
-    with gzip.open(_data_file("hh_harmless_1700.jsonl.gz"), "rt", encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            cuts = {side: row[side].rfind(TURN) + len(TURN) for side in ("chosen", "rejected")}
-            prompt = row["chosen"][: cuts["chosen"]]
-            sides = {side: row[side][cut:] for side, cut in cuts.items()}
-            # A few transcripts differ before the last turn or have an empty answer: no explicit-prompt row fits them.
-            same_prompt = row["rejected"][: cuts["rejected"]] == prompt
-            if same_prompt and all(text.strip() for text in sides.values()) and sides["chosen"] != sides["rejected"]:
-                rows.append({"prompt": prompt, **sides})
+    for row in _file_rows("hh"):
+        cuts = {side: row[side].rfind(TURN) + len(TURN) for side in ("chosen", "rejected")}
+        prompt = row["chosen"][: cuts["chosen"]]
+        sides = {side: row[side][cut:] for side, cut in cuts.items()}
+        # A few transcripts differ before the last turn or have an empty answer: no explicit-prompt row fits them.
+        same_prompt = row["rejected"][: cuts["rejected"]] == prompt
+        if same_prompt and all(text.strip() for text in sides.values()) and sides["chosen"] != sides["rejected"]:
+            rows.append({"prompt": prompt, **sides})
     return rows
+
+
+def _file_rows(name: str) -> list[Row]:
+    """Rows as published: of the file beside the checkout, else of the Hub, else none."""
+    file = DATA / FILES[name]
+    if not file.exists():
+        return _from_hub(name) or []
+    if file.suffix == ".json":
+        content: list[Row] = json.loads(file.read_text(encoding="utf-8"))
+        return content
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def _dpo_en_rows() -> list[Row]:
@@ -136,29 +199,22 @@ def _dpo_en_rows() -> list[Row]:
     def message(turn: dict[str, str]) -> dict[str, str]:
         return {"role": roles[turn["from"]], "content": turn["value"]}
 
-    rows = json.loads(_data_file("dpo_en_demo.json").read_text(encoding="utf-8"))
     return [
         {
             "prompt": [message(turn) for turn in row["conversations"]],
             "chosen": [message(row["chosen"])],
             "rejected": [message(row["rejected"])],
         }
-        for row in rows
+        for row in _file_rows("dpo_en")
         if row["chosen"]["value"] and row["rejected"]["value"]
     ]
-
-
-def _data_file(name: str) -> Path:
-    file = DATA / name
-    if not file.exists():
-        raise SystemExit(f"{file} is absent: only synthetic workloads can be measured, see --only")
-    return file
 
 
 def _synthetic_rows(workload: Workload, num_rows: int, tokenizer: Any, scale: float, rng: random.Random) -> list[Row]:
     words = [token[1:] for token in sorted(tokenizer.get_vocab()) if re.fullmatch("\u0120[a-z]{2,}", token)]
     completion = scale * workload.overall / (1 + workload.ratio)
     prompt = scale * workload.overall - completion
+    of_prompt, of_completion = workload.spread
 
     def text(median: float, sigma: float) -> str:
         # One word is one token, so lengths are exact: log-normal around the median, as text lengths are.
@@ -167,15 +223,21 @@ def _synthetic_rows(workload: Workload, num_rows: int, tokenizer: Any, scale: fl
         return "".join(f" {word}" for word in rng.choices(words, k=length))
 
     return [
-        {"prompt": text(prompt, 0.6), "chosen": text(completion, 0.5), "rejected": text(completion, 0.5)}
+        {
+            "prompt": text(prompt, of_prompt),
+            "chosen": text(completion, of_completion),
+            "rejected": text(completion, of_completion),
+        }
         for _ in range(num_rows)
     ]
 
 
-def load_tokenizer(work: Path) -> Any:
-    """Return the tokenizer, trained on the preference files on first use."""
-    from transformers import PreTrainedTokenizerFast
+def load_tokenizer(work: Path, model: str = "") -> Any:
+    """Return a pretrained model's tokenizer, or the one of random models, trained on first use."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if model in PRETRAINED:
+        return AutoTokenizer.from_pretrained(pretrained.folder_of(PRETRAINED[model]))
     folder = work / f"tokenizer-{VOCAB_SIZE}"
     if not (folder / "tokenizer.json").exists():
         _train_tokenizer().save_pretrained(folder)
@@ -190,6 +252,7 @@ def _train_tokenizer() -> Any:
     texts += [
         turn["content"] for row in _dpo_en_rows() for side in ("prompt", "chosen", "rejected") for turn in row[side]
     ]
+    texts = texts or _invented_texts()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -205,11 +268,22 @@ def _train_tokenizer() -> Any:
     )
 
 
+def _invented_texts() -> list[str]:
+    """Texts of invented words, the common ones often: enough for a tokenizer where no real text is to be had."""
+    rng = random.Random(0)
+    syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "ing")]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(20_000)]
+    weights = [1 / (n + 10) for n in range(len(words))]
+    return [" ".join(rng.choices(words, weights, k=200)) for _ in range(2_000)]
+
+
 def model_folder(work: Path, name: str, tokenizer: Any) -> Path:
-    """Return a folder with a randomly initialised model in fp32, made on first use."""
+    """Return a folder with a pretrained model, or with a randomly initialised one in fp32, made on first use."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if name in PRETRAINED:
+        return pretrained.folder_of(PRETRAINED[name])
     folder = work / f"model-{name}"
     if not (folder / "model.safetensors").exists() and not list(folder.glob("*.index.json")):
         shape = MODELS[name]

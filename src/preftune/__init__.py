@@ -9,7 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from preftune.threads import wait_passively
 from preftune.version import __version__
+
+wait_passively()
 
 if TYPE_CHECKING:
     from preftune.errors import (

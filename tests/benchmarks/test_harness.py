@@ -26,9 +26,10 @@ def measured(variant: str, rep: int, seconds: float, **changes: Any) -> dict[str
         "batch_size": 8,
         "scale": 1.0,
         "data_scale": 1,
-        "capped": False,
         "rep": rep,
         "seconds": seconds,
+        "construction_seconds": seconds / 5,
+        "training_seconds": seconds * 4 / 5,
         "cpu_seconds": seconds,
         "num_pairs": 100,
         "num_useful_tokens": 20_000,
@@ -97,13 +98,12 @@ def test_ratios_are_formed_within_a_repetition() -> None:
 
 def test_a_failed_cell_is_shown_and_leaves_the_others(tmp_path: Path) -> None:
     failed = measured("trl", 0, 1.0) | {"error": "exit 1: no memory"}
-    report = report_of(failed, measured("packed", 0, 10.0, capped=True))
+    report = report_of(failed, measured("packed", 0, 10.0))
     assert "TRL as shipped: failed, exit 1: no memory" in summary.table(report)
     (tmp_path / "one.json").write_text(json.dumps(report))
     assert render.main([str(tmp_path / "one.json"), "--out", str(tmp_path / "b.md")]) == 0
     text = (tmp_path / "b.md").read_text()
-    assert "| preftune | 10.0 | 2,000 | - |" in text
-    assert "100 (capped)" in text
+    assert "| preftune | 10.0 | 12.5 | 2.00 | - |" in text
     assert "Not measured: no accelerator" in text
 
 
@@ -114,14 +114,30 @@ def test_a_busy_machine_is_mentioned() -> None:
     assert "busy (load 3.0 on 2 cores)" in summary.table(report)
 
 
-def test_steps_of_slow_contenders_are_cut_and_marked() -> None:
+def test_every_contender_takes_the_same_steps() -> None:
     args = run.parse_arguments(["--only", "hh", "--steps", "12"])
-    setting = run.Setting("hh", "bf16", "full", "default", 1, 1.0)
-    assert run.num_steps(args, setting, "packed") == (12, False)
-    assert run.num_steps(args, setting, "trl") == (4, True)
-    assert run.make_spec(args, setting, "trl")["num_rows"] == 4 * 8
-    args = run.parse_arguments(["--steps", "3"])
-    assert run.num_steps(args, setting, "trl") == (3, False)
+    setting = run.Setting("llama-19m", "hh", "bf16", "full", "default", 1, 1.0)
+    rows = {variant: run.make_spec(args, setting, variant)["num_rows"] for variant in run.VARIANTS}
+    assert set(rows.values()) == {12 * 8}
+    for preset in run.PRESETS:
+        assert run.parse_arguments(["--preset", preset]).steps >= 5
+    assert "smollm2-135m" in run.parse_arguments([]).models
+
+
+@pytest.mark.parametrize("name", ["hh", "dpo_en"])
+def test_rows_are_made_where_the_files_and_the_hub_are_absent(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(workloads, "DATA", tmp_path)
+    monkeypatch.setattr(workloads, "_from_hub", lambda name: None)
+    tokenizer = workloads.load_tokenizer(tmp_path)
+    rows = workloads.make_rows(name, 400, tokenizer)
+    assert "synthetic rows with the lengths of" in workloads.source_of(name)
+    medians = {"hh": (81, 31), "dpo_en": (173, 217)}[name]
+    lengths = [[len(tokenizer(row[side])["input_ids"]) for side in ("prompt", "chosen")] for row in rows]
+    for column, median in zip(zip(*lengths, strict=True), medians, strict=True):
+        assert statistics.median(column) == pytest.approx(median, rel=0.25)
+    assert len({row["prompt"] for row in rows}) == len(rows)
 
 
 def test_wrong_choices_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from preftune.kernels.head import HeadTransform
 from preftune.models.forward import RowForward
-from preftune.models.gate import check_declared, probe
+from preftune.models.gate import check_declared
 from preftune.models.head import probe_head
+from preftune.models.probe import probe
 from preftune.packing import build_row, pair_trees
 from preftune.training.setup import disable_dropout
 from tests.models.tiny import tiny_model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,9 @@ from tqdm.auto import tqdm
 
 from preftune.errors import ModelError
 from preftune.models.forward import RowForward
-from preftune.models.gate import Verdict, check_declared, probe
-from preftune.models.head import base_model, probe_head
+from preftune.models.gate import Verdict
+from preftune.models.head import base_model
+from preftune.models.path import PathChoice
 from preftune.references.fingerprint import model_weights_key, trained_adapter
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
@@ -63,10 +63,12 @@ class Scorer:
         self._key: str | None = None
         self.device = next(model.parameters()).device
         self._max_tokens = max_tokens or _MOST_TOKENS.get(self.device.type, 8192)
-        self.verdict = self._verdict(packing_mode, backend, pad_token_id, max_length, like)
-        head = like.forward.head if like is not None and like.model is model else probe_head(model)
-        alone = self.verdict.alone
-        self.forward: RowForward = RowForward(model, self.verdict.ok, backend, head, pad_token_id, alone=alone)
+        choice = PathChoice(packing_mode, backend, pad_token_id, max_length)
+        if like is not None and _same_kind(like.model, self.model):
+            self.verdict: Verdict = like.verdict
+            self.forward: RowForward = choice.forward_of(model, self.verdict)
+        else:
+            self.forward, self.verdict = choice.of(model, self.autocast)
         self._scorer = SequenceScorer(
             lambda row, tail: self.forward(row, with_tail=tail)[0],
             lambda: self.forward,
@@ -74,18 +76,6 @@ class Scorer:
             weights_key=lambda: self.weights_key,
             around=self._rows,
         )
-
-    def _verdict(self, mode: str, backend: str, pad: int, max_length: int | None, like: Scorer | None) -> Verdict:
-        if like is not None and _same_kind(like.model, self.model):
-            return like.verdict
-        verdict = check_declared(self.model, max_length=max_length)
-        if mode == "padded":
-            verdict = replace(verdict, ok=False, reason="asked for by packing_mode: padded")
-        elif verdict.ok:
-            verdict = probe(self.model, backend=backend, pad_token_id=pad)
-        if mode == "packed" and not verdict.ok:
-            raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
-        return verdict
 
     @property
     def weights_key(self) -> str:

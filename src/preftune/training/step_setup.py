@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
-from preftune.errors import ConfigError, ModelError
+from preftune.errors import ConfigError
 from preftune.models.forward import RowForward
-from preftune.models.gate import Verdict, check_declared, probe
-from preftune.models.head import probe_head
+from preftune.models.gate import Verdict
+from preftune.models.path import PathChoice
+from preftune.models.probe import Context
 from preftune.training import memory
 from preftune.training.checks import check_positions
 from preftune.training.config import PackedConfig
@@ -45,20 +46,11 @@ class Paths:
         check_positions(model, longest)
         return cls(args, tokenizer, longest, RouterLoss.of(model, args.router_aux_loss_coef, task.balances_experts))
 
-    def choose(self, model: nn.Module) -> tuple[RowForward, Verdict]:
-        """What the user asked for, what the gate allows, what the probe shows."""
-        pad, mode, backend = self.tokenizer.pad_token_id or 0, self.args.packing_mode, self.args.attention_backend
-        verdict = check_declared(model, max_length=self.longest)
-        if mode == "padded" or (self.router is not None and mode != "packed"):
-            reason = (
-                ROUTER_REASON if self.router is not None and mode != "padded" else "asked for by packing_mode: padded"
-            )
-            verdict = replace(verdict, ok=False, reason=reason)
-        elif verdict.ok:
-            verdict = probe(model, backend=backend, pad_token_id=pad)
-        if mode == "packed" and not verdict.ok:
-            raise ModelError(verdict.reason, where="packing_mode", value="packed", remedy="use packing_mode: auto")
-        return RowForward(model, verdict.ok, backend, probe_head(model), pad, alone=verdict.alone), verdict
+    def choose(self, model: nn.Module, autocast: Context) -> tuple[RowForward, Verdict]:
+        """What the user asked for, what the gate allows, what the probe shows within ``autocast()``."""
+        mode, backend, pad = self.args.packing_mode, self.args.attention_backend, self.tokenizer.pad_token_id or 0
+        reason = None if self.router is None else ROUTER_REASON
+        return PathChoice(mode, backend, pad, self.longest, reason).of(model, autocast)
 
 
 def make_step(
@@ -90,7 +82,7 @@ def make_step(
             value=router.coef,
             remedy="set router_aux_loss_coef: 0",
         )
-    forward, verdict = paths.choose(model)
+    forward, verdict = paths.choose(model, accelerator.autocast)
     step = kind(task, forward, accelerator, args, processes)
     step.verdict, step.router = verdict, router
     reserved = 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from preftune.kernels.head import TokenScores
 from preftune.packing import PackedRow
+from preftune.threads import tell_if_spinning
 from preftune.training import card, carried, checks, setup
 from preftune.training.batch import Batch, Examples, Totals, collate
 from preftune.training.carried import RunningDelta
@@ -136,6 +137,8 @@ class TaskTrainer(TaskFeeding, CheckpointedTrainer):
 
     def _make_step(self) -> None:
         args, task = self.args, self.task
+        if args.device.type == "cpu":
+            tell_if_spinning(torch.get_num_threads())
         # What transformers divides the loss of such a model by.
         task.shifts_labels = getattr(self, "_loss_shifts_labels", True)
         self.lengths = task.lengths(self.train_dataset)
@@ -202,7 +205,7 @@ class TaskTrainer(TaskFeeding, CheckpointedTrainer):
     def _make_reference(self, args: ReferenceConfig, ref_model: Any) -> Reference:
         def forward_of(model: Any) -> Any:
             inner = self.accelerator.unwrap_model(self.accelerator.prepare_model(model, evaluation_mode=True))
-            return self._paths.choose(inner)[0]
+            return self._paths.choose(inner, self.accelerator.autocast)[0]
 
         given = ref_model is not None or args.ref_adapter_name is not None
         #: Whether policy and reference have to agree in the first row.

@@ -20,6 +20,45 @@ _BACKENDS: dict[str, Any] = {"varlen": varlen, "cpu": cpu, "flex": flex, "sdpa":
 BACKEND_NAMES = ("auto", *_BACKENDS, "reference")
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a layer asked a backend for, shapes and all.
+
+    Attributes:
+        backend: Name of the backend that served.
+        device: Where.
+        dtype: Of query, key and value.
+        num_heads: Query heads.
+        num_key_heads: Heads of keys and values.
+        head_dim: Size of queries and keys.
+        value_dim: Size of values.
+        scale: Factor on the scores.
+        window: Sliding window, or ``None``.
+        softcap: Soft cap, or ``None``.
+        sinks: Whether there are attention sinks.
+    """
+
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_key_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.dtype}".removeprefix("torch."),
+            f"{self.num_heads}:{self.num_key_heads} heads of {self.head_dim}",
+        ]
+        parts += [f"{name} {value:g}" for name, value in (("window", self.window), ("cap", self.softcap)) if value]
+        return ", ".join([*parts, *(["sinks"] if self.sinks else [])])
+
+
 @dataclass
 class RowContext:
     """What the attention layers of one forward share: the layout, and tensors derived from it.
@@ -30,6 +69,7 @@ class RowContext:
         calls: How many layers asked for attention; compared with the number of layers at start-up.
         windowed: How many of them asked for a sliding window.
         used: Backends that served, for reports.
+        requests: What the layers asked for, each once.
     """
 
     layout: RowLayout
@@ -37,6 +77,7 @@ class RowContext:
     calls: int = 0
     windowed: int = 0
     used: set[str] = field(default_factory=set)
+    requests: set[Request] = field(default_factory=set)
     _varlen_plan: varlen.VarlenPlan | None = None
     _block_masks: dict[int | None, Any] = field(default_factory=dict)
 
@@ -85,8 +126,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: RowContext, spec:
             remedy="use attention_backend: auto",
         )
     context.used.add(name)
+    context.requests.add(_request(name, query, key, value, spec))
     # Some models take views of what they get, as from the attention functions of transformers.
     return _called(name, query, key, value, context, spec).contiguous()
+
+
+def _request(name: str, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Request:
+    sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    scale, sinks = float(spec.scale), spec.sinks is not None
+    return Request(name, query.device, query.dtype, *sizes, scale, spec.window, spec.softcap, sinks)
 
 
 def _called(name: str, query: Tensor, key: Tensor, value: Tensor, context: RowContext, spec: AttentionSpec) -> Tensor:

@@ -1,0 +1,1 @@
+"""Tests on a pretrained model, which ``make real`` makes from a package of the registry."""
