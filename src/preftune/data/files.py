@@ -14,11 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from preftune.data.arrow import rows_of
 from preftune.data.formats.base import BadRow
 from preftune.errors import ConfigError, DataError
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
 _BATCH = 1000
+_OPENING = ("system", "system_prompt", "history")
 
 
 @dataclass
@@ -67,15 +69,16 @@ class RawTable:
 
     def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
         if isinstance(self.rows, list):
-            yield from ((index, self.rows[index]) for index in indices)
+            # A row without them among rows that have them is a row whose system turn and history are empty.
+            absent = dict.fromkeys(name for name in _OPENING if name in self.raw_columns())
+            for index in indices:
+                row = self.rows[index]
+                yield index, {**absent, **row} if absent and isinstance(row, Mapping) else row
             return
         for start in range(0, len(indices), _BATCH):
             chunk = list(indices[start : start + _BATCH])
             try:
-                batch = self.rows[chunk]
-                rows: list[Any] = [
-                    dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-                ]
+                rows: list[Any] = list(rows_of(self.rows, chunk))
             except UnicodeDecodeError:
                 rows = [_row_or_bad(self.rows, index) for index in chunk]
             yield from zip(chunk, rows, strict=True)
@@ -100,7 +103,7 @@ class RawTable:
 
 def _row_or_bad(rows: Any, index: int) -> Any:
     try:
-        return rows[index]
+        return rows_of(rows, [index])[0]
     except UnicodeDecodeError as error:
         return BadRow(
             "invalid_utf8", "row", f"bytes that are not UTF-8: {error.reason}", remedy="save the file as UTF-8"

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from preftune.data import batches
 from preftune.data.assistant import assistant_masks, has_markers
 from preftune.data.batches import Outcome
+from preftune.data.environment import has_environment, own_words
 from preftune.data.files import from_dataset
-from preftune.data.formats import FORMATS, FormatSpec, Row, detect, resolve
+from preftune.data.formats import FORMATS, FormatSpec, Row, column_uses, detect, resolve
 from preftune.data.formats.alpaca import ALPACA
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow, common_prefix
 from preftune.data.options import DataOptions
-from preftune.data.prepare import canonical_batch, place_of, sum_counts
+from preftune.data.prepare import canonical_batch, note_lost, place_of, reads_transcripts, sum_counts
 from preftune.data.report import PrepareReport, build_report
 from preftune.data.rows import BadRowHandler
 from preftune.data.sources import load_report
@@ -84,7 +85,7 @@ class SftWorker:
         completion_only_loss: bool | None = None,
         assistant_only_loss: bool = False,
     ) -> None:
-        self.encoder = Encoder(tokenizer, options.chat_template)
+        self.encoder = Encoder(tokenizer, options.chat_template, keeps_lost=options.on_bad_rows == "warn")
         self.options = options
         self.format = format_name
         self.name = name
@@ -99,9 +100,9 @@ class SftWorker:
         spec = FORMATS[self.format]
         if self.format == "text" and self.text_field != "text":
             raw = [{**row, "text": row.get(self.text_field)} for row in raw]
-        return canonical_batch(
-            raw, indices, _with_chosen(spec) if spec.kind == "preference" else spec, self.name, handler
-        )
+        spec = _with_chosen(spec) if spec.kind == "preference" else spec
+        as_messages = reads_transcripts(self.encoder, self.options)
+        return canonical_batch(raw, indices, spec, self.name, handler, as_messages)
 
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
@@ -113,6 +114,8 @@ class SftWorker:
                 handler.keep(result, place_of(self.name, indices[position]), rows[position], converted=False)
                 outcomes[position] = Outcome(status=batches.BAD, bad=result.reason)
                 continue
+            place = place_of(self.name, indices[position])
+            note_lost(self.encoder, row, outcomes[position], handler, place, rows[position])
             merged = merged or result.merged
             self._fill(outcomes[position], row, result)
         if merged:
@@ -156,7 +159,13 @@ class SftWorker:
             plain = isinstance(row["prompt"], str)
             prompt, ids = (self.encoder.drop_doubled_bos(part) for part in parts) if plain else parts
             start = common_prefix(prompt, ids)
-            mask = [1] * len(ids) if self.completion_only_loss is False else [0] * start + [1] * (len(ids) - start)
+            own: list[int] | BadRow = [1] * (len(ids) - start)
+            if self.options.environment_turns == "masked" and has_environment(row["completion"]):
+                own = own_words(self.encoder, row, "completion", ids, start)
+            if isinstance(own, BadRow):
+                out.append(own)
+                continue
+            mask = [int(self.completion_only_loss is False)] * start + own
             out.append(Example(ids, mask, prompt[start:], plain and len(ids) < len(parts[1])))
         if self.assistant_only_loss:
             whole = [[*row["prompt"], *row["completion"]] for row in rows]
@@ -196,11 +205,12 @@ class SftWorker:
 
     def _fill(self, outcome: Outcome, row: Row, example: Example) -> None:
         missing, appended = self.append_eos(row, example)
-        outcome.flags = (
+        outcome.flags |= (
             batches.MERGED * bool(example.merged)
             + batches.DOUBLED_BOS * example.doubled_bos
             + batches.EOS_MISSING * missing
             + batches.EOS_APPENDED * appended
+            + batches.ENVIRONMENT * has_environment(row.get("completion"))
         )
         enter(outcome, example.ids, example.mask, self.options)
 
@@ -333,7 +343,7 @@ def prepare_sft(
     notes = [*(loaded.notes if loaded else ()), *notes]
     worker: SftWorker | TokenisedSftWorker
     if "input_ids" in dataset.column_names:
-        format_name = "tokenised"
+        format_name, columns = "tokenised", dict[str, str]()
         if completion_only_loss is None:
             completion_only_loss = {"prompt", "completion"} <= set(dataset.column_names)
         worker = TokenisedSftWorker(
@@ -343,7 +353,7 @@ def prepare_sft(
             notes.append("completion_mask is not used, as in TRL, unless completion_only_loss is true")
     else:
         spec = sft_format(dataset, options, name, dataset_text_field)
-        format_name = spec.name
+        format_name, columns = spec.name, column_uses(spec, dataset.column_names, for_sft=True)
         worker = SftWorker(
             tokenizer,
             options,
@@ -371,6 +381,7 @@ def prepare_sft(
         notes=notes,
         lengths={"sequence": lengths},
         tokens=(int(lengths.sum()) - num_trained, num_trained, 0),
+        columns=dict(loaded.columns) if loaded else columns,
     )
 
 
@@ -402,7 +413,7 @@ def sft_format(dataset: Dataset, options: DataOptions, name: str, text_field: st
             )
     where, rule = f"{name} data set", options.implicit_prompt
     spec = resolve(options.dataset_format, columns, example, where=where, for_sft=True, implicit_prompt=rule)
-    if spec.kind in ("ranked", "unpaired"):
+    if spec.kind in ("ranked", "rated", "unpaired"):
         raise DataError(
             f"rows of the format {spec.name} do not say which answer to learn",
             where=f"{name} data set",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from preftune.data import batches
+from preftune.data.arrow import rows_of
 from preftune.data.formats.base import BadRow
 from preftune.data.options import DataOptions
 from preftune.data.prepare import PairWorker, enclosed, pair_format, pair_rows
@@ -128,7 +129,7 @@ class Viewer:
         if not 0 <= index < len(self):
             where = f"{self.name} data set"
             raise DataError("no such row", where=where, value=index, allowed=f"0 to {len(self) - 1}")
-        outcomes, _, rows = self._worker.canonical([self._dataset[index]], [index], BadRowHandler("skip"))
+        outcomes, _, rows = self._worker.canonical(rows_of(self._dataset, [index]), [index], BadRowHandler("skip"))
         if not rows:
             return Shown(problem=f"bad row: {outcomes[0].bad}")
         found = self._shown(rows[0])
@@ -150,6 +151,8 @@ class Viewer:
             if isinstance(parts, BadRow):
                 return parts
             answer = worker.answer(row, parts)
+            if isinstance(answer, BadRow):
+                return answer
             label = DESIRABLE if row["label"] else UNDESIRABLE
             tokens, reason = label_answer(answer.prompt, answer.completion, label, self.options)
             return Shown({label: tokens}, dropped=reason, merged=tuple(answer.merged))
