@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -132,7 +133,9 @@ def cli_defaults() -> dict[str, Any]:
     import torch
 
     return {
-        "on_bad_rows": "error",
+        "on_bad_rows": "skip",
+        "transcripts": "messages",
+        "environment_turns": "masked",
         "max_dropped_share": 0.1,
         "implicit_prompt": "transcript",
         "use_cpu": not torch.accelerator.is_available(),
@@ -237,6 +240,7 @@ def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, A
         PreftuneError: Data, model or settings cannot be used.
     """
     from preftune.cli.network import go_offline_if_unreachable
+    from preftune.data import DataWarning
 
     script, model, args = this.settings.script, this.settings.model, this.args
     with this.console.status("loading data"):
@@ -255,7 +259,9 @@ def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, A
         # Loading has given it this name.
         args.dataset_text_field = "text"
     keywords: dict[str, Any] = {"ref_model": loaded.ref_model} if compares else {}
-    with this.console.status("preparing data"), trainer_errors():
+    with this.console.status("preparing data"), trainer_errors(), warnings.catch_warnings():
+        # The summary says it all.
+        warnings.simplefilter("ignore", DataWarning)
         trainer = trainer_class(
             model=loaded.model,
             args=args,

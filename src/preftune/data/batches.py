@@ -224,13 +224,10 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
             allowed="datasets.Dataset, datasets.IterableDataset",
             remedy=f"pass one of its splits: {splits}" if splits else None,
         )
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        # Rows are read past the transform, so that other data than the user's own view would be trained on.
-        raise DataError(
-            "the data set carries a transform (with_transform), which preparation would not apply",
-            where=name,
-            remedy="apply it with dataset.map before",
-        )
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom" and len(dataset):
+        # Rows are read past a transform, so that it has to be applied now.
+        dataset = datasets.Dataset.from_list(list(dataset), on_mixed_types="use_json")
+        notes.append("the transform of the data set (with_transform) was applied to every row")
     if isinstance(dataset, datasets.IterableDataset) or len(dataset) == 0:
         raise DataError("the data set holds no rows", where=name, remedy="check the split and the file")
     refuse_images(dataset.column_names, f"{name} data set")

@@ -10,13 +10,13 @@ from preftune.data import batches
 from preftune.data.batches import Outcome
 from preftune.data.convert import canonical_rows, convert_row, to_dataset
 from preftune.data.environment import MASK_COLUMNS, cut, has_environment, own_words
-from preftune.data.files import from_dataset
 from preftune.data.formats import FORMATS, FormatSpec, Row, column_uses, resolve
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow
 from preftune.data.options import DataOptions
 from preftune.data.report import PrepareReport, build_report, check_weights
 from preftune.data.rows import BadRowHandler, left_out, to_error
 from preftune.data.sources import load_report
+from preftune.data.tables import from_dataset
 from preftune.data.tokenise import Encoder, TokenisedPair, tokenise_pairs
 from preftune.data.transcripts import as_conversation
 from preftune.data.truncate import NOT_SCORED, TokenPair, truncate

@@ -10,7 +10,6 @@ from preftune.data import batches
 from preftune.data.assistant import assistant_masks, has_markers
 from preftune.data.batches import Outcome
 from preftune.data.environment import has_environment, own_words
-from preftune.data.files import from_dataset
 from preftune.data.formats import FORMATS, FormatSpec, Row, column_uses, detect, resolve
 from preftune.data.formats.alpaca import ALPACA
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow, common_prefix
@@ -19,6 +18,7 @@ from preftune.data.prepare import canonical_batch, note_lost, place_of, reads_tr
 from preftune.data.report import PrepareReport, build_report
 from preftune.data.rows import BadRowHandler
 from preftune.data.sources import load_report
+from preftune.data.tables import from_dataset
 from preftune.data.tokenise import Encoder, sequences
 from preftune.data.truncate import EMPTY, NOT_SCORED, Ids
 from preftune.errors import ConfigError, DataError

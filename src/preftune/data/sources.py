@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from preftune.data import files
 from preftune.data.batches import refuse_images
 from preftune.data.convert import canonical_rows, to_dataset
-from preftune.data.files import RawTable
 from preftune.data.formats import Row, check_format_name, column_uses, resolve
 from preftune.data.options import check_choice
 from preftune.data.pairing import PAIRINGS
 from preftune.data.rows import BadRowHandler, left_out
+from preftune.data.tables import RawTable, is_within
 from preftune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _shape(table: RawTable, columns: Sequence[str] | Mapping[str, str] | None) -
         return table
     available = table.raw_columns()
     wanted = list(columns)
-    missing = [name for name in wanted if name not in available]
+    missing = [name for name in wanted if name not in available and not is_within(available, name)]
     if missing:
         swapped = isinstance(columns, Mapping) and all(value in available for value in columns.values())
         raise ConfigError(
@@ -264,6 +264,7 @@ def _shape(table: RawTable, columns: Sequence[str] | Mapping[str, str] | None) -
         table.rename = dict(columns)
     else:
         table.select = wanted
+        table.rename = {name: name.rpartition(".")[2] for name in wanted if is_within(available, name)}
     return table
 
 

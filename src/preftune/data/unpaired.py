@@ -14,7 +14,6 @@ from preftune.data import batches
 from preftune.data.batches import Outcome, list_array
 from preftune.data.convert import canonical_rows, to_dataset
 from preftune.data.environment import MASK_COLUMNS, has_environment, own_words
-from preftune.data.files import from_dataset
 from preftune.data.formats import FORMATS, Row, column_uses, resolve
 from preftune.data.formats.base import BadRow, common_prefix
 from preftune.data.formats.unpaired import LABELS
@@ -31,6 +30,7 @@ from preftune.data.prepare import (
 from preftune.data.report import PrepareReport, build_report, check_weights
 from preftune.data.rows import BadRowHandler, left_out
 from preftune.data.sources import load_report
+from preftune.data.tables import from_dataset
 from preftune.data.tokenise import Encoder, sequences
 from preftune.data.truncate import TokenPair, truncate
 from preftune.errors import DataError

@@ -31,7 +31,14 @@ from preftune.training.guards import GUARD_NAMES
 from preftune.training.guards.evidence import of_pairs
 from preftune.training.joint import run_jointly
 from preftune.training.lengths import ExampleLengths, pair_lengths
-from preftune.training.pairs import SyncReference, disagreement, pair_metrics, sequence_sums, wpo_weights
+from preftune.training.pairs import (
+    SyncReference,
+    disagreement,
+    num_scored,
+    pair_metrics,
+    sequence_sums,
+    wpo_weights,
+)
 from preftune.training.reference import COLUMNS, Reference
 from preftune.training.visits import visited_rows
 
@@ -63,6 +70,8 @@ class DPOTrainer(PackedTrainer):
         "chosen_ids",
         "rejected_ids",
         "rejected_prompt_ids",
+        "chosen_mask",
+        "rejected_mask",
         "margin",
         "weight",
         *COLUMNS,
@@ -186,11 +195,12 @@ class DPOTrainer(PackedTrainer):
             example["rejected_ids"],
             example.get("rejected_prompt_ids"),
             slots,
+            scored=(example.get("chosen_mask"), example.get("rejected_mask")),
         )
 
     def example_totals(self, examples: list[Example]) -> list[float]:
         """Number of pairs, and of scored chosen tokens."""
-        scored = sum(len(e["chosen_ids"]) - (len(e["prompt_ids"]) == 0) for e in examples)
+        scored = sum(num_scored(e, "chosen")[1] for e in examples)
         return [float(len(examples)), float(scored)]
 
     def evaluation_totals(self, dataloader: DataLoader[Any]) -> list[float] | None:
@@ -370,10 +380,10 @@ class DPOTrainer(PackedTrainer):
             rejected_logps=rejected,
             ref_chosen_logps=ref_chosen,
             ref_rejected_logps=ref_rejected,
-            chosen_lengths=column([len(e["chosen_ids"]) for e in examples]),
-            rejected_lengths=column([len(e["rejected_ids"]) for e in examples]),
+            chosen_lengths=column([num_scored(e, "chosen")[0] for e in examples]),
+            rejected_lengths=column([num_scored(e, "rejected")[0] for e in examples]),
             chosen_sum_logps=plain,
-            chosen_scored=column([len(e["chosen_ids"]) - (len(e["prompt_ids"]) == 0) for e in examples]),
+            chosen_scored=column([num_scored(e, "chosen")[1] for e in examples]),
             margins=column(margins) if margins else None,
             weights=column(weights) if weights else None,
             wpo_weights=wpo_weights(row, scores) if self.args.use_weighting else None,

@@ -31,6 +31,7 @@ from preftune.training.guards.evidence import of_answers
 from preftune.training.kto_config import KTOConfig
 from preftune.training.lengths import ExampleLengths, pair_lengths
 from preftune.training.metrics import MetricSums, Term
+from preftune.training.pairs import num_scored
 from preftune.training.reference import COLUMNS
 
 
@@ -113,12 +114,12 @@ class KTOTrainer(DPOTrainer):
 
     def example_trees(self, example: Example, number: int) -> tuple[Tree, ...]:
         """Prompt and completion."""
-        return (Tree(example["prompt_ids"], (Branch(example["chosen_ids"], 2 * number),)),)
+        return (Tree(example["prompt_ids"], (Branch(example["chosen_ids"], 2 * number, example.get("chosen_mask")),)),)
 
     def _exchanged_trees(self, example: Example, number: int) -> tuple[Tree, ...]:
         prompt = example.get("rejected_prompt_ids")
         prompt = example["prompt_ids"] if prompt is None else prompt
-        return (Tree(prompt, (Branch(example["rejected_ids"], 2 * number),)),)
+        return (Tree(prompt, (Branch(example["rejected_ids"], 2 * number, example.get("rejected_mask")),)),)
 
     def example_totals(self, examples: list[Example]) -> list[float]:
         """Number of examples."""
@@ -221,7 +222,7 @@ class KTOTrainer(DPOTrainer):
             rewards = self.args.beta * logps.logratios
             metrics = self._metrics(logps, rewards) | _token_metrics(row, scores, desirable)
             predictions = torch.stack([rewards, desirable.to(rewards.dtype)], 1)
-            lengths = logps.logps.new_tensor([len(e["chosen_ids"]) for e in examples])
+            lengths = logps.logps.new_tensor([num_scored(e, "chosen")[0] for e in examples])
             watched = of_answers(logps.logratios, rewards, desirable, lengths)
         return RowTerms(loss, float(len(examples)), metrics, predictions, watched)
 
@@ -236,7 +237,7 @@ class KTOTrainer(DPOTrainer):
         return terms
 
     def _check_policy_is_reference(self, logps: UnpairedLogps, examples: list[Example]) -> None:
-        lengths = logps.logps.new_tensor([len(e["chosen_ids"]) for e in examples])
+        lengths = logps.logps.new_tensor([num_scored(e, "chosen")[0] for e in examples])
         self._check_first_step(
             PairLogps(
                 chosen_logps=logps.logps,

@@ -50,12 +50,16 @@ class PairSequences:
         rejected: Prompt and rejected completion, token ids.
         chosen_prompt: Prompt tokens in ``chosen``.
         rejected_prompt: Prompt tokens in ``rejected``.
+        chosen_mask: Which tokens of the chosen completion are scored; ``None`` for all.
+        rejected_mask: The same for the rejected completion.
     """
 
     chosen: Any
     rejected: Any
     chosen_prompt: int
     rejected_prompt: int
+    chosen_mask: Any = None
+    rejected_mask: Any = None
 
     @classmethod
     def of(cls, example: Example) -> PairSequences:
@@ -68,6 +72,8 @@ class PairSequences:
             np.concatenate([other, example["rejected_ids"]]),
             len(prompt),
             len(other),
+            example.get("chosen_mask"),
+            example.get("rejected_mask"),
         )
 
 
@@ -308,10 +314,11 @@ class Reference:
 def _trees(pair: PairSequences, first_slot: int, alone: bool) -> tuple[Tree, ...]:
     prompt, chosen = pair.chosen[: pair.chosen_prompt], pair.chosen[pair.chosen_prompt :]
     if alone:
-        return (Tree(prompt, (Branch(chosen, first_slot),)),)
+        return (Tree(prompt, (Branch(chosen, first_slot, pair.chosen_mask),)),)
     other, rejected = pair.rejected[: pair.rejected_prompt], pair.rejected[pair.rejected_prompt :]
     same = len(prompt) == len(other) and np.array_equal(prompt, other)
-    return pair_trees(prompt, chosen, rejected, None if same else other, (first_slot, first_slot + 1))
+    masks = (pair.chosen_mask, pair.rejected_mask)
+    return pair_trees(prompt, chosen, rejected, None if same else other, (first_slot, first_slot + 1), scored=masks)
 
 
 def _pair_keys(pairs: list[PairSequences]) -> list[tuple[bytes, bytes]]:
@@ -319,7 +326,11 @@ def _pair_keys(pairs: list[PairSequences]) -> list[tuple[bytes, bytes]]:
     prompts = [length for pair in pairs for length in (pair.chosen_prompt, pair.rejected_prompt)]
     if not sequences:
         return []
+    scored = [mask for pair in pairs for mask in (pair.chosen_mask, pair.rejected_mask)]
     masks = [np.arange(len(ids)) >= max(length, 1) for ids, length in zip(sequences, prompts, strict=True)]
+    for mask, length, own in zip(masks, prompts, scored, strict=True):
+        if own is not None:
+            mask[length:] &= own
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])])
     keys = sequence_keys(np.concatenate(sequences), np.concatenate(masks), offsets)
     return list(zip(keys[0::2], keys[1::2], strict=True))

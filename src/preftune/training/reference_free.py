@@ -30,6 +30,7 @@ from preftune.training.batch import Example
 from preftune.training.dpo import DPOTrainer
 from preftune.training.guards.evidence import of_pairs
 from preftune.training.metrics import Term
+from preftune.training.pairs import num_scored
 from preftune.training.reference_free_config import CPOConfig, ORPOConfig, ReferenceFreeConfig
 
 #: Slots of a pair: chosen completion, rejected completion, prompt of the chosen sequence.
@@ -115,6 +116,7 @@ class ReferenceFreeTrainer(DPOTrainer):
             example.get("rejected_prompt_ids"),
             (first, first + 1),
             first + 2 if self.scores_prompt else None,
+            (example.get("chosen_mask"), example.get("rejected_mask")),
         )
 
     def example_totals(self, examples: list[Example]) -> list[float]:
@@ -123,7 +125,7 @@ class ReferenceFreeTrainer(DPOTrainer):
         for e in examples:
             prompt = len(e["prompt_ids"])
             # Nothing predicts the first token of a sequence.
-            scored += len(e["chosen_ids"]) + (prompt - 1 if self.scores_prompt else -(prompt == 0))
+            scored += num_scored(e, "chosen")[1] + (prompt - 1 if self.scores_prompt and prompt else 0)
         return [float(len(examples)), float(scored)]
 
     # ---- loss -------------------------------------------------------------------------------------------------------
