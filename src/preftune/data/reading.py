@@ -126,6 +126,9 @@ def _of_rows(path: Path, rows: list[Any]) -> RawTable:
 
 def _rows_within(whole: Mapping[str, Any], path: Path) -> list[Any] | None:
     """The rows of a JSON object that holds them as a list, or column by column; ``None`` where it is a row itself."""
+    served = whole.get("rows")
+    if isinstance(served, list) and served and isinstance(served[0], Mapping) and "row_idx" in served[0]:
+        return served
     tables = [
         key
         for key, value in whole.items()
@@ -141,7 +144,7 @@ def _rows_within(whole: Mapping[str, Any], path: Path) -> list[Any] | None:
             remedy="write one file per split, or a folder of files named after splits",
         )
     values = list(whole.values())
-    if len(values) < 2:
+    if len(values) < 2 or any(is_messages(value) for value in values):
         return None
     columns = all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
     if columns and any(value and (isinstance(value[0], str) or is_messages(value[0])) for value in values):

@@ -186,7 +186,7 @@ def resolve(
             "the columns match no known data format",
             where=where,
             value=sorted(columns),
-            allowed="; ".join(f"{spec.name} ({spec.summary})" for spec in _IN_ORDER),
-            remedy="rename columns with `columns: {theirs: ours}`",
+            allowed="prompt, chosen, rejected; messages; prompt, completion; and the formats of docs/compatibility.md",
+            remedy="rename columns with `columns: {theirs: ours}`, where theirs may be nested (data.prompt)",
         )
     return found
