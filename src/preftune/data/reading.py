@@ -144,10 +144,13 @@ def _rows_within(whole: Mapping[str, Any], path: Path) -> list[Any] | None:
             remedy="write one file per split, or a folder of files named after splits",
         )
     values = list(whole.values())
-    if len(values) < 2 or any(is_messages(value) for value in values):
+    if len(values) < 2:
         return None
     columns = all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
-    if columns and any(value and (isinstance(value[0], str) or is_messages(value[0])) for value in values):
+    # A list of conversations is a column, and so is a list of texts; a list of turns is a conversation of one row.
+    chats = any(isinstance(value, list) and bool(value) and is_messages(value[0]) for value in values)
+    texts = any(isinstance(value, list) and bool(value) and isinstance(value[0], str) for value in values)
+    if columns and (chats or (texts and not any(is_messages(value) for value in values))):
         return [dict(zip(whole, cells, strict=True)) for cells in zip(*values, strict=True)]
     numbered = all(isinstance(value, Mapping) and set(value) == set(values[0]) for value in values)
     if numbered and all(str(key).isdigit() for key in values[0]):

@@ -52,14 +52,28 @@ class Renderings:
         first = self.render(conversation) if text is None else text
         if isinstance(first, str) and _is_plain(conversation) and self._complete(conversation, first):
             return conversation, first
+        best, shown = conversation, first
         for form in _forms(conversation):
             tried = first if form is conversation else self.render(form)
-            if isinstance(tried, str) and self._complete(form, tried) and not self._is_worse(form, tried):
+            if not isinstance(tried, str):
+                continue
+            if self._complete(form, tried) and not self._is_worse(form, tried):
                 return form, tried
-        return conversation, first
+            # Where no form has all of the text, the first that shows text as text is judged.
+            if not isinstance(shown, str) or any(_prints_parts(turn, shown) for turn in best):
+                best, shown = form, tried
+        return best, shown
 
     def lost(self, conversation: list[Message], text: str) -> BadRow | None:
         """The bad row that a rendering is which lacks a turn's text; ``None`` where it has all."""
+        if any(_prints_parts(turn, text) for turn in conversation):
+            return BadRow(
+                "text_lost",
+                "messages",
+                "the chat template prints the parts of a turn as Python does, and loses text where they are joined",
+                value=text[:60],
+                remedy="use a template that writes every turn as a whole",
+            )
         if self._complete(conversation, text):
             return None
         for turn in conversation:
@@ -163,9 +177,16 @@ def _found(piece: str, text: str, count: int) -> bool:
     return piece != text and _BREAK.sub("", piece) in _BREAK.sub("", text) and count == 1
 
 
-def _printed(turn: Mapping[str, Any], text: str) -> bool:
+def _prints_parts(turn: Mapping[str, Any], text: str) -> bool:
     content = turn.get("content")
-    if isinstance(content, list) and any(write(part) in text for part in content for write in (str, json.dumps)):
+    if not isinstance(content, list):
+        return False
+    dumps = (str, json.dumps, lambda part: json.dumps(part, ensure_ascii=False))
+    return any(write(part) in text for part in content for write in dumps)
+
+
+def _printed(turn: Mapping[str, Any], text: str) -> bool:
+    if _prints_parts(turn, text):
         return True
     for call in turn.get("tool_calls") or ():
         function = call.get("function", call) if isinstance(call, Mapping) else {}

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from preftune.data.formats.base import EXTRA_USES, FormatSpec, Row, extras, has, need
-from preftune.data.formats.turns import answer, need_messages, need_text_or_messages
+from preftune.data.formats.turns import answer, need_messages, need_text_or_messages, parsed
 
 
 def convert(row: Mapping[str, Any]) -> Row:
     """The messages of ``input`` are the prompt, its tools go to the template."""
     given = need(row, "input")
+    given = parsed(given) if isinstance(given, str) else given
     inner = given if isinstance(given, Mapping) else {"messages": given}
     rest = {"tools": inner["tools"], **row} if inner.get("tools") else dict(row)
     chosen, rejected = (
