@@ -162,6 +162,25 @@ PAIRS: dict[str, tuple[dict[str, Any], Any, Any, Any]] = {
         "c",
         "r",
     ),
+    "whole records as JSON text, with their tools": (
+        {
+            "chosen": json.dumps({"messages": [user("p"), assistant("c")], "tools": None}),
+            "rejected": json.dumps({"messages": [user("p"), assistant("r")], "tools": None}),
+        },
+        [user("p")],
+        "c",
+        "r",
+    ),
+    "system beside messages and rejected_messages": (
+        {
+            "system": "s",
+            "messages": [user("p"), assistant("c")],
+            "rejected_messages": [user("p"), assistant("r")],
+        },
+        [SYSTEM, user("p")],
+        "c",
+        "r",
+    ),
     "role human and gpt beside content": (
         {
             "prompt": [{"role": "Human", "content": "p"}],
@@ -418,6 +437,24 @@ def test_containers(ending: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{ending}"
     path.write_text(text, encoding="utf-8")
     assert load(str(path))["train"].to_list() == [PAIR]
+
+
+def test_conversations_without_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([[{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]]), encoding="utf-8")
+    assert load(str(path), for_sft=True)["train"].to_list() == [{"messages": [user("p"), assistant("c")]}]
+
+
+def test_several_answers_on_one_side_are_refused(tmp_path: Path) -> None:
+    name = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": ["c", "d"], "rejected": "r"}])
+    with pytest.raises(DataError, match="'chosen' is neither text nor a list of messages"):
+        load(name)
+
+
+def test_pairs_without_a_prompt(tmp_path: Path) -> None:
+    rows = [{"chosen": "Avast!", "rejected": "Good day."}]
+    dataset, _ = prepare(load(write(tmp_path / "a.jsonl", rows))["train"], make_tokenizer(), DataOptions())
+    assert dataset[0]["prompt_ids"] == []
 
 
 def test_conversations_in_columns_and_in_rows_are_told_apart(tmp_path: Path) -> None:

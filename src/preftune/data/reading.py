@@ -121,6 +121,9 @@ def _of_rows(path: Path, rows: list[Any]) -> RawTable:
     if rows and all(isinstance(row, Mapping) and {"row", "row_idx"} <= set(row) for row in rows):
         # What the Hub's viewer answers with.
         rows = [row["row"] for row in rows]
+    if rows and all(map(is_messages, rows)):
+        # Conversations alone, without a name.
+        rows = [{"messages": row} for row in rows]
     return RawTable(str(path), rows, lambda index: f"{path}, row {index} (the first is 0)")
 
 

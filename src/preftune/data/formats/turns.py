@@ -99,7 +99,20 @@ def decode_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         BadRow: See :func:`decoded`.
     """
-    return {field: decoded(value, field) if isinstance(value, str) else value for field, value in row.items()}
+    out = {field: decoded(value, field) if isinstance(value, str) else value for field, value in row.items()}
+    for field in ("prompt", "chosen", "rejected", "completion"):
+        whole = _conversation_within(out.get(field))
+        if whole is not None:
+            out[field] = whole["messages"]
+            out["tools"] = out.get("tools") or whole.get("tools")
+    return out
+
+
+def _conversation_within(value: Any) -> Mapping[str, Any] | None:
+    """An answer that is a whole record of a conversation: its messages, and the tools that were there."""
+    if isinstance(value, str) and value.lstrip().startswith("{") and "messages" in value:
+        value = parsed(value)
+    return value if isinstance(value, Mapping) and is_messages(value.get("messages")) else None
 
 
 def need_text_or_messages(row: Mapping[str, Any], field: str) -> str | list[Message]:
