@@ -246,6 +246,23 @@ def test_real_transcripts_turn_by_turn(family: str, shared_data: Path) -> None:
     assert shown >= 115
 
 
+@pytest.mark.parametrize("kind", ["pairs", "labelled", "sft"])
+@pytest.mark.parametrize("enclose", [False, True])
+def test_turns_that_are_not_scored_are_shown_as_context(kind: Any, enclose: bool) -> None:
+    tokenizer = make_tokenizer()
+    options = DataOptions(max_length=None, environment_turns="masked", enclose=enclose and kind == "pairs")
+    rows = Dataset.from_list(ROWS)
+    if kind == "sft":
+        rows = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS])
+    viewer = Viewer(rows, tokenizer, options, kind)
+    for index in range(len(viewer)):
+        for name, tokens in viewer.row(index).sequences.items():
+            text = str(tokenizer.decode([token for token, label in tokens if label == name]))
+            assert "degrees" not in text
+            assert "mat and saw" not in text
+            assert text
+
+
 def test_labels_of_a_transcript() -> None:
     assert [turn["role"] for turn in turns_of("System: s\n\nUser: a\n\nAssistant: b: c\nHuman: no")] == [
         "system",

@@ -155,13 +155,20 @@ class Viewer:
                 return answer
             label = DESIRABLE if row["label"] else UNDESIRABLE
             tokens, reason = label_answer(answer.prompt, answer.completion, label, self.options)
+            tokens = _masked(tokens, label, len(answer.prompt), answer.mask)
             return Shown({label: tokens}, dropped=reason, merged=tuple(answer.merged))
         (pair,) = tokenise_pairs(worker.encoder, [row], self.options.append_eos, enclosed=self.options.enclose)
         if isinstance(pair, BadRow):
             return pair
+        before = pair
         if self.options.enclose:
             pair = replace(pair, ids=enclosed(pair.ids, self.tokenizer))
+        masks = worker.masks(row, before)
+        if isinstance(masks, BadRow):
+            return masks
         labelled, reason = label_pair(pair, self.options)
+        for name, mask in zip((CHOSEN, REJECTED), masks, strict=True):
+            labelled[name] = _masked(labelled[name], name, len(pair.ids.prompt), mask)
         return Shown(labelled, dropped=reason, merged=tuple(pair.merged))
 
 
@@ -220,6 +227,14 @@ def _labelled(
     if not num_kept[0]:
         answer_labels[answer_labels.index(label)] = PROMPT
     return list(zip((*prompt, *answer), labels + answer_labels, strict=True))
+
+
+def _masked(tokens: list[Labelled], label: str, start: int, mask: list[int] | None) -> list[Labelled]:
+    """Tokens of turns that the model does not write count as prompt: they are there, and no loss falls on them."""
+    for position, bit in enumerate(mask or (), start=start):
+        if not bit and tokens[position][1] == label:
+            tokens[position] = (tokens[position][0], PROMPT)
+    return tokens
 
 
 def _window(length: int, num_kept: int, label: str, mode: str) -> list[str]:

@@ -185,7 +185,7 @@ def prepare_pairs(
                 remedy="rename columns with dataset_columns: {theirs: ours}",
             )
         chosen_column = source_column or _guess_source(table, columns)
-        if spec.kind == "unpaired":
+        if spec.kind in ("unpaired", "rated"):
             rows, notes = canonical_rows(table, spec, handler, pairing)
             chosen_column = None
             if notes and not rows:
