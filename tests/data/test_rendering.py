@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from datasets import Dataset
 
 from preftune.data import DataOptions, load, prepare, prepare_sft
@@ -15,7 +16,7 @@ from preftune.errors import DataError
 from tests.data.conftest import CHATML, make_tokenizer
 from tests.data.test_pair_parity import assistant, user
 
-SHIPPED = Path(__import__("trl").__file__).parent / "chat_templates"
+SHIPPED = Path(str(trl.__file__)).parent / "chat_templates"
 # The templates of six families of models; SmolLM2's is ChatML with a system turn of its own.
 SMOLLM2 = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a helpful AI"
@@ -319,7 +320,7 @@ def test_a_template_is_asked_once_for_every_shape() -> None:
         asked += len(arguments[0])
         return real(*arguments)
 
-    encoder.render = counting  # type: ignore[method-assign]
+    encoder.render = counting  # type: ignore[method-assign, assignment]
     rows = [{"n": i} for i in range(50)]
     encoder.conversations([[user("a"), assistant(f"b{i}")] for i in range(50)], rows, generation_prompt=False)
     assert asked == 51

@@ -50,6 +50,10 @@ def settings(cls: Any, folder: Path, **more: Any) -> Any:
     return cls(**{**common, **more})
 
 
+def rows_of(trainer: Any) -> list[dict[str, Any]]:
+    return list(trainer.train_dataset)
+
+
 def by_hand(model: Any, row: dict[str, Any], side: str) -> float:
     """Log-prob of a completion's own tokens, in fp64 and without any packing."""
     ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
@@ -66,7 +70,7 @@ def test_dpo_scores_the_models_own_words(mode: str, store: bool, tmp_path: Path)
     model = tiny(tokenizer)
     args = settings(DPOConfig, tmp_path, packing_mode=mode, reference_store=store, learning_rate=0.0)
     trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
-    rows = list(trainer.train_dataset)
+    rows = rows_of(trainer)
     expected = {side: sum(by_hand(model, row, side) for row in rows) / 2 for side in ("chosen", "rejected")}
     trainer.train()
     line = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -82,7 +86,7 @@ def test_without_the_switch_all_turns_are_scored_and_one_warning_says_so(tmp_pat
     with pytest.warns(DataWarning) as said:
         trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
     assert sum("they are scored as its own words" in str(one.message) for one in said) == 1
-    rows = list(trainer.train_dataset)
+    rows = rows_of(trainer)
     assert all("chosen_mask" not in row for row in rows)
     trainer.train()
     line = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -106,7 +110,7 @@ def test_lengths_count_scored_tokens_alone(loss: str, divides: bool, tmp_path: P
         model=model, ref_model=reference, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer
     )
     losses = []
-    for row in trainer.train_dataset:
+    for row in rows_of(trainer):
         ratio = {}
         for side in ("chosen", "rejected"):
             number = sum(row.get(f"{side}_mask") or [1] * len(row[f"{side}_ids"])) if divides else 1
@@ -130,6 +134,6 @@ def test_the_other_trainers_take_the_switch(config: Any, trainer_class: Any, tmp
     line = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert math.isfinite(line["loss"])
     if config is KTOConfig:
-        rows = [row for row in trainer.train_dataset if row["label"] > 0]
+        rows = [row for row in rows_of(trainer) if row["label"] > 0]
         expected = sum(by_hand(model, row, "chosen") for row in rows) / len(rows)
         assert line["logps/chosen"] == pytest.approx(expected, rel=1e-5)
