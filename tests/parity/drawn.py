@@ -27,7 +27,7 @@ TOLERANCE = 5e-4
 #: Rewards and margins are beta times differences of log-probs of the whole run's rounding.
 REWARD_FLOOR = 2e-5
 #: Beside them there are figures per token, which the two average differently.
-FIGURES = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "train_loss")
+FIGURES: tuple[str, ...] = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "train_loss")
 FIGURES += ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 MODELS: dict[str, dict[str, Any]] = {
     **{f"{name}Config": {} for name in ("Llama", "Qwen2", "GPT2", "Mistral", "Phi3", "Olmo2", "StableLm", "GPTNeoX")},
@@ -46,7 +46,17 @@ _TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}the {{ m['content'] }} : {% elif m['role'] == 'system' %}"
     "plot {{ m['content'] }} {% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-_LOSSES = ("sigmoid", "hinge", "ipo", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
+_LOSSES: tuple[str, ...] = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+)
 _LOSSES += ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "exo_pair")
 #: Divisible by every number of examples of a step that is drawn: TRL weighs the examples of a smaller one differently.
 NUM_ROWS = 12

@@ -40,7 +40,7 @@ LONGEST_UNUSED = 30 * 86400
 #: A file that has been written for so many seconds will not be finished.
 LONGEST_WRITING = 86400
 #: Options that change how long preparing takes, or whether it goes on, but no token.
-_WITHOUT_TOKENS: dict[str, Any] = {"num_proc": None, "worker_timeout": 0.0, "max_dropped_share": None}
+_WITHOUT_TOKENS: dict[str, Any] = {"num_proc": None, "worker_timeout": 0.0, "max_dropped_share": None, "warn": False}
 #: What a tokenizer notes down while it is used.
 _NOTES = ("_tokenizer", "deprecation_warnings")
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets")

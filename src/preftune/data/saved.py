@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from preftune.data.files import Origin, RawTable, from_dataset
+from preftune.data.tables import RawTable, from_dataset
 from preftune.errors import DataError
 
 
-def saved(name: str, path: Path) -> Origin:
+def saved(name: str, path: Path) -> tuple[tuple[str, ...], Callable[[str], RawTable]]:
     """A folder that ``datasets`` wrote.
 
     Args:
@@ -19,7 +19,7 @@ def saved(name: str, path: Path) -> Origin:
         path: The folder.
 
     Returns:
-        Its splits.
+        Names of its splits, and what reads one of them.
 
     Raises:
         DataError: It is not as it was saved.
@@ -35,7 +35,7 @@ def saved(name: str, path: Path) -> Origin:
             _read_through(splits[split])
             return from_dataset(name, splits[split])
 
-    return Origin(name, tuple(splits), read)
+    return tuple(splits), read
 
 
 @contextmanager

@@ -128,6 +128,10 @@ class PackedConfig(TrainingArguments):
         quarantine_path: File for rows set aside.
         max_dropped_share: Refuse to start where truncation drops a larger share of the rows; ``None`` only warns.
         data_cache: Keep the tokens of large data sets on disk, and find them there again.
+        transcripts: What becomes of ``Human:``/``Assistant:`` transcripts where the tokenizer has a chat template:
+            ``text`` trains on them as they are, as TRL does; ``messages`` makes them conversations.
+        environment_turns: Turns within an answer that the model does not write (what tools return, later user turns):
+            ``scored`` as its own words, as TRL does, or ``masked``.
         append_eos: Add the end-of-sequence token where the chat template leaves it out.
         guards: What happens when a guard fires: ``warn``, ``stop`` or ``off``, for all guards or by name, such as
             ``{overfitting: stop, reward_jump: off}``.
@@ -171,6 +175,8 @@ class PackedConfig(TrainingArguments):
     on_bad_rows: str = "warn"
     quarantine_path: str | None = None
     max_dropped_share: float | None = None
+    transcripts: str = "text"
+    environment_turns: str = "scored"
     data_cache: bool = True
     append_eos: bool = False
     guards: _Guards = "warn"
@@ -192,6 +198,8 @@ class PackedConfig(TrainingArguments):
         check_choice("attention_backend", self.attention_backend, BACKEND_NAMES)
         check_choice("checkpoint_policy", self.checkpoint_policy, ("needed", "always"))
         check_choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
+        check_choice("transcripts", self.transcripts, ("text", "messages"))
+        check_choice("environment_turns", self.environment_turns, ("scored", "masked"))
         check_choice("torch_compile_backend", self.torch_compile_backend, (None, *COMPILE_BACKENDS))
         check_choice("torch_compile_mode", self.torch_compile_mode, (None, *COMPILE_MODES))
         for name, least in _LEAST.items():
