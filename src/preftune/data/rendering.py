@@ -60,7 +60,7 @@ class Renderings:
             if self._complete(form, tried) and not self._is_worse(form, tried):
                 return form, tried
             # Where no form has all of the text, the first that shows text as text is judged.
-            if not isinstance(shown, str) or any(_prints_parts(turn, shown) for turn in best):
+            if isinstance(shown, str) and any(_prints_parts(turn, shown) for turn in best):
                 best, shown = form, tried
         return best, shown
 
