@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preftune.kernels.attention import AttentionSpec, RowContext
 from preftune.models import attention
-from preftune.packing import RowLayout
+from preftune.models.forward import RowForward
+from preftune.packing import PackedRow, RowLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, RowContext, AttentionSpec], Tensor]
 
@@ -180,6 +183,18 @@ def positions_off_by_one() -> Iterator[None]:
 def positions_of_the_row() -> Iterator[None]:
     """Positions do not restart."""
     with mock.patch.object(RowLayout, "position_ids", lambda self: torch.arange(self.num_tokens).numpy()):
+        yield
+
+
+@contextmanager
+def ignoring_positions() -> Iterator[None]:
+    """Positions are handed over, and the model counts along the row all the same."""
+    true = RowForward.__call__
+
+    def call(self: RowForward, row: PackedRow, **more: Any) -> Any:
+        return true(self, replace(row, position_ids=np.arange(row.num_tokens)), **more)
+
+    with mock.patch.object(RowForward, "__call__", call):
         yield
 
 

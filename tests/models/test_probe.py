@@ -60,6 +60,16 @@ def test_wrong_positions_are_found(name: str, config: str, dtype: torch.dtype) -
     with broken.OF_POSITIONS[name]():
         verdict = probe(model)
     assert not verdict.ok
+    assert "wrong positions" in verdict.reason
+
+
+@pytest.mark.parametrize("config", ["LlamaConfig", "GPT2Config"])
+def test_positions_that_the_model_ignores_are_found(config: str) -> None:
+    sizes = {"n_layer": 2, "n_head": 4} if config == "GPT2Config" else {}
+    model = broken.sharpened(tiny_model(config, **sizes), 8.0)
+    with broken.ignoring_positions():
+        verdict = probe(model)
+    assert not verdict.ok
     assert "on packed rows (they differ by" in verdict.reason
 
 

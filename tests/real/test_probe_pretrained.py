@@ -76,6 +76,11 @@ def test_faults_of_the_layers_are_named(model: Any, name: str) -> None:
 @pytest.mark.parametrize("name", broken.OF_POSITIONS)
 def test_wrong_positions_are_found(model: Any, name: str) -> None:
     with broken.OF_POSITIONS[name]():
+        assert "wrong positions" in probe(model).reason
+
+
+def test_positions_that_the_model_ignores_are_found(model: Any) -> None:
+    with broken.ignoring_positions():
         assert "they differ by" in probe(model).reason
 
 

@@ -140,6 +140,8 @@ class _Probe:
     def _check_graph(self, row: PackedRow, expected: list[Tensor]) -> None:
         """What reaches a branch's log-probs: nothing foreign, nothing later, and all that reaches them otherwise."""
         where = _where(row)
+        if any((row.position_ids[own] != np.arange(len(own))).any() for own in where):
+            raise _Fault("is given wrong positions on packed rows (a token's differs from its place in its sequence)")
         middle, later = _middles(row, where)
         with torch.enable_grad(), self.packed.active(), _embedded(self.base) as leaves:
             logps = self.packed(row)[0].logps

@@ -1,0 +1,63 @@
+"""Twenty steps on trained weights, by TRL and by preftune, in fp32: logs and weights."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.real.conftest import pair_rows
+
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+STEPS, BATCH = 20, 2
+TOLERANCE = 5e-4
+#: Rewards are beta times differences of sums of hundreds of nats, which TRL takes in fp32.
+REWARD_FLOOR = 2e-5
+
+
+def train(library: str, folder: str, out: Path, lora: bool, **more: Any) -> tuple[Any, list[dict[str, float]]]:
+    torch.manual_seed(0)
+    module = importlib.import_module(library)
+    args = module.DPOConfig(
+        output_dir=str(out), per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=1e-4 if lora else 1e-6,
+        bf16=False, use_cpu=True, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **more,
+    )  # fmt: skip
+    config = peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear") if lora else None
+    trainer = module.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=args,
+        train_dataset=Dataset.from_list(pair_rows(STEPS * BATCH)),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=config,
+    )
+    trainer.train()
+    return trainer.model, [line for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("lora", "more"), [(False, {}), (True, {"reference_store": False})], ids=["full", "lora, live"]
+)
+def test_twenty_steps_are_trls(smollm2: str, tmp_path: Path, lora: bool, more: dict[str, Any]) -> None:
+    theirs, expected = train("trl", smollm2, tmp_path / "trl", lora)
+    ours, got = train("preftune", smollm2, tmp_path / "preftune", lora, packing_mode="packed", **more)
+    assert len(got) == len(expected) == STEPS
+    for mine, its in zip(got, expected, strict=True):
+        for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
+            assert mine[name] == pytest.approx(its[name], rel=TOLERANCE), name
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+            assert mine[name] == pytest.approx(its[name], rel=TOLERANCE, abs=REWARD_FLOOR), name
+    assert got[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert got[0]["rewards/margins"] == 0.0
+    assert abs(got[-1]["rewards/margins"]) > 100 * REWARD_FLOOR  # it moved: equality means something
+    reference = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            difference = float((parameter.detach() - reference[name].detach()).norm() / reference[name].detach().norm())
+            assert difference <= TOLERANCE, name
