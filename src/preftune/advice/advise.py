@@ -15,8 +15,8 @@ from preftune.advice.machines import Machine
 from preftune.advice.memory import Plan, estimate_memory, estimate_time, lengths_or_guess, optimizer_states
 from preftune.advice.rules import settings_for
 from preftune.advice.shapes import Shape
-from preftune.files import replace_text
 from preftune.objectives import METHODS
+from preftune.ownership import put_text
 
 #: Lines at the head of a training.
 MOST_LINES = 5
@@ -139,7 +139,7 @@ def with_advice(case: Case, advice: Advice) -> Case:
 
 def write_json(document: Mapping[str, Any], path: str | Path) -> None:
     """Write a JSON document whole or not at all; numbers that are none become null."""
-    replace_text(Path(path), json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    put_text(Path(path), json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

@@ -176,12 +176,15 @@ def _run(console: Console, verb: str, own: Mapping[str, Any], line: CommandLine)
     from preftune.advice import advise
     from preftune.advice.machines import find_machine
     from preftune.cli.training import cli_defaults, complete_pairing, settings_classes
+    from preftune.ownership import claim_files
 
     settings: Resolved[Any] = resolve(
         line, settings_classes(verb)[0], defaults=cli_defaults() | {"on_bad_rows": "warn"}
     )
     complete_pairing(verb, settings)
     notes: list[str] = []
+    if own["out"]:
+        claim_files(own["out"], "advise", ["advice.json"], "--out")
     with console.status("reading configuration and data"):
         machine = find_machine(own["machine"])
         shape = _shape(settings, own, notes)
@@ -395,13 +398,15 @@ def show_at_start(this: Any, trainer: Any, plan: Any) -> None:
             this.console.print(f"nothing is advised for {this.verb}", style="dim", highlight=False)
         return
     from preftune.advice.advise import write_json
+    from preftune.ownership import may_put
 
     try:
         advice = _advice_at_start(this, trainer, plan)
         for line in advice.lines():
             this.console.print(f"! {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-        if not this.settings.script.dry_run and trainer.is_world_process_zero():
-            write_json(advice.as_dict(), Path(this.args.output_dir) / "advice.json")
+        path = Path(this.args.output_dir) / "advice.json"
+        if not this.settings.script.dry_run and trainer.is_world_process_zero() and may_put(path):
+            write_json(advice.as_dict(), path)
     except Exception as error:
         # An advice is no reason for a run to fail, whatever is wrong with it.
         said = " ".join(str(error).split())[:200]

@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
     from preftune.cli.failures import plain_warnings
     from preftune.cli.training import cli_defaults, settings_classes
+    from preftune.ownership import claim_files
 
     own, rest = _own_settings(line)
     # What is printed beside JSON must not end up in it.
@@ -79,6 +80,9 @@ def main(argv: Sequence[str]) -> int:
     with plain_warnings(console):
         defaults = cli_defaults() | {"on_bad_rows": "skip"}
         settings = resolve(rest, settings_classes(own.verb)[0], defaults=defaults)
+        if own.out is not None:
+            claim_files(own.out, "audit", ["audit.json"], "--out")
+        _check_quarantine(settings)
         report = _audit(console, settings, own)
     if own.json:
         print(json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
@@ -87,6 +91,14 @@ def main(argv: Sequence[str]) -> int:
     if own.out is not None:
         console.print(f"wrote {report.write(own.out)}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_quarantine(settings: Resolved[Any]) -> None:
+    from preftune.cli.training import dataset_names
+    from preftune.ownership import check_places
+
+    names = dataset_names(settings.script)
+    check_places({"quarantine_path": settings.trainer.quarantine_path}, {f"dataset {name}": name for name in names})
 
 
 def _own_settings(line: CommandLine) -> tuple[_Own, CommandLine]:

@@ -14,6 +14,7 @@ from preftune.cli.sweep_trial import PairTrials, base_key
 from preftune.cli.trackers import grouped, replay, take_trackers
 from preftune.cli.training import Run, build_trainer, complete_settings, end_trainer, leave_records, snapshot_of
 from preftune.files import replace_text
+from preftune.ownership import RunFolder, active, new_id
 from preftune.sweep import runner
 from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import Plan, write_yaml
@@ -22,6 +23,7 @@ from preftune.sweep.runner import Observer, Outcome, TrialSpec
 from preftune.sweep.scores import held_out_of, metrics_of
 from preftune.sweep.shared import sharing
 from preftune.sweep.watch import Watch
+from preftune.sweep.work import begin_folder
 from preftune.training.provenance import plain
 
 
@@ -42,7 +44,7 @@ class FusedTrials(PairTrials):
             return super().run(trials, observer)
         started = time.monotonic()
         for trial in trials:
-            trial.folder.mkdir(parents=True, exist_ok=True)
+            begin_folder(self.folder, trial.folder)
         found = self._train_together(trials, observer)
         self._num_done += len(trials)
         seconds = (time.monotonic() - started) / len(trials)
@@ -132,9 +134,11 @@ class FusedTrials(PairTrials):
         from safetensors.torch import save_file
 
         write_yaml(trial.folder / "config.yaml", trial_settings(self.plan, trial.params, trial.folder))
+        folder = active(trial.folder) or RunFolder.open(trial.folder, new_id())
         if self.plan.keep != "none":
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in trainer.adapter_state(number).items()}
             save_file(state, str(trial.folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+            folder.note(["adapter_model.safetensors"])
             trainer.model.peft_config[trainer.names[0]].save_pretrained(str(trial.folder))
             trainer.processing_class.save_pretrained(str(trial.folder))
         replace_text(trial.folder / "all_results.json", json.dumps(plain(dict(results)), indent=4) + "\n")

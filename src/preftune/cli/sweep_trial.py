@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import sys
 import time
 import traceback
@@ -40,6 +39,7 @@ from preftune.sweep.scores import KL, TAIL, HeldOut, held_out_of, metrics_of, wi
 from preftune.sweep.shared import Base, Shelf, sharing
 from preftune.sweep.space import as_flag
 from preftune.sweep.watch import Watch
+from preftune.sweep.work import begin_folder
 
 #: Settings of the adapter: they do not touch the base that is loaded.
 _ADAPTER = ("lora_", "use_rslora", "use_dora")
@@ -117,8 +117,7 @@ class PairTrials:
 
     def _run_one(self, trial: TrialSpec, observer: Observer) -> Outcome:
         started = time.monotonic()
-        shutil.rmtree(trial.folder, ignore_errors=True)
-        trial.folder.mkdir(parents=True)
+        begin_folder(self.folder, trial.folder)
         try:
             outcome = self._train(trial, observer)
             self._num_done += 1

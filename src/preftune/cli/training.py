@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,6 +21,8 @@ from preftune.errors import ConfigError, SetupError
 TRAINING_VERBS = ("sft", "orpo", "cpo", "kto", "dpo")
 #: Verbs whose examples are pairs, and verbs that compare with a reference.
 _PAIRED, _WITH_REFERENCE = ("dpo", "orpo", "cpo"), ("dpo", "kto")
+#: Settings that name a model or tokenizer.
+_MODELS = ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path")
 
 
 class Sources:
@@ -100,7 +102,7 @@ def _run(this: Run, trainer_class: type[Any]) -> int:
     with foreseen(this.args):
         complete_settings(this)
         dry_run = this.settings.script.dry_run
-        with _output_dir(this.args.output_dir, kept=not dry_run):
+        with _output_dir(this.args.output_dir, kept=not dry_run), run_begun(this):
             this.snapshot.update(snapshot_of(this.settings))
             trainer, splits = build_trainer(this, trainer_class)
             plan = trainer.plan()
@@ -135,6 +137,7 @@ def cli_defaults() -> dict[str, Any]:
         "on_bad_rows": "error",
         "max_dropped_share": 0.1,
         "implicit_prompt": "transcript",
+        "existing_output": "refuse",
         "use_cpu": not torch.accelerator.is_available(),
     }
 
@@ -171,7 +174,71 @@ def complete_settings(this: Run) -> None:
         raise ConfigError("without training there is nothing to do", where="do_train", value=False, remedy="--dry_run")
     if args.push_to_hub and not script.dry_run:
         _require_hub()
-    args.resume_from_checkpoint = _resume_point(args.resume_from_checkpoint, args.output_dir)
+    check_paths(this.settings)
+
+
+def check_paths(settings: Resolved[Any]) -> None:
+    """Refuse places to write into that are, hold or lie in models, data or the cache.
+
+    Raises:
+        ConfigError: Naming both settings.
+    """
+    from preftune.config.paths import cache_home
+    from preftune.ownership import check_places
+    from preftune.training.checkpoints.output import is_result
+
+    args, read = settings.trainer, places_read(settings)
+    # A folder of the name of a file cannot be made, which is said later.
+    written = {"output_dir": None if os.path.isfile(args.output_dir) else args.output_dir}
+    check_places(written, read)
+    check_places(written, {"PREFTUNE_CACHE": str(cache_home())}, may_hold=True)
+    quarantine = args.quarantine_path
+    check_places({"quarantine_path": quarantine}, read)
+    if quarantine is None:
+        return
+    if os.path.isdir(quarantine):
+        raise ConfigError("not a file", where="quarantine_path", value=quarantine, remedy="name a file")
+    beside = os.path.realpath(os.path.dirname(quarantine)) == os.path.realpath(args.output_dir)
+    if beside and is_result(os.path.basename(quarantine)):
+        why = "a result of the run has this name"
+        raise ConfigError(why, where="quarantine_path", value=quarantine, remedy="name another file")
+
+
+def places_read(settings: Resolved[Any]) -> dict[str, str | None]:
+    """Models and data by the setting that names them, wherever they are."""
+    script, model, args = settings.script, settings.model, settings.trainer
+    read: dict[str, str | None] = {name: getattr(model, name) for name in _MODELS if getattr(model, name, None)}
+    read |= {
+        f"dataset_name {name}" if script.dataset_name is None else "dataset_name": name
+        for name in dataset_names(script)
+    }
+    read |= {name: str(getattr(args, name)) for name in ("chat_template_path",) if getattr(args, name, None)}
+    return read
+
+
+@contextmanager
+def run_begun(this: Run) -> Iterator[None]:
+    """Hold the output folder, and find the checkpoint to go on from, before anything is loaded.
+
+    Raises:
+        ConfigError: There is no such checkpoint, or another run's results are in the folder.
+        SetupError: Another process is writing into it.
+    """
+    from preftune.ownership import holding
+    from preftune.training.checkpoints.output import begin_early
+    from preftune.training.checkpoints.trainer import resume_point
+
+    args, dry_run = this.args, this.settings.script.dry_run
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not args.resume_from_checkpoint:
+        # Nothing is left in a folder that is refused.
+        begin_early(args, None, dry=True)
+    with holding(args.output_dir) if first and not dry_run else nullcontext():
+        manifest = resume_point(args.resume_from_checkpoint, args.output_dir)
+        args.resume_from_checkpoint = None if manifest is None else str(manifest.folder)
+        if first:
+            begin_early(args, manifest, dry=dry_run)
+        yield
 
 
 def complete_pairing(verb: str, settings: Resolved[Any]) -> None:
@@ -211,13 +278,6 @@ def _output_dir(path: str, *, kept: bool) -> Iterator[None]:
             # What is not empty belongs to somebody.
             with suppress(OSError):
                 os.rmdir(folder)
-
-
-def _resume_point(asked: Any, output_dir: str) -> str | None:
-    """The checkpoint to go on from, looked for before anything is loaded."""
-    from preftune.training.checkpoints.trainer import resume_point
-
-    return resume_point(asked, output_dir)
 
 
 # ---- data, model, trainer -----------------------------------------------------------------------------------------
@@ -399,6 +459,9 @@ def _train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> int
     this.console.print(f"saved {this.args.output_dir}", markup=False, highlight=False)
     _push(this, trainer)
     end_trainer(trainer)
+    complaint = trainer.output.complaint()
+    if complaint is not None:
+        raise complaint
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from preftune.errors import SetupError
 from preftune.evaluation.metrics import Metric, flat
-from preftune.files import replace_text
+from preftune.ownership import put_text
 
 FILE_NAME = "eval.json"
 
@@ -104,7 +104,7 @@ class EvalResult:
         path = Path(folder) / FILE_NAME
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            replace_text(path, text)
+            put_text(path, text)
         except OSError as error:
             raise SetupError(f"cannot write ({error.strerror})", where=str(path), remedy="set another out") from error
         return path

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from preftune.ownership import HOME
 from preftune.sweep.liveness import Stillness
 
 #: Seconds after which a study's lock that nobody else got in between is taken from its holder.
@@ -28,6 +29,15 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def beginning(folder: Path) -> Iterator[None]:
+    """Let one process of several write what all share into a sweep's folder."""
+    home = folder / HOME
+    home.mkdir(exist_ok=True)
+    with one_at_a_time(home / "begin.lock"):
         yield
 
 

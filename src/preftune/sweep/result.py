@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import preftune
 from preftune.config import ModelConfig, ScriptConfig, redact
 from preftune.config.fields import Field, fields_of_all
 from preftune.config.paths import inside
-from preftune.files import replace_text
+from preftune.ownership import RunFolder, current, put_text
 from preftune.sweep import runner
 from preftune.sweep.board import SlotState
 from preftune.sweep.choose import Candidate, Choice, choose
@@ -24,7 +25,7 @@ from preftune.sweep.scores import LOWER_IS_BETTER, PAIRED, HeldOut, left_referen
 from preftune.sweep.space import as_setting
 
 FILE_NAME, BEST_NAME = "sweep.json", "best.yaml"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "training_args.bin")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def candidates_of(states: Sequence[SlotState], folder: Path, metric: str) -> list[Candidate]:
@@ -163,7 +164,7 @@ def write_result(plan: Plan, states: Sequence[SlotState], folder: Path) -> dict[
     """
     found = summarise(plan, states, folder)
     text = json.dumps(_clean(found), indent=2, ensure_ascii=False, allow_nan=False)
-    replace_text(folder / FILE_NAME, text + "\n")
+    put_text(folder / FILE_NAME, text + "\n")
     if found["best"] is not None:
         best = found["best"]
         comment = f"Sweet spot of the sweep in {folder}\n{best['reason']}\npreftune {plan.verb} --config {BEST_NAME}"
@@ -212,12 +213,19 @@ def drop_weights(plan: Plan, states: Sequence[SlotState], folder: Path, *, final
 
 
 def remove_weights(run: Path) -> None:
-    """Remove weights and checkpoints from a run folder; logs, settings and figures stay."""
-    for pattern in _WEIGHTS:
-        for path in run.glob(pattern):
-            path.unlink(missing_ok=True)
-    for path in run.glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove weights and checkpoints that a trial has written; logs, settings, figures and others' files stay."""
+    record = current(run)
+    if record is None:
+        return
+    owned = RunFolder(run, record)
+    # Another worker may be doing the same.
+    for name in [*record.files]:
+        if any(fnmatch(name, pattern) for pattern in _WEIGHTS):
+            with suppress(FileNotFoundError):
+                owned.remove_file(name)
+    for name in [*record.folders]:
+        with suppress(FileNotFoundError):
+            owned.remove_folder(name)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

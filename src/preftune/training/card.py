@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from preftune.files import replace_text
+from preftune.ownership import put_text
 
 if TYPE_CHECKING:
     from preftune.training.base import PackedTrainer
@@ -144,7 +144,7 @@ def write(folder: str | Path, card: Card) -> Path:
         Path of the file.
     """
     target = Path(folder) / FILE_NAME
-    replace_text(target, render(card))
+    put_text(target, render(card))
     return target
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from preftune.config.machine import machine_id
+from preftune.ownership import active
 from preftune.training.provenance import plain
 
 FILE_NAME = "log.jsonl"
@@ -62,6 +63,9 @@ class LiveLog(TrainerCallback):
         path = Path(args.output_dir) / FILE_NAME
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            run = active(path.parent)
+            if run is not None:
+                run.grow(FILE_NAME, f"{line}\n".encode())
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:

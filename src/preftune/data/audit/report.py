@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preftune.errors import SetupError
-from preftune.files import replace_text
+from preftune.ownership import put_text
 
 Severity = Literal["ok", "note", "warn", "problem"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warn", "problem")
@@ -109,7 +109,7 @@ class AuditReport:
         path = Path(folder) / "audit.json"
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         try:
-            replace_text(path, text + "\n")
+            put_text(path, text + "\n")
         except OSError as error:
             raise SetupError(
                 f"cannot write ({error.strerror})", where=str(path), remedy="choose another --out"
