@@ -58,7 +58,7 @@ def dense(
 @contextmanager
 def attending(function: Attend) -> Iterator[None]:
     """Layers attend by ``function``; their calls and requests are recorded as ever."""
-    true = attention.attend
+    true = attention.attend  # type: ignore[attr-defined]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, context: RowContext, spec: AttentionSpec) -> Tensor:
         true(query, key, value, context, spec)
@@ -143,7 +143,7 @@ def prefix_gradient_lost(query: Tensor, key: Tensor, value: Tensor, context: Row
     for tensor, source in zip(stopped, (key, value), strict=True):
         tensor[:, :, cut] = source[:, :, cut].detach()
     whole = dense(query, key, value, context.layout, spec, window=spec.window)
-    without = dense(query, *stopped, context.layout, spec, window=spec.window)
+    without = dense(query, stopped[0], stopped[1], context.layout, spec, window=spec.window)
     return torch.cat([whole[:, :second], without[:, second : second + span.branches[1]],
                       whole[:, second + span.branches[1] :]], 1)  # fmt: skip
 

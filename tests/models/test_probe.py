@@ -117,7 +117,7 @@ def test_kernels_pass(backend: str, dtype: torch.dtype) -> None:
                 assert check_kernel(replace(request, window=4)) is None
     if backend == "reference":
         for more in ({"softcap": 30.0}, {"sinks": True}, {"softcap": 50.0, "window": 3, "sinks": True}):
-            assert check_kernel(replace(PLAIN, backend=backend, dtype=dtype, **more)) is None  # type: ignore[arg-type]
+            assert check_kernel(replace(PLAIN, backend=backend, dtype=dtype, **more)) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -48,7 +48,7 @@ class _RoundedInputs(TorchDispatchMode):
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    with _RoundedInputs():
+    with _RoundedInputs():  # type: ignore[no-untyped-call]
         yield
 
 

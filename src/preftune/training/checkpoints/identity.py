@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import preftune
 from preftune.config import redact
 from preftune.errors import ConfigError, PreftuneError
 from preftune.training.checkpoints.manifest import digest
 from preftune.training.provenance import plain, versions
+from preftune.version import __version__
 
 if TYPE_CHECKING:
     from preftune.training.checkpoints.trainer import CheckpointedTrainer
@@ -90,7 +90,7 @@ def describe_run(trainer: CheckpointedTrainer) -> dict[str, Any]:
 def code_versions() -> dict[str, str | None]:
     """Versions of what computes a step, preftune's own among them."""
     found = versions()
-    return {**{name: found.get(name) for name in _LIBRARIES}, "preftune": preftune.__version__}
+    return {**{name: found.get(name) for name in _LIBRARIES}, "preftune": __version__}
 
 
 def model_facts(trainer: CheckpointedTrainer) -> dict[str, Any]:
