@@ -44,8 +44,8 @@ into the folder last; its step is what its manifest says.
 
 **What happens when a save fails.** The failed folder is removed, a warning names the file and the last good checkpoint,
 and training goes on: the next save tries again. The final save ends with an error instead. A run of the command line
-that lacks a checkpoint in the end says so in its last line, with exit code 6 (no
-test of this suite yet). Saves can be asked for by SIGTERM, Ctrl-C or an empty file named
+that lacks a checkpoint in the end says so in its last line, with exit code 6
+(`test_a_full_disk_is_said_by_code_and_last_line`). Saves can be asked for by SIGTERM, Ctrl-C or an empty file named
 `SAVE` in the output folder.
 
 **What happens inside a step.** Where a row runs out of memory, the step is run again from an empty gradient in rows of

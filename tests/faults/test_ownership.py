@@ -208,3 +208,86 @@ def test_the_step_is_what_the_manifest_says(campaign: Campaign, world: Path) -> 
     found = find_checkpoint(out)
     assert found.manifest is not None
     assert found.manifest.step == 3
+
+
+def test_a_full_disk_is_said_by_code_and_last_line(campaign: Campaign, world: Path) -> None:
+    out = campaign.place("full")
+    seen = set()
+    for at in range(12, 80, 4):
+        shutil.rmtree(out, ignore_errors=True)
+        answer = run(campaign, out, VERBS["dpo"], at=at, strike="full")
+        assert answer["ended"] == "ok", answer
+        there = {path.name for path in out.glob("checkpoint-*")}
+        last = answer["said"].strip().splitlines()[-1] if answer["said"].strip() else ""
+        complete = {"checkpoint-2", "checkpoint-3"} <= there and (out / "model.safetensors").exists()
+        assert complete or answer["code"] == 6, answer
+        if answer["code"] == 6 and (out / "model.safetensors").exists() and "could not be written" in last:
+            seen.add(last.split(": ")[2].split(" could")[0])
+    assert seen & {"checkpoint-2", "checkpoint-3"}, seen
+
+
+def test_two_processes_do_not_share_a_folder(campaign: Campaign, world: Path) -> None:
+    from preftune.ownership import holding
+
+    out = campaign.place("held")
+    with holding(out):
+        before = trees.snapshot(out)
+        answer = run(campaign, out, VERBS["dpo"])
+        assert answer["code"] == 6, answer
+        assert f"process {os.getpid()}, started 20" in answer["said"]
+        assert trees.snapshot(out) == before
+    assert run(campaign, out, VERBS["dpo"])["code"] == 0
+
+
+def test_a_lock_ends_with_its_process_though_a_child_lives_on(tmp_path: Path) -> None:
+    from preftune.ownership import holding
+
+    read, write = os.pipe()
+    with holding(tmp_path):
+        child = os.fork()
+        if not child:
+            # As a data-loader worker whose parent is killed: it must not keep the folder locked.
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+    with holding(tmp_path):
+        pass
+    os.close(write)
+    os.waitpid(child, 0)
+    os.close(read)
+
+
+@pytest.mark.parametrize("name", ["data", "base.yaml"])
+def test_a_sweep_reads_only_what_it_has_written(campaign: Campaign, world: Path, name: str) -> None:
+    import datasets
+
+    out = campaign.place("sweep")
+    out.mkdir()
+    if name == "data":
+        rows = datasets.Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}] * 4)
+        datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(out / "data"))
+    else:
+        (out / name).write_text("learning_rate: 1.0\n", encoding="utf-8")
+    before = trees.snapshot(out)
+    answer = run(campaign, out, VERBS["sweep"])
+    assert answer["code"] == 2, answer
+    assert f"{name} does not hold" in answer["said"]
+    assert not trees.lost(before, out)
+
+
+def test_a_split_that_cannot_be_saved_leaves_nothing(campaign: Campaign, world: Path) -> None:
+    for at in (8, 10, 12, 14, 16):
+        out = campaign.place("split")
+        answer = run(campaign, out, VERBS["sweep"], at=at, strike="full", lasting=True)
+        assert answer["ended"] == "ok", answer
+        assert answer["code"] == 6, answer
+        assert not [path for path in out.rglob("*.arrow") if path.parent.parent != out / "data"]
+
+
+def test_a_quarantine_file_of_somebody_else_is_left_alone(campaign: Campaign, world: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "p"}\n', encoding="utf-8")
+    argv = (*VERBS["dpo"], "--on_bad_rows", "skip", "--quarantine_path", str(mine))
+    answer = run(campaign, tmp_path / "out", argv)
+    assert answer["code"] == 2, answer
+    assert mine.read_text(encoding="utf-8") == '{"prompt": "p"}\n'

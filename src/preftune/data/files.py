@@ -320,10 +320,20 @@ def find(name: str, config: str | None = None) -> Origin:
             "neither a file nor a folder", where="dataset_name", value=name, remedy="write the rows into a file first"
         )
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        from preftune.data.saved import saved
-
-        return saved(name, path)
+        return _saved(name, path)
     return _folder(name, path)
+
+
+def _saved(name: str, path: Path) -> Origin:
+    from preftune.data.saved import load_saved, undamaged
+
+    splits = load_saved(name, path)
+
+    def read(split: str) -> RawTable:
+        with undamaged(name):
+            return from_dataset(name, splits[split]())
+
+    return Origin(name, tuple(splits), read)
 
 
 def _nearby(path: Path) -> str | None:

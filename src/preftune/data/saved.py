@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from preftune.data.files import Origin, RawTable, from_dataset
 from preftune.errors import DataError
 
 
-def saved(name: str, path: Path) -> Origin:
+def load_saved(name: str, path: Path) -> dict[str, Callable[[], Any]]:
     """A folder that ``datasets`` wrote.
 
     Args:
@@ -19,28 +19,29 @@ def saved(name: str, path: Path) -> Origin:
         path: The folder.
 
     Returns:
-        Its splits.
+        What reads each of its splits.
 
     Raises:
         DataError: It is not as it was saved.
     """
     import datasets
 
-    with _undamaged(name):
+    with undamaged(name):
         loaded = datasets.load_from_disk(str(path))
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-
-    def read(split: str) -> RawTable:
-        with _undamaged(name):
-            _read_through(splits[split])
-            return from_dataset(name, splits[split])
-
-    return Origin(name, tuple(splits), read)
+    return {split: partial(_read_through, dataset) for split, dataset in splits.items()}
 
 
 @contextmanager
-def _undamaged(name: str) -> Iterator[None]:
-    """What the library makes of a folder that is not as it was saved, in one line."""
+def undamaged(name: str) -> Iterator[None]:
+    """What the library makes of a folder that is not as it was saved, in one line.
+
+    Args:
+        name: What the user called the folder.
+
+    Raises:
+        DataError: In place of whatever the library raises.
+    """
     try:
         yield
     except (DataError, KeyboardInterrupt, MemoryError):
@@ -52,7 +53,7 @@ def _undamaged(name: str) -> Iterator[None]:
         ) from error
 
 
-def _read_through(dataset: Any) -> None:
+def _read_through(dataset: Any) -> Any:
     """Look at every value once: what a damaged file says about itself ends the process where it is believed."""
     tables = [table.table for table in (dataset.data, dataset._indices) if table is not None]
     for table in tables:
@@ -63,3 +64,4 @@ def _read_through(dataset: Any) -> None:
         ends = pc.min_max(dataset._indices.column(0)).as_py()
         if ends["min"] is None or ends["min"] < 0 or ends["max"] >= dataset.data.num_rows:
             raise DataError("the saved data set is damaged", where="indices", value=ends["max"])
+    return dataset
