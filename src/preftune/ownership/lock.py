@@ -13,6 +13,7 @@ from typing import Any
 
 from preftune.config.machine import machine_id
 from preftune.errors import SetupError
+from preftune.files import parse_json
 from preftune.ownership.record import HOME
 
 #: In ``.preftune``: the file that is locked. It says who holds it, and is empty while nobody does.
@@ -116,8 +117,8 @@ def _say(folder: Path, holder: dict[str, Any] | None) -> None:
 
 def _holder(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     if not isinstance(found, dict) or found.get("preftune") != "lock":
         return None

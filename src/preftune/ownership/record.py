@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from preftune.files import replace_text
+from preftune.files import parse_json, replace_text
 
 #: Folder inside a folder that runs write into: what they remember, and what is not finished yet.
 HOME = ".preftune"
@@ -121,14 +121,14 @@ class Record:
             ValueError: It is none, or damaged.
         """
         try:
-            document = json.loads(text)
+            document = parse_json(text)
             found = document.pop("sha256")
             if document["format"] != FORMAT or _digest(document) != found:
                 raise ValueError("damaged")
             record = cls(
                 run=document["run"],
                 turn=int(document["turn"]),
-                files={name: [Entry(**entry) for entry in each] for name, each in document["files"].items()},
+                files={name: [_entry(entry) for entry in each] for name, each in document["files"].items()},
                 grown=_entries(document["grown"]),
                 folders={name: _entries(each) for name, each in document["folders"].items()},
                 going={name: _entries(each) for name, each in document["going"].items()},
@@ -168,7 +168,15 @@ def current(folder: Path) -> Record | None:
 
 
 def _entries(given: Mapping[str, Mapping[str, Any]]) -> dict[str, Entry]:
-    return {name: Entry(**entry) for name, entry in given.items()}
+    return {name: _entry(entry) for name, entry in given.items()}
+
+
+def _entry(given: Mapping[str, Any]) -> Entry:
+    found = Entry(**given)
+    # A digest that fits says only that somebody could compute it.
+    if (type(found.bytes), type(found.sha256), type(found.mtime_ns)) != (int, str, int) or found.bytes < 0:
+        raise ValueError("damaged")
+    return found
 
 
 def _digest(document: Any) -> str:
