@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 TEST_ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo real test check format bench learning noise parity faults reliability audit guards fuzz coverage advisories clean
+.PHONY: help setup demo real test check format bench learning noise parity differential faults reliability audit guards fuzz coverage advisories clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -60,6 +60,9 @@ noise: setup  ## true reward against flipped labels for DPO, cDPO, robust, IPO; 
 
 parity: setup  ## every loss and option against TRL in training; writes docs/parity.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.parity
+
+differential: setup  ## runs drawn at random, by TRL and preftune: architectures, trainers, data and settings in any combination
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.differential
 
 faults: setup  ## kills, torn files, full disks: the whole fault suite
 	@PREFTUNE_FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults

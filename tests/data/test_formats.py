@@ -154,6 +154,54 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("prompt_completion", {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c"}),
     ("messages", {"messages": [m(U, "p"), m(A, "c")]}, {"messages": [m(U, "p"), m(A, "c")]}),
     ("text", {"text": "t", "chat_template_kwargs": {"a": 1}}, {"text": "t", "chat_template_kwargs": {"a": 1}}),
+    (
+        "openai_preference",
+        {
+            "input": {"messages": [m(U, "p")], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [m(A, "c")],
+            "non_preferred_output": [m(A, "r")],
+        },
+        {"prompt": [m(U, "p")], "chosen": [m(A, "c")], "rejected": [m(A, "r")]},
+    ),
+    (
+        "messages_preference",
+        {"messages": [m(S, "s"), m(U, "p")], "chosen": m(A, "c"), "rejected": m(A, "r")},
+        {"prompt": [m(S, "s"), m(U, "p")], "chosen": [m(A, "c")], "rejected": [m(A, "r")]},
+    ),
+    (
+        "named_pair",
+        {"query": "p", "response": "c", "rejected_response": "r", "system": "s", "history": [["q", "a"]]},
+        {
+            "prompt": [m(S, "s"), m(U, "q"), m(A, "a"), m(U, "p")],
+            "chosen": [m(A, "c")],
+            "rejected": [m(A, "r")],
+        },
+    ),
+    (
+        "two_answers",
+        {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 0, "score_A": 1, "score_B": 9},
+        {"prompt": [m(U, "p")], "chosen": [m(A, "b")], "rejected": [m(A, "a")]},
+    ),
+    (
+        "rated",
+        {"prompt": "p", "response": "a", "helpfulness": 4, "verbosity": 1},
+        {"prompt": "p", "completion": "a", "score": 4.0},
+    ),
+    (
+        "labelled_messages",
+        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}], "kto_tag": False},
+        {"prompt": [m(U, "p")], "completion": [m(A, "c")], "label": False},
+    ),
+    (
+        "labelled_alpaca",
+        {"instruction": "i", "input": "x", "output": "o", "kto_tag": "true"},
+        {"prompt": [m(U, "i\nx")], "completion": [m(A, "o")], "label": True},
+    ),
+    (
+        "question_answer",
+        {"id": "1", "system_prompt": "s", "question": "p", "response": "c"},
+        {"prompt": [m(S, "s"), m(U, "p")], "completion": [m(A, "c")]},
+    ),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,10 +71,10 @@ def prepare_with_processes(world: Path, out: Path, options: dict[str, Any]) -> d
 
     plain = batches.to_table
 
-    def to_table(batch: Any, indices: Any, worker: Any) -> Any:
+    def to_table(rows: list[dict[str, Any]], indices: Sequence[int], worker: batches.Worker) -> Any:
         if indices[0] == 14:
             ENDS[options["how"]]()
-        return plain(batch, indices, worker)
+        return plain(rows, indices, worker)
 
     batches.MIN_ROWS_FOR_PROCESSES, batches.BATCH_SIZE, batches.to_table = 10, 7, to_table
     with trainer_errors():

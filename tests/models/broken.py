@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from preftune.kernels.attention import AttentionSpec, RowContext
 from preftune.models import attention
@@ -251,3 +252,21 @@ def sharpened(model: Any, factor: float = 4.0) -> Any:
             if parameter.dim() == 2 and ("q_proj" in name or "k_proj" in name or "c_attn" in name):
                 parameter.mul_(factor)
     return model
+
+
+class RoundedInputs(TorchDispatchMode):
+    """Rounds the inputs of fp32 matrix products to TF32's ten bits, as tensor cores do."""
+
+    _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._PRODUCTS:
+            args = tuple(self._round(each) for each in args)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _round(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        bits = value.contiguous().view(torch.int32)
+        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)

@@ -189,6 +189,25 @@ def test_rounding_is_no_reason(seed: int) -> None:
         assert verdict.ok, verdict.reason
 
 
+@pytest.mark.parametrize("config", ["LlamaConfig", "Qwen2Config", "Gemma2Config", "GPT2Config", "MixtralConfig"])
+def test_products_that_round_their_inputs_are_no_reason(config: str) -> None:
+    sizes: dict[str, dict[str, Any]] = {
+        "Gemma2Config": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 40},
+        "GPT2Config": {"n_layer": 2, "n_head": 4},
+        "MixtralConfig": {"num_local_experts": 4},
+    }
+    model = tiny_model(config, **sizes.get(config, {}))
+    with broken.RoundedInputs():  # type: ignore[no-untyped-call]
+        for seed in range(5):
+            verdict = probe(model, seed=seed)
+            assert verdict.ok, verdict.reason
+        with broken.attending(broken.other_answer):
+            assert "other answer" in probe(model).reason
+    model = broken.sharpened(model, 8.0)
+    with broken.RoundedInputs(), broken.positions_off_by_one():  # type: ignore[no-untyped-call]
+        assert not probe(model).ok
+
+
 def test_weights_without_gradient_stay_so_and_hooks_are_gone() -> None:
     model = tiny_model("LlamaConfig").train()
     model.model.norm.weight.requires_grad_(False)

@@ -14,7 +14,7 @@ from preftune.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-ACTIONS = ("show", "audit")
+ACTIONS = ("show", "audit", "convert")
 VERBS = ("dpo", "orpo", "cpo", "kto", "sft")
 _HELP = """usage: preftune data show --dataset_name D --model_name_or_path M [--config FILE.yaml] [--name value ...]
 
@@ -22,9 +22,33 @@ Print prepared rows: prompt, chosen, rejected; which tokens are trained on, and 
 
 {flags}
 
-`preftune data audit --help` is about what is wrong with a data set.
+`preftune data audit --help` is about what is wrong with a data set, `preftune data convert --help` about writing it
+in another form.
 
 Settings of that verb that concern data, tokenizer and truncation count as they do there."""
+
+_CONVERT_HELP = """usage: preftune data convert --dataset_name D --out FILE [--config FILE.yaml] [--name value ...]
+
+Write a data set of any known format as TRL's columns: prompt, chosen, rejected; prompt, completion, label with --verb
+kto; messages, or prompt and completion, with --verb sft. Says what is done with every column.
+
+{flags}
+
+Settings of that verb that concern reading count as they do there: dataset_columns, dataset_format, pairing,
+on_bad_rows, transcripts (messages makes conversations of Human:/Assistant: transcripts, text leaves them)."""
+
+
+@dataclass
+class _OwnOfConvert:
+    """Flags of ``convert`` alone.
+
+    Attributes:
+        out: File to write: .jsonl, .json or .parquet.
+        verb: Read the rows as this verb would.
+    """
+
+    out: str = ""
+    verb: str = field(default="dpo", metadata={"choices": VERBS})
 
 
 @dataclass
@@ -48,10 +72,11 @@ class _Own:
                 raise ConfigError("out of range", where=f"--{name}", value=getattr(self, name), allowed=allowed)
 
 
-def _help() -> str:
+def _help(action: str = "show") -> str:
     from preftune.cli.help import own_lines
 
-    return _HELP.format(flags="\n".join(own_lines(_Own)))
+    text, own = (_CONVERT_HELP, _OwnOfConvert) if action == "convert" else (_HELP, _Own)
+    return text.format(flags="\n".join(own_lines(own)))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,10 +99,45 @@ def main(argv: Sequence[str]) -> int:
         return audit.main(argv[1:])
     line = split_command_line(argv[1:])
     if line.help:
-        print(_help())
+        print(_help(action))
         return 0
-    _show(line)
+    (_convert if action == "convert" else _show)(line)
     return 0
+
+
+def _convert(line: CommandLine) -> None:
+    from rich.console import Console
+
+    from preftune.cli.console import plain_warnings
+    from preftune.data import export, load_report
+    from preftune.runs.data import dataset_names, load_splits
+    from preftune.runs.network import go_offline_if_unreachable
+    from preftune.runs.settings import read_settings
+
+    own, rest = take_own(line, _OwnOfConvert)
+    if not own.out:
+        raise ConfigError("no file to write to", where="--out", allowed=", ".join(export.SUFFIXES))
+    target = export.check_target(own.out)
+    console = Console()
+    with plain_warnings(console):
+        settings = read_settings(own.verb, rest)
+        settings.script.require_dataset()
+        offline = go_offline_if_unreachable(dataset_names(settings.script))
+        rows = load_splits(settings, with_test=False)["train"]
+        report = load_report(rows)
+        number = export.write(rows, target, as_messages=settings.trainer.transcripts == "messages")
+    told = [offline] if offline else []
+    if report is not None:
+        told.append(f"format: {', '.join(dict.fromkeys(report.formats.values()))}")
+        told += export.columns_told(report.columns)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in report.bad_rows.items())
+        told += [*report.notes, *([f"left out: {left_out}"] if left_out else [])]
+    told += [
+        f"wrote {number} rows to {target}: {', '.join(rows.column_names)}",
+        f"next: preftune data show --dataset_name {target} --verb {own.verb} --model_name_or_path MODEL",
+    ]
+    for text in told:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(line: CommandLine) -> None:
@@ -95,7 +155,8 @@ def _show(line: CommandLine) -> None:
 
 
 def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
-    from preftune.data import show
+    from preftune.data import load_report, show
+    from preftune.data.export import columns_told
     from preftune.data.view import ENCLOSING, REMARKS
     from preftune.data.view import VERBS as KINDS
     from preftune.models.loading import load_tokenizer
@@ -115,8 +176,12 @@ def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
         use_template_and_eos(tokenizer, args.chat_template_path, args.eos_token)
     if verb in REMARKS:
         console.print(REMARKS[verb], highlight=False)
+    rows = load_splits(settings, with_test=False)["train"]
+    report = load_report(rows)
+    for text in columns_told(report.columns) if report is not None else []:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     show(
-        load_splits(settings, with_test=False)["train"],
+        rows,
         tokenizer,
         data_options(args, enclose=verb in ENCLOSING, **extra),
         num_rows=own.num_rows,

@@ -129,6 +129,7 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
         truncation_mode=config.truncation_mode,  # type: ignore[arg-type]
         on_bad_rows=script.on_bad_rows,  # type: ignore[arg-type]
         dataset_format=script.dataset_format,
+        transcripts="messages",
         quarantine_path=quarantine,
         max_dropped_share=None if script.allow_drops else 0.1,
     )

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from preftune.data.options import DataOptions
 from preftune.data.prepare import prepare
-from preftune.data.report import PrepareReport
+from preftune.data.report import DataWarning, PrepareReport, findings, warn_findings
 from preftune.data.sft import prepare_sft
 from preftune.data.show import show
 from preftune.data.sources import LoadReport, load, load_report
 
-__all__ = ["DataOptions", "LoadReport", "PrepareReport", "load", "load_report", "prepare", "prepare_sft", "show"]
+__all__ = [
+    "DataOptions",
+    "DataWarning",
+    "LoadReport",
+    "PrepareReport",
+    "findings",
+    "load",
+    "load_report",
+    "prepare",
+    "prepare_sft",
+    "show",
+    "warn_findings",
+]

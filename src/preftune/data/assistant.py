@@ -57,7 +57,8 @@ def assistant_masks(
     one = _from_markers if has_markers(encoder) else _from_prefixes
     out: list[Masked | BadRow] = []
     for conversation, row in zip(conversations, rows, strict=True):
-        result = one(encoder, conversation, encoder.arguments(row))
+        arguments = encoder.arguments(row)
+        result = one(encoder, encoder.settled(conversation, arguments), arguments)
         if not isinstance(result, BadRow) and 1 not in result[1]:
             result = BadRow(
                 "no_assistant_tokens",

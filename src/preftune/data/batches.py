@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
+from preftune.data.arrow import rows_of
 from preftune.data.kept import remembered
 from preftune.data.options import DataOptions
 from preftune.data.processes import in_processes
+from preftune.data.rows import NEUTRAL
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ BATCH_SIZE = 1000
 # Below this number of rows, starting processes takes longer than the work they would share.
 MIN_ROWS_FOR_PROCESSES = 2000
 
-TRUNCATED, MERGED, DOUBLED_BOS, EOS_MISSING, EOS_APPENDED = 1, 2, 4, 8, 16
+TRUNCATED, MERGED, DOUBLED_BOS, EOS_MISSING, EOS_APPENDED, ENVIRONMENT, TRANSCRIPT = 1, 2, 4, 8, 16, 32, 64
 
 #: Status of a row that was left out because it is bad; any other text is the reason why it was dropped.
 BAD = "bad"
@@ -79,6 +81,8 @@ class Tally:
     num_doubled_bos: int
     num_eos_missing: int
     num_eos_appended: int
+    num_environment: int
+    num_transcripts: int
     example: str | None
 
 
@@ -124,7 +128,8 @@ def run(dataset: Dataset, worker: Worker, options: DataOptions, desc: str) -> tu
 
 
 def _all_null(table: Any, name: str, worker: Worker) -> bool:
-    return name in worker.floats and table[name].null_count == table.num_rows
+    optional = name in worker.floats or name.endswith("_mask")
+    return optional and table[name].null_count == table.num_rows
 
 
 def _in_batches(dataset: Dataset, worker: Worker, desc: str) -> Iterable[pa.Table]:
@@ -132,14 +137,13 @@ def _in_batches(dataset: Dataset, worker: Worker, desc: str) -> Iterable[pa.Tabl
 
     starts = range(0, len(dataset), BATCH_SIZE)
     for start in tqdm(starts, desc=desc, unit="k rows", disable=len(dataset) < 10 * BATCH_SIZE or None):
-        yield to_table(dataset[start : start + BATCH_SIZE], range(start, len(dataset)), worker)
+        yield to_table(rows_of(dataset, slice(start, start + BATCH_SIZE)), range(start, len(dataset)), worker)
 
 
-def to_table(batch: Mapping[str, list[Any]], indices: Sequence[int], worker: Worker) -> pa.Table:
+def to_table(rows: list[dict[str, Any]], indices: Sequence[int], worker: Worker) -> pa.Table:
     """Arrow table of the outcomes of one batch."""
     import pyarrow as pa
 
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     outcomes = worker.outcomes(rows, indices[: len(rows)])
     columns: dict[str, Any] = {
         name: list_array([outcome.lists[i] if outcome.lists else () for outcome in outcomes])
@@ -191,6 +195,8 @@ def _tally(table: pa.Table) -> Tally:
         num_doubled_bos=count(DOUBLED_BOS),
         num_eos_missing=count(EOS_MISSING),
         num_eos_appended=count(EOS_APPENDED),
+        num_environment=count(ENVIRONMENT),
+        num_transcripts=count(TRANSCRIPT),
         example=examples[0].as_py() if len(examples) else None,
     )
 
@@ -218,13 +224,10 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
             allowed="datasets.Dataset, datasets.IterableDataset",
             remedy=f"pass one of its splits: {splits}" if splits else None,
         )
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        # Rows are read past the transform, so that other data than the user's own view would be trained on.
-        raise DataError(
-            "the data set carries a transform (with_transform), which preparation would not apply",
-            where=name,
-            remedy="apply it with dataset.map before",
-        )
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom" and len(dataset):
+        # Rows are read past a transform, so that it has to be applied now.
+        dataset = datasets.Dataset.from_list(list(dataset), on_mixed_types="use_json")
+        notes.append("the transform of the data set (with_transform) was applied to every row")
     if isinstance(dataset, datasets.IterableDataset) or len(dataset) == 0:
         raise DataError("the data set holds no rows", where=name, remedy="check the split and the file")
     refuse_images(dataset.column_names, f"{name} data set")
@@ -262,8 +265,11 @@ def check_share(
     Raises:
         DataError: More than ``max_share`` of the rows was lost, or no row is left.
     """
-    lost = sum(lost_before.values()) + tally.num_bad_left_out + sum(tally.dropped.values())
+    left_out = tally.num_bad_left_out + sum(lost_before.values())
     by_reason = Counter(lost_before) + Counter(tally.bad) + Counter(tally.dropped)
+    ties = sum(by_reason[reason] for reason in NEUTRAL)
+    lost = left_out + sum(tally.dropped.values()) - ties
+    rows_read -= ties
     reasons = ", ".join(f"{count} {reason}" for reason, count in by_reason.items())
     remedy = "raise max_length, set truncation_mode: keep_end, or correct the data"
     if lost >= rows_read:

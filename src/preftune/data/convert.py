@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from preftune.data.formats.base import BadRow, FormatSpec, Row
-from preftune.data.pairing import expand_ranked, pair_unpaired
+from preftune.data.formats.turns import decode_columns
+from preftune.data.pairing import expand_ranked, pair_unpaired, rank_rated
 from preftune.data.rows import BadRowHandler, check_pair, check_sft
 from preftune.errors import ConfigError, DataError
 
@@ -32,13 +33,15 @@ def canonical_rows(
         DataError: A bad row that the policy does not allow.
         ConfigError: Ranked rows cannot be left unpaired.
     """
-    if spec.kind == "ranked" and pairing == "none":
+    if spec.kind in ("ranked", "rated") and pairing == "none":
         raise ConfigError(
-            "ranked responses cannot be used unpaired", where="pairing", value=pairing, allowed="best_worst, all"
+            "rated responses cannot be used unpaired", where="pairing", value=pairing, allowed="best_worst, all"
         )
     rows: list[Row] = []
     for place, raw in numbered:
         rows += convert_row(raw, place, spec, handler, pairing)
+    if spec.kind == "rated":
+        return _rated_pairs(rows, handler, pairing)
     if spec.kind != "unpaired" or pairing == "none":
         return rows, []
     pairs, num_left = pair_unpaired(rows, pairing)
@@ -47,21 +50,59 @@ def canonical_rows(
     return kept, notes
 
 
+def _rated_pairs(rows: list[Row], handler: BadRowHandler, pairing: str) -> tuple[list[Row], list[str]]:
+    ranked, num_alone = rank_rated(rows)
+    pairs: list[Row] = []
+    for one in ranked:
+        place = "answers to one prompt"
+        try:
+            found = expand_ranked(one, pairing)
+        except BadRow as bad:
+            handler.keep(bad, place, one, converted=False)
+            continue
+        pairs += [pair for pair in found if _keep_pair(pair, place, handler)]
+    notes = [f"{len(rows)} rated answers to {len(ranked) + num_alone} prompts make {len(pairs)} pairs"]
+    if num_alone:
+        notes.append(f"{num_alone} rated answers have no other answer to the same prompt to be compared with")
+    return pairs, notes
+
+
 def convert_row(
-    raw: Any, place: str, spec: FormatSpec, handler: BadRowHandler, pairing: str = "best_worst"
+    raw: Any,
+    place: str,
+    spec: FormatSpec,
+    handler: BadRowHandler,
+    pairing: str = "best_worst",
+    then: Callable[[Row], Row] | None = None,
 ) -> list[Row]:
-    """Canonical rows of one raw row: none if it is bad and skipped, several if it ranks many responses."""
+    """Canonical rows of one raw row: none if it is bad and skipped, several if it ranks many responses.
+
+    Args:
+        raw: The row as it was read.
+        place: Where it is, for messages.
+        spec: Its format.
+        handler: Decides about bad rows.
+        pairing: What to do with ranked rows.
+        then: Changes canonical rows before they are checked.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: A bad row that the policy does not allow.
+    """
     try:
         if isinstance(raw, BadRow):
             raise raw
         if not isinstance(raw, Mapping):
             raise BadRow("not_a_mapping", "row", "the row is not an object", value=raw, remedy="write {field: value}")
-        row = spec.convert(raw)
+        row = spec.convert(decode_columns(raw))
         expanded = expand_ranked(row, pairing) if spec.kind == "ranked" else [row]
+        expanded = [then(one) for one in expanded] if then else expanded
     except BadRow as bad:
         handler.keep(bad, place, raw, converted=False)
         return []
-    check = check_sft if spec.kind in ("sft", "unpaired") else check_pair
+    check = check_sft if spec.kind in ("sft", "unpaired", "rated") else check_pair
     kept = []
     for row in expanded:
         try:
@@ -96,7 +137,7 @@ def to_dataset(rows: list[Row], where: str, lost: Sequence[str] = ()) -> Dataset
     Raises:
         DataError: No rows, or rows of text and of messages in one column.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features, Json, List, concatenate_datasets
 
     if not rows:
         why = f" ({'; '.join(lost)})" if lost else ""
@@ -110,6 +151,17 @@ def to_dataset(rows: list[Row], where: str, lost: Sequence[str] = ()) -> Dataset
                 where=where,
                 remedy="convert them to one form, or train on them separately",
             )
-    return Dataset.from_dict(
-        {column: [row.get(column) for row in rows] for column in columns}, on_mixed_types="use_json"
-    )
+    exact = [column for column in columns if any(_has_calls(row.get(column)) for row in rows)]
+    plain = {column: [row.get(column) for row in rows] for column in columns if column not in exact}
+    # What tools were called with may differ from row to row, and a null in it is one that somebody wrote.
+    calls = {column: [row.get(column) for row in rows] for column in exact}
+    if not calls:
+        return Dataset.from_dict(plain, on_mixed_types="use_json")
+    kept = Dataset.from_dict(calls, features=Features({column: List(Json()) for column in exact}))
+    if not plain:
+        return kept
+    return concatenate_datasets([Dataset.from_dict(plain, on_mixed_types="use_json"), kept], axis=1)
+
+
+def _has_calls(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(turn, Mapping) and turn.get("tool_calls") for turn in value)

@@ -2,246 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from preftune.data.formats.base import BadRow
+from preftune.data.reading import SUFFIXES, read_file, suffix_of
+from preftune.data.tables import RawTable, from_dataset
 from preftune.errors import ConfigError, DataError
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
-_BATCH = 1000
-
-
-@dataclass
-class RawTable:
-    """Rows as they were found.
-
-    Attributes:
-        name: File or data set, for messages.
-        rows: A list of rows (or :class:`BadRow`), or a ``datasets.Dataset``.
-        place: Row index -> file and line, or file and row number.
-        select: Columns to keep; ``None`` keeps all.
-        rename: Old column name -> new.
-        indices: Rows to use, in order; ``None`` uses all.
-    """
-
-    name: str
-    rows: Any
-    place: Callable[[int], str]
-    select: Sequence[str] | None = None
-    rename: Mapping[str, str] = field(default_factory=dict)
-    indices: Sequence[int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows) if self.indices is None else len(self.indices)
-
-    def raw_columns(self) -> list[str]:
-        """Names of all columns as found."""
-        if hasattr(self.rows, "column_names"):
-            return list(self.rows.column_names)
-        return list(dict.fromkeys(key for row in self.rows if isinstance(row, Mapping) for key in row))
-
-    def columns(self) -> list[str]:
-        """Names of the columns after selection and renaming."""
-        kept = self.raw_columns() if self.select is None else list(self.select)
-        return [self.rename.get(name, name) for name in kept if name in self.rename or name not in self._new_names()]
-
-    def _new_names(self) -> set[str]:
-        return set(self.rename.values())
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """``(place, row)`` for every row used."""
-        indices = range(len(self.rows)) if self.indices is None else self.indices
-        plain = self.select is None and not self.rename
-        for index, row in self._read(indices):
-            yield self.place(index), row if plain or not isinstance(row, Mapping) else self._reshape(row)
-
-    def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        if isinstance(self.rows, list):
-            yield from ((index, self.rows[index]) for index in indices)
-            return
-        for start in range(0, len(indices), _BATCH):
-            chunk = list(indices[start : start + _BATCH])
-            try:
-                batch = self.rows[chunk]
-                rows: list[Any] = [
-                    dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-                ]
-            except UnicodeDecodeError:
-                rows = [_row_or_bad(self.rows, index) for index in chunk]
-            yield from zip(chunk, rows, strict=True)
-
-    def _reshape(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        names = row if self.select is None else [name for name in self.select if name in row]
-        new = self._new_names()
-        return {self.rename.get(name, name): row[name] for name in names if name in self.rename or name not in new}
-
-    def example(self) -> dict[str, Any]:
-        """A row to recognise the format by: an early one without nulls, or else the first that can be read."""
-        columns = self.columns()
-        fallback: dict[str, Any] = {}
-        for _, row in islice(self, 100):
-            if isinstance(row, Mapping):
-                full = {**dict.fromkeys(columns), **row}
-                if all(value is not None for value in full.values()):
-                    return full
-                fallback = fallback or full
-        return fallback
-
-
-def _row_or_bad(rows: Any, index: int) -> Any:
-    try:
-        return rows[index]
-    except UnicodeDecodeError as error:
-        return BadRow(
-            "invalid_utf8", "row", f"bytes that are not UTF-8: {error.reason}", remedy="save the file as UTF-8"
-        )
-
-
-def suffix_of(path: Path) -> str | None:
-    """The known suffix that ``path`` ends with."""
-    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), None)
-
-
-def read_file(path: Path) -> RawTable:
-    """Read a local data file.
-
-    Args:
-        path: ``.json``, ``.jsonl`` (either with ``.gz``), ``.parquet`` or ``.csv``.
-
-    Returns:
-        Its rows. Lines that cannot be read are :class:`BadRow` entries, so that the policy can decide about them.
-
-    Raises:
-        DataError: The file as a whole cannot be read.
-    """
-    suffix = suffix_of(path)
-    if suffix is None:
-        raise DataError("unknown kind of file", where=str(path), allowed=", ".join(SUFFIXES))
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    text = _read_text(path)
-    if suffix == ".csv":
-        table = _read_csv(path, text)
-    elif text.lstrip()[:1] == "[" and not suffix.startswith(".jsonl"):
-        table = _read_json_array(path, text)
-    else:
-        table = _read_json_lines(path, text)
-    if not table.rows:
-        raise DataError("the file holds no rows", where=str(path), remedy="check that it was written completely")
-    return table
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        if path.name.endswith(".gz"):
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"the file cannot be read: {reason}", where=str(path)) from error
-    # Bytes that are not UTF-8 stay recognisable, so that the row they are in can be named or skipped.
-    return data.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
-
-
-def _read_json_array(path: Path, text: str) -> RawTable:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"malformed JSON: {error.msg}", where=f"{path}:{error.lineno}", remedy="correct the file"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"unreadable JSON: {_unreadable(error)}", where=str(path), remedy="correct the file") from error
-    return RawTable(str(path), rows, lambda index: f"{path}, row {index} (the first is 0)")
-
-
-def _read_json_lines(path: Path, text: str) -> RawTable:
-    rows: list[Any] = []
-    numbers: list[int] = []
-    # Only \n ends a line: JSON text may hold the other characters that str.splitlines() breaks at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        numbers.append(number)
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            rows.append(
-                BadRow(
-                    "malformed_json",
-                    "line",
-                    f"malformed JSON at column {error.colno}: {error.msg}",
-                    value=line[max(0, error.pos - 20) : error.pos + 20],
-                    remedy="correct the line or set on_bad_rows: skip",
-                    raw=line,
-                )
-            )
-        except (ValueError, RecursionError) as error:
-            remedy = "correct the line or set on_bad_rows: skip"
-            why = f"unreadable JSON: {_unreadable(error)}"
-            rows.append(BadRow("malformed_json", "line", why, value=line[:40], remedy=remedy, raw=line))
-    return RawTable(str(path), rows, lambda index: f"{path}:{numbers[index]}")
-
-
-def _unreadable(error: Exception) -> str:
-    # Python reads neither brackets a thousand deep nor numbers of thousands of digits.
-    return "nested too deep" if isinstance(error, RecursionError) else str(error).split(";")[0]
-
-
-def _read_csv(path: Path, text: str) -> RawTable:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Any] = []
-    numbers: list[int] = []
-    start = 2
-    try:
-        for row in reader:
-            extra = row.pop(None, None)
-            short = None in row.values()
-            numbers.append(start)
-            start = reader.line_num + 1
-            rows.append(_wrong_width(extra) if extra is not None or short else row)
-    except csv.Error as error:
-        raise DataError(
-            f"malformed CSV: {error}", where=f"{path}:{reader.line_num}", remedy="quote fields with commas or line ends"
-        ) from error
-    return RawTable(str(path), rows, lambda index: f"{path}:{numbers[index]}")
-
-
-def _wrong_width(extra: Any) -> BadRow:
-    return BadRow(
-        "wrong_number_of_fields",
-        "row",
-        "more fields than the header has" if extra is not None else "fewer fields than the header has",
-        remedy="quote fields with commas, or set on_bad_rows: skip",
-    )
-
-
-def _read_parquet(path: Path) -> RawTable:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import Dataset
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"not a readable parquet file: {error}", where=str(path)) from error
-    return RawTable(str(path), Dataset(table), lambda index: f"{path}, row {index} (the first is 0)")
-
-
-def from_dataset(name: str, dataset: Any) -> RawTable:
-    """A loaded ``datasets.Dataset`` as a raw table."""
-    return RawTable(name, dataset.with_format(None), lambda index: f"{name}, row {index} (the first is 0)")
+__all__ = ["SUFFIXES", "Origin", "RawTable", "find", "from_dataset", "hub_splits", "read_file", "suffix_of"]
 
 
 @dataclass(frozen=True)
@@ -320,20 +89,10 @@ def find(name: str, config: str | None = None) -> Origin:
             "neither a file nor a folder", where="dataset_name", value=name, remedy="write the rows into a file first"
         )
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _saved(name, path)
+        from preftune.data.saved import saved
+
+        return Origin(name, *saved(name, path))
     return _folder(name, path)
-
-
-def _saved(name: str, path: Path) -> Origin:
-    from preftune.data.saved import load_saved, undamaged
-
-    splits = load_saved(name, path)
-
-    def read(split: str) -> RawTable:
-        with undamaged(name):
-            return from_dataset(name, splits[split]())
-
-    return Origin(name, tuple(splits), read)
 
 
 def _nearby(path: Path) -> str | None:
@@ -353,12 +112,19 @@ def _folder(name: str, path: Path) -> Origin:
         suffix = suffix_of(item)
         if suffix and item.is_file():
             files.setdefault(item.name[: -len(suffix)].split("-0")[0], []).append(item)
+    if not files and (path / "data").is_dir():
+        # As repositories of the Hub lie on a disk.
+        return _folder(name, path / "data")
     if not files:
         raise DataError(
             "the folder holds no data set",
             where=name,
             allowed=f"a save_to_disk folder, or files such as train.jsonl and test.jsonl ({', '.join(SUFFIXES)})",
         )
+
+    if len(files) == 1 and "train" not in files:
+        # A single file is what there is to train on, whatever it is called.
+        files["train"] = next(iter(files.values()))
 
     def read(split: str) -> RawTable:
         tables = [read_file(item) for item in files[split]]

@@ -43,7 +43,7 @@ LONGEST_WRITING = 86400
 #: How files are called, and files that are being written.
 _NAME, _WRITING = re.compile(r"[0-9a-f]{40}\.arrow"), re.compile(r"\.[0-9a-f]{40}\.arrow\.[0-9a-f]{32}\.tmp")
 #: Options that change how long preparing takes, or whether it goes on, but no token.
-_WITHOUT_TOKENS: dict[str, Any] = {"num_proc": None, "worker_timeout": 0.0, "max_dropped_share": None}
+_WITHOUT_TOKENS: dict[str, Any] = {"num_proc": None, "worker_timeout": 0.0, "max_dropped_share": None, "warn": False}
 #: What a tokenizer notes down while it is used.
 _NOTES = ("_tokenizer", "deprecation_warnings")
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets")

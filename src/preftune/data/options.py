@@ -11,6 +11,8 @@ from preftune.errors import ConfigError
 BadRowPolicy = Literal["error", "skip", "warn"]
 TruncationMode = Literal["keep_start", "keep_end"]
 ImplicitPrompt = Literal["common_prefix", "transcript"]
+Transcripts = Literal["text", "messages"]
+EnvironmentTurns = Literal["scored", "masked"]
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -37,6 +39,10 @@ class DataOptions:
         dataset_format: ``auto``, or a name from :data:`preftune.data.formats.FORMATS`.
         implicit_prompt: Where a row has no prompt column: ``common_prefix`` is TRL's rule (the longest common prefix);
             ``transcript`` first looks for ``Human:``/``Assistant:`` transcripts.
+        transcripts: What becomes of ``Human:``/``Assistant:`` transcripts where the tokenizer has a chat template:
+            ``text`` trains on them as they are, as TRL does; ``messages`` makes them conversations.
+        environment_turns: Turns within an answer that the model does not write (what tools return, later user turns):
+            ``scored`` as its own words, as TRL does, or ``masked``.
         append_eos: Append the end-of-sequence token to a conversational completion whose template leaves it out.
         enclose: Begin every sequence of a pair with the beginning-of-sequence token and end it with the
             end-of-sequence token, where the tokenizer has them, whatever template and tokenizer write themselves. The
@@ -48,6 +54,7 @@ class DataOptions:
         max_dropped_share: Refuse to go on when more than this share of the rows is lost; ``None`` only warns.
         chat_template: Jinja template to use instead of the tokenizer's own.
         data_cache: Keep the tokens of 2,000 rows and more on disk, and find them there again.
+        warn: Say what was found as Python warnings, as the trainers' classes do.
     """
 
     max_length: int | None = 1024
@@ -56,6 +63,8 @@ class DataOptions:
     on_bad_rows: BadRowPolicy = "error"
     dataset_format: str = "auto"
     implicit_prompt: ImplicitPrompt = "common_prefix"
+    transcripts: Transcripts = "text"
+    environment_turns: EnvironmentTurns = "scored"
     append_eos: bool = False
     enclose: bool = False
     num_proc: int | None = None
@@ -64,11 +73,14 @@ class DataOptions:
     max_dropped_share: float | None = None
     chat_template: str | None = None
     data_cache: bool = True
+    warn: bool = False
 
     def __post_init__(self) -> None:
         check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
         check_choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
         check_choice("implicit_prompt", self.implicit_prompt, ("common_prefix", "transcript"))
+        check_choice("transcripts", self.transcripts, ("text", "messages"))
+        check_choice("environment_turns", self.environment_turns, ("scored", "masked"))
         check_format_name(self.dataset_format)
         for name in ("max_length", "max_prompt_length", "num_proc"):
             value = getattr(self, name)

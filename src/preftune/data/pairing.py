@@ -54,6 +54,31 @@ def expand_ranked(row: Mapping[str, Any], pairing: str) -> list[Row]:
     ]
 
 
+def _same_prompt(row: Mapping[str, Any]) -> str:
+    return json.dumps([row["prompt"], row.get("tools"), row.get("chat_template_kwargs")], sort_keys=True, default=repr)
+
+
+def rank_rated(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Row], int]:
+    """Bring rated answers to the same prompt together.
+
+    Args:
+        rows: ``{prompt, completion, score}`` rows in any order.
+
+    Returns:
+        ``{prompt, responses, scores}`` in the order in which prompts first appear, and the number of prompts with a
+        single answer, which make no pair.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_same_prompt(row), []).append(row)
+    out: list[Row] = []
+    for some in groups.values():
+        if len(some) > 1:
+            rest = {key: value for key, value in some[0].items() if key not in ("completion", "score")}
+            out.append({**rest, "responses": [r["completion"] for r in some], "scores": [r["score"] for r in some]})
+    return out, len(groups) - len(out)
+
+
 def pair_unpaired(rows: Iterable[Mapping[str, Any]], pairing: str) -> tuple[list[Row], int]:
     """Pair labelled answers wherever one prompt has both labels.
 
@@ -69,10 +94,7 @@ def pair_unpaired(rows: Iterable[Mapping[str, Any]], pairing: str) -> tuple[list
     num_rows = 0
     for row in rows:
         num_rows += 1
-        key = json.dumps(
-            [row["prompt"], row.get("tools"), row.get("chat_template_kwargs")], sort_keys=True, default=repr
-        )
-        groups.setdefault(key, ([], []))[0 if row["label"] else 1].append(row)
+        groups.setdefault(_same_prompt(row), ([], []))[0 if row["label"] else 1].append(row)
     pairs: list[Row] = []
     num_used = 0
     for good, bad in groups.values():

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any
 from preftune.data import batches
 from preftune.data.batches import Outcome
 from preftune.data.convert import canonical_rows, convert_row, to_dataset
-from preftune.data.files import from_dataset
-from preftune.data.formats import FORMATS, FormatSpec, Row, resolve
+from preftune.data.environment import MASK_COLUMNS, cut, has_environment, own_words
+from preftune.data.formats import FORMATS, FormatSpec, Row, column_uses, resolve
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow
 from preftune.data.options import DataOptions
-from preftune.data.report import PrepareReport, build_report
-from preftune.data.rows import BadRowHandler, to_error
+from preftune.data.report import PrepareReport, build_report, check_weights
+from preftune.data.rows import BadRowHandler, left_out, to_error
 from preftune.data.sources import load_report
+from preftune.data.tables import from_dataset
 from preftune.data.tokenise import Encoder, TokenisedPair, tokenise_pairs
-from preftune.data.truncate import TokenPair, truncate
+from preftune.data.transcripts import as_conversation
+from preftune.data.truncate import NOT_SCORED, TokenPair, truncate
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+Masks = tuple[list[int] | None, list[int] | None]
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_prompt_ids")
 
@@ -33,7 +37,12 @@ def place_of(name: str, index: int) -> str:
 
 
 def canonical_batch(
-    raw: Sequence[Any], indices: Sequence[int], spec: FormatSpec, name: str, handler: BadRowHandler
+    raw: Sequence[Any],
+    indices: Sequence[int],
+    spec: FormatSpec,
+    name: str,
+    handler: BadRowHandler,
+    as_messages: bool | None = None,
 ) -> tuple[list[Outcome], list[int], list[Row]]:
     """Convert and check a batch of rows that are one example each.
 
@@ -43,6 +52,7 @@ def canonical_batch(
         spec: Their format.
         name: Name of the data set, for messages.
         handler: Decides about bad rows.
+        as_messages: Whether transcripts become conversations; ``None`` does not look for them.
 
     Returns:
         One outcome per row, with the bad ones marked; and positions and canonical rows of those to go on with.
@@ -50,14 +60,36 @@ def canonical_batch(
     outcomes: list[Outcome] = []
     positions: list[int] = []
     rows: list[Row] = []
+    found: list[Row] = []
+
+    def then(row: Row) -> Row:
+        conversation = None if as_messages is None else as_conversation(row)
+        if conversation is not None:
+            found.append(conversation)
+        return conversation if conversation is not None and as_messages else row
+
     for position, (row, index) in enumerate(zip(raw, indices, strict=True)):
         handler.reason = ""
-        converted = convert_row(row, place_of(name, index), spec, handler)
-        outcomes.append(Outcome(status="" if converted else batches.BAD, bad=handler.reason))
+        found.clear()
+        converted = convert_row(row, place_of(name, index), spec, handler, then=then)
+        flags = batches.TRANSCRIPT * bool(found)
+        outcomes.append(Outcome(status="" if converted else batches.BAD, bad=handler.reason, flags=flags))
         if converted:
             positions.append(position)
             rows.append(converted[0])
     return outcomes, positions, rows
+
+
+def reads_transcripts(encoder: Encoder, options: DataOptions) -> bool | None:
+    """Whether transcripts become conversations; ``None`` where there is no template that could render them."""
+    return options.transcripts == "messages" if encoder.has_template else None
+
+
+def note_lost(encoder: Encoder, row: Row, outcome: Outcome, handler: BadRowHandler, place: str, raw: Any) -> None:
+    """Count a row that is trained on although its rendering lacks a turn."""
+    lost = encoder.lost.pop(id(row), None)
+    if lost is not None and handler.keep(lost, place, raw):
+        outcome.bad = outcome.bad or lost.reason
 
 
 class PairWorker:
@@ -70,12 +102,12 @@ class PairWorker:
         name: Name of the data set, for messages.
     """
 
-    columns = PAIR_COLUMNS
     floats = FLOAT_EXTRAS
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, spec: FormatSpec, name: str) -> None:
-        self.encoder = Encoder(tokenizer, options.chat_template)
+        self.encoder = Encoder(tokenizer, options.chat_template, keeps_lost=options.on_bad_rows == "warn")
         self.options = options
+        self.columns = PAIR_COLUMNS + MASK_COLUMNS * (options.environment_turns == "masked")
         # The table of formats, not the format: its functions need not be picklable.
         self.format = spec.name
         self.name = name
@@ -84,7 +116,8 @@ class PairWorker:
         self, raw: Sequence[Any], indices: Sequence[int], handler: BadRowHandler
     ) -> tuple[list[Outcome], list[int], list[Row]]:
         """Outcomes with the bad rows marked, and positions and canonical rows of those to go on with."""
-        return canonical_batch(raw, indices, FORMATS[self.format], self.name, handler)
+        as_messages = reads_transcripts(self.encoder, self.options)
+        return canonical_batch(raw, indices, FORMATS[self.format], self.name, handler, as_messages)
 
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
@@ -92,34 +125,74 @@ class PairWorker:
         outcomes, positions, canonical = self.canonical(rows, indices, handler)
         results = tokenise_pairs(self.encoder, canonical, self.options.append_eos, enclosed=self.options.enclose)
         for position, row, result in zip(positions, canonical, results, strict=True):
-            if isinstance(result, BadRow):
-                handler.keep(result, place_of(self.name, indices[position]), rows[position], converted=False)
-                outcomes[position] = Outcome(status=batches.BAD, bad=result.reason)
+            place = place_of(self.name, indices[position])
+            masks = result if isinstance(result, BadRow) else self.masks(row, result)
+            if isinstance(result, BadRow) or isinstance(masks, BadRow):
+                bad = result if isinstance(result, BadRow) else masks
+                assert isinstance(bad, BadRow)
+                handler.keep(bad, place, rows[position], converted=False)
+                outcomes[position] = Outcome(status=batches.BAD, bad=bad.reason)
             else:
-                self._fill(outcomes[position], row, result)
+                note_lost(self.encoder, row, outcomes[position], handler, place, rows[position])
+                self._fill(outcomes[position], row, result, masks)
         self._add_example(outcomes, results)
         return outcomes
 
-    def _fill(self, outcome: Outcome, row: Row, result: TokenisedPair) -> None:
+    def masks(self, row: Row, result: TokenisedPair) -> Masks | BadRow:
+        """Masks of both completions, without the turns that the model does not write; ``None`` for one without any."""
+        out: list[list[int] | None] = []
+        for field, ids in (("chosen", result.ids.chosen), ("rejected", result.ids.rejected)):
+            if self.options.environment_turns != "masked" or not has_environment(row[field]):
+                out.append(None)
+                continue
+            prompt = result.ids.prompt
+            mask = own_words(
+                self.encoder, row, field, [*prompt, *ids], len(prompt), self.encoder.tokenizer.eos_token_id
+            )
+            if isinstance(mask, BadRow):
+                return mask
+            out.append(mask)
+        return out[0], out[1]
+
+    def _fill(self, outcome: Outcome, row: Row, result: TokenisedPair, masks: Masks) -> None:
         options = self.options
         if options.enclose:
             result = replace(result, ids=enclosed(result.ids, self.encoder.tokenizer))
         pair, reason = truncate(result.ids, options.max_length, options.max_prompt_length, options.truncation_mode)
         completes = options.enclose or (options.append_eos and not isinstance(row["prompt"], str))
         appended = result.eos_missing and completes
-        outcome.flags = (
+        environment = has_environment(row["chosen"]) or has_environment(row["rejected"])
+        outcome.flags |= (
             batches.MERGED * bool(result.merged)
             + batches.DOUBLED_BOS * result.doubled_bos
             + batches.EOS_MISSING * result.eos_missing
             + batches.EOS_APPENDED * appended
+            + batches.ENVIRONMENT * environment
         )
         keep(outcome, result.ids, pair, reason)
+        enter_masks(outcome, masks, options.truncation_mode, len(self.columns))
         outcome.floats = {name: row[name] for name in FLOAT_EXTRAS if name in row}
 
     def _add_example(self, outcomes: list[Outcome], results: Sequence[TokenisedPair | BadRow]) -> None:
         merged = next((r.merged for r in results if isinstance(r, TokenisedPair) and r.merged), None)
         if merged is not None:
             outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
+
+
+def enter_masks(outcome: Outcome, masks: Masks, mode: str, num_columns: int) -> None:
+    """Add the masks of both completions to an outcome's lists; drop the row where nothing is left to score."""
+    if not outcome.lists or num_columns == len(PAIR_COLUMNS):
+        return
+    prompt, chosen, rejected, other = outcome.lists
+    assert prompt is not None
+    assert chosen is not None
+    assert rejected is not None
+    kept = [cut(mask, list(ids), mode) for mask, ids in zip(masks, (chosen, rejected), strict=True)]
+    for mask, before in zip(kept, (prompt, prompt if other is None else other), strict=True):
+        if mask is not None and 1 not in (mask if before else mask[1:]):
+            outcome.status, outcome.lists = NOT_SCORED, ()
+            return
+    outcome.lists = (prompt, chosen, rejected, other, *kept)
 
 
 def enclosed(pair: TokenPair, tokenizer: PreTrainedTokenizerBase) -> TokenPair:
@@ -137,14 +210,15 @@ class TokenisedWorker:
     Args:
         options: Data options.
         name: Name of the data set, for messages.
+        masked: Whether the rows carry masks of their completions.
     """
 
-    columns = PAIR_COLUMNS
     floats: tuple[str, ...] = FLOAT_EXTRAS
 
-    def __init__(self, options: DataOptions, name: str) -> None:
+    def __init__(self, options: DataOptions, name: str, masked: bool = False) -> None:
         self.options = options
         self.name = name
+        self.columns = PAIR_COLUMNS + MASK_COLUMNS * masked
 
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
@@ -161,6 +235,8 @@ class TokenisedWorker:
             outcome = Outcome(floats={name: row[name] for name in FLOAT_EXTRAS if row.get(name) is not None})
             pair, reason = truncate(before, options.max_length, options.max_prompt_length, options.truncation_mode)
             keep(outcome, before, pair, reason)
+            masks = (row.get(MASK_COLUMNS[0]), row.get(MASK_COLUMNS[1]))
+            enter_masks(outcome, masks, options.truncation_mode, len(self.columns))
             out.append(outcome)
         return out
 
@@ -201,20 +277,20 @@ def prepare(
     bad_before: dict[str, int] = {}
     rows_read = len(dataset)
     if all(column in dataset.column_names for column in PAIR_COLUMNS[:3]):
-        format_name = "tokenised"
-        worker = TokenisedWorker(options, name)
+        format_name, columns = "tokenised", dict[str, str]()
+        worker = TokenisedWorker(options, name, MASK_COLUMNS[0] in dataset.column_names)
     else:
         spec = pair_format(dataset, options, name)
-        format_name = spec.name
+        format_name, columns = spec.name, column_uses(spec, dataset.column_names)
         if spec.name in ("orca", "alpaca_preference"):
             notes.append(f"the prompt is the column {spec.required[0]!r}, not what both answers begin with")
         dataset, spec, bad_before, more = pair_rows(dataset, spec, options, name)
         notes += more
         worker = PairWorker(tokenizer, options, spec, name)
     result, tally = batches.run(dataset, worker, options, f"Preparing {name}")
-    left_out = loaded.bad_rows if loaded else {}
-    bad = sum_counts(bad_before, tally.bad, left_out)
-    lost_before = sum_counts(left_out, bad_before if options.on_bad_rows == "skip" else {})
+    earlier = loaded.bad_rows if loaded else {}
+    bad = sum_counts(bad_before, tally.bad, earlier)
+    lost_before = sum_counts(earlier, left_out(bad_before, options.on_bad_rows))
     rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
     batches.check_share(tally, rows_read, lost_before, options.max_dropped_share, name)
     lengths, tokens = _lengths(result)
@@ -229,6 +305,8 @@ def prepare(
         notes=[*(loaded.notes if loaded else ()), *notes],
         lengths=lengths,
         tokens=tokens,
+        columns=dict(loaded.columns) if loaded else columns,
+        weights=check_weights(result, name),
     )
 
 
@@ -249,7 +327,7 @@ def pair_rows(
     Raises:
         DataError: Bad rows that the policy does not allow.
     """
-    if spec.kind not in ("ranked", "unpaired"):
+    if spec.kind not in ("ranked", "rated", "unpaired"):
         return dataset, spec, {}, []
     handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
     rows, notes = canonical_rows(from_dataset(f"{name} data set", dataset), spec, handler)

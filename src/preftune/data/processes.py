@@ -98,8 +98,9 @@ def _end_with_parent() -> None:
 
 
 def _one_batch(start: int) -> pa.Table:
+    from preftune.data.arrow import rows_of
     from preftune.data.batches import to_table
 
     assert _given is not None
     dataset, worker, batch_size = _given
-    return to_table(dataset[start : start + batch_size], range(start, len(dataset)), worker)
+    return to_table(rows_of(dataset, slice(start, start + batch_size)), range(start, len(dataset)), worker)

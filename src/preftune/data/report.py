@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from preftune.data.rows import shorten
+from preftune.data.rows import NEUTRAL, shorten
+from preftune.errors import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from preftune.data.batches import Tally
     from preftune.data.options import DataOptions
 
@@ -37,7 +42,11 @@ class PrepareReport:
         num_chosen_tokens: Tokens of chosen completions. SFT: tokens trained on.
         num_rejected_tokens: Tokens of rejected completions. SFT: 0.
         lengths: Mean, quantiles and maximum of the lengths in tokens, by part.
-        warnings: Lines for the user.
+        num_environment: Rows whose answers hold turns that the model does not write.
+        num_transcripts: Rows of ``Human:``/``Assistant:`` transcripts, where the tokenizer has a chat template.
+        columns: Column of the data -> what is done with it.
+        findings: What a user should know before trusting the run, one finding a line.
+        warnings: The findings, after notes on what was done.
     """
 
     name: str
@@ -56,11 +65,15 @@ class PrepareReport:
     num_chosen_tokens: int = 0
     num_rejected_tokens: int = 0
     lengths: dict[str, dict[str, float]] = field(default_factory=dict)
+    num_environment: int = 0
+    num_transcripts: int = 0
+    columns: dict[str, str] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All fields as values that JSON can hold."""
-        return {**asdict(self), "warnings": list(self.warnings)}
+        return {**asdict(self), "findings": list(self.findings), "warnings": list(self.warnings)}
 
     def lines(self) -> list[str]:
         """The report in words, one fact per line."""
@@ -107,6 +120,8 @@ def build_report(
     notes: Sequence[str],
     lengths: Mapping[str, Any],
     tokens: tuple[int, int, int],
+    columns: Mapping[str, str] | None = None,
+    weights: tuple[float, float] | None = None,
 ) -> PrepareReport:
     """The report of one prepared data set.
 
@@ -121,6 +136,8 @@ def build_report(
         notes: Lines for the user from earlier stages.
         lengths: Lengths in tokens by part.
         tokens: Prompt, chosen and rejected tokens.
+        columns: Column of the data -> what is done with it.
+        weights: Least and greatest weight of a row, where rows have weights.
 
     Returns:
         The report.
@@ -142,18 +159,117 @@ def build_report(
         num_chosen_tokens=tokens[1],
         num_rejected_tokens=tokens[2],
         lengths=describe_lengths(lengths),
+        num_environment=tally.num_environment,
+        num_transcripts=tally.num_transcripts,
+        columns=dict(columns or {}),
     )
-    return replace(report, warnings=(*notes, *_warnings(report, options)))
+    more, of_turns = _of_turns(report, options)
+    found = (*_of_rows(report, options), *of_turns, *_of_weights(weights))
+    report = replace(report, findings=found, warnings=(*notes, *more, *_appended(report), *found))
+    if options.warn:
+        warn_findings(report)
+    return report
 
 
-def _warnings(report: PrepareReport, options: DataOptions) -> list[str]:
-    """The lines a user should read."""
+class DataWarning(UserWarning):
+    """Something about the data that a user should know; one warning for each finding."""
+
+
+def findings(report: PrepareReport) -> list[str]:
+    """What was found in a data set that a user should know before trusting the run, one finding a line."""
+    return [f"{report.name} data set: {line}" for line in report.findings]
+
+
+def warn_findings(report: PrepareReport, stacklevel: int = 2) -> None:
+    """Say each finding as a Python warning.
+
+    Args:
+        report: The report of one prepared data set.
+        stacklevel: As in :func:`warnings.warn`, counted from the caller.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for line in findings(report):
+        warnings.warn(line, DataWarning, stacklevel=stacklevel + 1)
+
+
+def _of_turns(report: PrepareReport, options: DataOptions) -> tuple[list[str], list[str]]:
+    """Notes on what was done with turns and transcripts, and findings about them."""
+    notes, found = [], []
+    if report.num_environment:
+        rows = f"answers of {report.num_environment} rows hold turns that the model does not write (tools, users)"
+        if options.environment_turns == "masked":
+            notes.append(f"{rows}: they are not scored")
+        else:
+            found.append(
+                f"{rows}: they are scored as its own words, as in TRL; environment_turns: masked leaves them out"
+            )
+    if report.num_transcripts:
+        if options.transcripts == "messages":
+            notes.append(f"{report.num_transcripts} transcripts (Human: ... Assistant: ...) were made conversations")
+        else:
+            found.append(
+                f"{report.num_transcripts} rows are transcripts (Human: ... Assistant: ...) and are trained on as text,"
+                " as in TRL, which is not how the tokenizer's chat template presents a conversation;"
+                " transcripts: messages renders them with it"
+            )
+    return notes, found
+
+
+def _of_weights(weights: tuple[float, float] | None) -> list[str]:
+    """A column that changes the loss by its name alone."""
+    if weights is None or weights == (1.0, 1.0):
+        return []
+    return [
+        f"the column 'weight' scales the loss of each row, from {weights[0]:g} to {weights[1]:g}; rename or remove it"
+        " if it means something else"
+    ]
+
+
+def range_of(column: str, dataset: Dataset) -> tuple[float, float] | None:
+    """Least and greatest number of a column; ``None`` where there is no such column."""
+    import pyarrow.compute as pc
+
+    if column not in dataset.column_names or not len(dataset):
+        return None
+    found = pc.min_max(dataset.data.table[column]).as_py()
+    return float(found["min"]), float(found["max"])
+
+
+def check_weights(dataset: Dataset, name: str) -> tuple[float, float] | None:
+    """The range of the rows' weights, if they have any.
+
+    Raises:
+        DataError: All are 0, so that nothing would be trained.
+    """
+    found = range_of("weight", dataset)
+    if found == (0.0, 0.0):
+        raise DataError(
+            "every row has the weight 0, so that nothing would be trained",
+            where=f"{name} data set, field 'weight'",
+            remedy="rename the column, remove it, or give weights above 0",
+        )
+    return found
+
+
+def _appended(report: PrepareReport) -> list[str]:
+    if not report.num_eos_appended:
+        return []
+    return [f"the end-of-sequence token was appended to completions of {report.num_eos_appended} rows"]
+
+
+def _of_rows(report: PrepareReport, options: DataOptions) -> list[str]:
+    """What became of rows on their way."""
     out = []
-    if report.bad_rows:
+    bad = {reason: count for reason, count in report.bad_rows.items() if reason not in NEUTRAL}
+    if bad:
         skipped = options.on_bad_rows == "skip"
         where = f", see {options.quarantine_path}" if options.quarantine_path else ""
         fate = "left out" if skipped else "kept, as TRL would"
-        out.append(f"{sum(report.bad_rows.values())} bad rows {fate}: {shorten(report.bad_rows)}{where}")
+        out.append(f"{sum(bad.values())} bad rows {fate}: {shorten(bad)}{where}")
+    ties = sum(report.bad_rows.values()) - sum(bad.values())
+    if ties:
+        out.append(f"{ties} ties left out: neither answer is preferred")
     if report.dropped:
         out.append(
             f"{sum(report.dropped.values())} of {report.rows_read} rows dropped, with nothing left to learn from:"
@@ -167,9 +283,7 @@ def _warnings(report: PrepareReport, options: DataOptions) -> list[str]:
         )
     if report.num_doubled_bos_fixed:
         out.append(f"{report.num_doubled_bos_fixed} rows began with two beginning-of-sequence tokens; one was removed")
-    if report.num_eos_appended:
-        out.append(f"the end-of-sequence token was appended to completions of {report.num_eos_appended} rows")
-    elif report.num_eos_missing:
+    if report.num_eos_missing and not report.num_eos_appended:
         out.append(
             f"{report.num_eos_missing} rows have a completion without the end-of-sequence token: the model does not"
             " learn to stop there. Use a template that writes it, or append_eos"

@@ -8,12 +8,25 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from preftune.data import quarantine
-from preftune.data.formats.base import ROLES, BadRow, Row
+from preftune.data.formats.base import BadRow, Row
+from preftune.data.formats.turns import ROLES
 from preftune.errors import DataError
 
 # TRL trains on rows like these without a word, so `on_bad_rows="warn"` goes on as well. Every other reason makes TRL
 # crash somewhere inside, which helps nobody.
-_TRL_GOES_ON = frozenset({"empty_completion", "identical_pair", "unknown_role", "no_assistant_turn"})
+_TRL_GOES_ON = frozenset(
+    {
+        "answer_ends_with_user",
+        "empty_completion",
+        "identical_pair",
+        "no_assistant_turn",
+        "text_lost",
+        "unknown_role",
+    }
+)
+
+#: Reasons that leave a row out without anything being wrong with it: a vote that ended in a tie prefers nothing.
+NEUTRAL = frozenset({"no_preference"})
 
 _SKIP = "remove the row or set on_bad_rows: skip"
 
@@ -29,6 +42,7 @@ def check_pair(row: Mapping[str, Any]) -> None:
     _same_kind(row, ("prompt", "chosen", "rejected"))
     for field in ("chosen", "rejected"):
         _not_empty(row[field], field)
+        _is_answer(row[field], field)
     if row["chosen"] == row["rejected"]:
         raise BadRow("identical_pair", "rejected", "chosen and rejected are the same", remedy=_SKIP)
     if row.get("weight", 1.0) < 0:
@@ -47,6 +61,7 @@ def check_sft(row: Mapping[str, Any]) -> None:
     if "completion" in row:
         _same_kind(row, ("prompt", "completion"))
         _not_empty(row["completion"], "completion")
+        _is_answer(row["completion"], "completion")
     elif "messages" in row:
         if not any(message.get("role") == "assistant" for message in row["messages"]):
             raise BadRow("no_assistant_turn", "messages", "no assistant turn to learn from", remedy=_SKIP)
@@ -134,6 +149,19 @@ def _not_empty(value: Any, field: str) -> None:
         raise BadRow("empty_completion", field, f"{field!r} is empty", remedy=_SKIP)
 
 
+def _is_answer(value: Any, field: str) -> None:
+    """Refuse an answer that the assistant does not give, or that somebody else has the last word in."""
+    if isinstance(value, str):
+        return
+    roles = [message.get("role") for message in value]
+    if "assistant" not in roles:
+        what = f"{field!r} holds no assistant turn to learn from"
+        raise BadRow("no_assistant_turn", field, what, value=roles, remedy=_SKIP)
+    if roles[-1] == "user":
+        what = f"{field!r} ends with a user turn, which nothing answers"
+        raise BadRow("answer_ends_with_user", field, what, value=roles, remedy=_SKIP)
+
+
 def _message_is_empty(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
     text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
@@ -176,7 +204,7 @@ class BadRowHandler:
             DataError: The policy does not allow to go on.
         """
         self.reason = bad.reason
-        if self.policy == "skip":
+        if self.policy == "skip" or (self.policy == "warn" and bad.reason in NEUTRAL):
             self.counts[bad.reason] += 1
             self.first = self.first or f"{place}, field {bad.field!r}: {bad.what}"
             self.quarantine([entry(bad, place, row)])
@@ -203,6 +231,11 @@ class BadRowHandler:
                 where=self.quarantine_path,
                 remedy="choose another quarantine_path",
             ) from error
+
+
+def left_out(counts: Mapping[str, int], policy: str) -> dict[str, int]:
+    """Of bad rows by reason, those that a policy leaves out."""
+    return {reason: count for reason, count in counts.items() if policy == "skip" or reason in NEUTRAL}
 
 
 def entry(bad: BadRow, place: str, row: Any) -> Row:

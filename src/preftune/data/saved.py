@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from preftune.data.tables import RawTable, from_dataset
 from preftune.errors import DataError
 
 
-def load_saved(name: str, path: Path) -> dict[str, Callable[[], Any]]:
+def saved(name: str, path: Path) -> tuple[tuple[str, ...], Callable[[str], RawTable]]:
     """A folder that ``datasets`` wrote.
 
     Args:
@@ -19,29 +19,28 @@ def load_saved(name: str, path: Path) -> dict[str, Callable[[], Any]]:
         path: The folder.
 
     Returns:
-        What reads each of its splits.
+        Names of its splits, and what reads one of them.
 
     Raises:
         DataError: It is not as it was saved.
     """
     import datasets
 
-    with undamaged(name):
+    with _undamaged(name):
         loaded = datasets.load_from_disk(str(path))
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    return {split: partial(_read_through, dataset) for split, dataset in splits.items()}
+
+    def read(split: str) -> RawTable:
+        with _undamaged(name):
+            _read_through(splits[split])
+            return from_dataset(name, splits[split])
+
+    return tuple(splits), read
 
 
 @contextmanager
-def undamaged(name: str) -> Iterator[None]:
-    """What the library makes of a folder that is not as it was saved, in one line.
-
-    Args:
-        name: What the user called the folder.
-
-    Raises:
-        DataError: In place of whatever the library raises.
-    """
+def _undamaged(name: str) -> Iterator[None]:
+    """What the library makes of a folder that is not as it was saved, in one line."""
     try:
         yield
     except (DataError, KeyboardInterrupt, MemoryError):
@@ -53,7 +52,7 @@ def undamaged(name: str) -> Iterator[None]:
         ) from error
 
 
-def _read_through(dataset: Any) -> Any:
+def _read_through(dataset: Any) -> None:
     """Look at every value once: what a damaged file says about itself ends the process where it is believed."""
     tables = [table.table for table in (dataset.data, dataset._indices) if table is not None]
     for table in tables:
@@ -64,4 +63,3 @@ def _read_through(dataset: Any) -> Any:
         ends = pc.min_max(dataset._indices.column(0)).as_py()
         if ends["min"] is None or ends["min"] < 0 or ends["max"] >= dataset.data.num_rows:
             raise DataError("the saved data set is damaged", where="indices", value=ends["max"])
-    return dataset

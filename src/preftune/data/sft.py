@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 from preftune.data import batches
 from preftune.data.assistant import assistant_masks, has_markers
 from preftune.data.batches import Outcome
-from preftune.data.files import from_dataset
-from preftune.data.formats import FORMATS, FormatSpec, Row, detect, resolve
+from preftune.data.environment import has_environment, own_words
+from preftune.data.formats import FORMATS, FormatSpec, Row, column_uses, detect, resolve
 from preftune.data.formats.alpaca import ALPACA
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow, common_prefix
 from preftune.data.options import DataOptions
-from preftune.data.prepare import canonical_batch, place_of, sum_counts
+from preftune.data.prepare import canonical_batch, note_lost, place_of, reads_transcripts, sum_counts
 from preftune.data.report import PrepareReport, build_report
 from preftune.data.rows import BadRowHandler
+from preftune.data.sft_tokens import SFT_COLUMNS, TokenisedSftWorker, enter
 from preftune.data.sources import load_report
+from preftune.data.tables import from_dataset
 from preftune.data.tokenise import Encoder, sequences
-from preftune.data.truncate import EMPTY, NOT_SCORED, Ids
+from preftune.data.truncate import Ids
 from preftune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-SFT_COLUMNS = ("input_ids", "loss_mask")
 
 
 @dataclass
@@ -84,7 +84,7 @@ class SftWorker:
         completion_only_loss: bool | None = None,
         assistant_only_loss: bool = False,
     ) -> None:
-        self.encoder = Encoder(tokenizer, options.chat_template)
+        self.encoder = Encoder(tokenizer, options.chat_template, keeps_lost=options.on_bad_rows == "warn")
         self.options = options
         self.format = format_name
         self.name = name
@@ -99,9 +99,9 @@ class SftWorker:
         spec = FORMATS[self.format]
         if self.format == "text" and self.text_field != "text":
             raw = [{**row, "text": row.get(self.text_field)} for row in raw]
-        return canonical_batch(
-            raw, indices, _with_chosen(spec) if spec.kind == "preference" else spec, self.name, handler
-        )
+        spec = _with_chosen(spec) if spec.kind == "preference" else spec
+        as_messages = reads_transcripts(self.encoder, self.options)
+        return canonical_batch(raw, indices, spec, self.name, handler, as_messages)
 
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
@@ -113,6 +113,8 @@ class SftWorker:
                 handler.keep(result, place_of(self.name, indices[position]), rows[position], converted=False)
                 outcomes[position] = Outcome(status=batches.BAD, bad=result.reason)
                 continue
+            place = place_of(self.name, indices[position])
+            note_lost(self.encoder, row, outcomes[position], handler, place, rows[position])
             merged = merged or result.merged
             self._fill(outcomes[position], row, result)
         if merged:
@@ -156,7 +158,13 @@ class SftWorker:
             plain = isinstance(row["prompt"], str)
             prompt, ids = (self.encoder.drop_doubled_bos(part) for part in parts) if plain else parts
             start = common_prefix(prompt, ids)
-            mask = [1] * len(ids) if self.completion_only_loss is False else [0] * start + [1] * (len(ids) - start)
+            own: list[int] | BadRow = [1] * (len(ids) - start)
+            if self.options.environment_turns == "masked" and has_environment(row["completion"]):
+                own = own_words(self.encoder, row, "completion", ids, start)
+            if isinstance(own, BadRow):
+                out.append(own)
+                continue
+            mask = [int(self.completion_only_loss is False)] * start + own
             out.append(Example(ids, mask, prompt[start:], plain and len(ids) < len(parts[1])))
         if self.assistant_only_loss:
             whole = [[*row["prompt"], *row["completion"]] for row in rows]
@@ -196,97 +204,14 @@ class SftWorker:
 
     def _fill(self, outcome: Outcome, row: Row, example: Example) -> None:
         missing, appended = self.append_eos(row, example)
-        outcome.flags = (
+        outcome.flags |= (
             batches.MERGED * bool(example.merged)
             + batches.DOUBLED_BOS * example.doubled_bos
             + batches.EOS_MISSING * missing
             + batches.EOS_APPENDED * appended
+            + batches.ENVIRONMENT * has_environment(row.get("completion"))
         )
         enter(outcome, example.ids, example.mask, self.options)
-
-
-class TokenisedSftWorker:
-    """Examples that are tokenised already: the mask is taken over, and only truncation is left to do.
-
-    Args:
-        options: Data options.
-        name: Name of the data set, for messages.
-        mask_columns: Columns of zeros and ones that all have to be 1 where a token is trained on.
-    """
-
-    columns = SFT_COLUMNS
-    floats: tuple[str, ...] = ()
-
-    def __init__(self, options: DataOptions, name: str, mask_columns: Sequence[str]) -> None:
-        self.options = options
-        self.name = name
-        self.mask_columns = tuple(mask_columns)
-
-    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
-        """One outcome per row."""
-        out = []
-        for row, index in zip(rows, indices, strict=True):
-            outcome = Outcome()
-            enter(
-                outcome, row["input_ids"], given_mask(row, place_of(self.name, index), self.mask_columns), self.options
-            )
-            out.append(outcome)
-        return out
-
-
-def given_mask(row: Mapping[str, Any], place: str, mask_columns: Sequence[str] = ()) -> list[int]:
-    """The loss mask of a row of token ids.
-
-    Args:
-        row: ``input_ids``, and ``loss_mask``, ``labels`` or other columns of zeros and ones.
-        place: How messages call the row.
-        mask_columns: Such other columns, which all have to be 1 where a token is trained on.
-
-    Raises:
-        DataError: A column holds no list of the right length, or a label is another token than the one that is there.
-    """
-    lists: dict[str, list[int]] = {}
-    for column in ("input_ids", "loss_mask", "labels", *mask_columns):
-        value = row.get(column)
-        if value is None and column != "input_ids":
-            continue
-        if not isinstance(value, list):
-            raise DataError("no list of numbers", where=f"{place}, field {column!r}", value=value)
-        lists[column] = value
-        if len(value) != len(lists["input_ids"]):
-            what = f"{len(value)} entries for {len(lists['input_ids'])} tokens"
-            raise DataError(what, where=f"{place}, field {column!r}", remedy="give one for every token")
-    ids = lists.pop("input_ids")
-    if "loss_mask" in lists:
-        return list(lists["loss_mask"])
-    if "labels" in lists:
-        return _label_mask(ids, lists["labels"], place)
-    return [int(all(bits)) for bits in zip(*lists.values(), strict=True)] if lists else [1] * len(ids)
-
-
-def _label_mask(ids: Sequence[int], labels: Sequence[int], place: str) -> list[int]:
-    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if label not in (-100, token):
-            raise DataError(
-                f"the label at position {position} is neither -100 nor the token that stands there ({token})",
-                where=f"{place}, field 'labels'",
-                value=label,
-                remedy="give unshifted labels: copies of input_ids with -100 for what is not trained on",
-            )
-    return [int(label != -100) for label in labels]
-
-
-def enter(outcome: Outcome, ids: Ids, mask: list[int], options: DataOptions) -> None:
-    """Truncate an example and enter it into an outcome, or the reason why nothing is left to learn from."""
-    if options.max_length is not None and len(ids) > options.max_length:
-        part = slice(-options.max_length, None) if options.truncation_mode == "keep_end" else slice(options.max_length)
-        ids, mask = ids[part], mask[part]
-        outcome.flags |= batches.TRUNCATED
-    # Nothing stands before the first token, so nothing predicts it.
-    if 1 not in mask[1:]:
-        outcome.status = NOT_SCORED if 1 in mask else EMPTY
-        return
-    outcome.lists = (ids, mask)
 
 
 def prepare_sft(
@@ -333,7 +258,7 @@ def prepare_sft(
     notes = [*(loaded.notes if loaded else ()), *notes]
     worker: SftWorker | TokenisedSftWorker
     if "input_ids" in dataset.column_names:
-        format_name = "tokenised"
+        format_name, columns = "tokenised", dict[str, str]()
         if completion_only_loss is None:
             completion_only_loss = {"prompt", "completion"} <= set(dataset.column_names)
         worker = TokenisedSftWorker(
@@ -343,7 +268,7 @@ def prepare_sft(
             notes.append("completion_mask is not used, as in TRL, unless completion_only_loss is true")
     else:
         spec = sft_format(dataset, options, name, dataset_text_field)
-        format_name = spec.name
+        format_name, columns = spec.name, column_uses(spec, dataset.column_names, for_sft=True)
         worker = SftWorker(
             tokenizer,
             options,
@@ -371,6 +296,7 @@ def prepare_sft(
         notes=notes,
         lengths={"sequence": lengths},
         tokens=(int(lengths.sum()) - num_trained, num_trained, 0),
+        columns=dict(loaded.columns) if loaded else columns,
     )
 
 
@@ -402,7 +328,7 @@ def sft_format(dataset: Dataset, options: DataOptions, name: str, text_field: st
             )
     where, rule = f"{name} data set", options.implicit_prompt
     spec = resolve(options.dataset_format, columns, example, where=where, for_sft=True, implicit_prompt=rule)
-    if spec.kind in ("ranked", "unpaired"):
+    if spec.kind in ("ranked", "rated", "unpaired"):
         raise DataError(
             f"rows of the format {spec.name} do not say which answer to learn",
             where=f"{name} data set",

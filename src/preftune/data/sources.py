@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from preftune.data import files, quarantine
 from preftune.data.batches import refuse_images
 from preftune.data.convert import canonical_rows, to_dataset
-from preftune.data.files import RawTable
-from preftune.data.formats import Row, check_format_name, resolve
+from preftune.data.formats import Row, check_format_name, column_uses, resolve
 from preftune.data.options import check_choice
 from preftune.data.pairing import PAIRINGS
-from preftune.data.rows import BadRowHandler
+from preftune.data.rows import BadRowHandler, left_out
+from preftune.data.tables import RawTable, is_within
 from preftune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ class LoadReport:
         bad_rows: Rows that were left out, by reason. Bad rows that stay are found again when they are prepared.
         formats: Format of each source.
         notes: Lines for the user.
+        columns: Column -> what is done with it.
     """
 
     rows_read: int
     bad_rows: dict[str, int]
     formats: dict[str, str]
     notes: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_lost(self) -> int:
@@ -65,6 +67,7 @@ class _Loader:
     rows_read: int = 0
     formats: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
 
     def rows(self, table: RawTable) -> list[Row]:
         refuse_images(table.columns(), table.name)
@@ -79,6 +82,7 @@ class _Loader:
         rows, notes = canonical_rows(table, spec, self.handler, self.pairing)
         self.rows_read += len(table)
         self.formats[table.name] = spec.name
+        self.columns |= column_uses(spec, table.columns(), for_sft=self.for_sft)
         self.notes += [f"{table.name}: {note}" for note in notes]
         return rows
 
@@ -97,8 +101,8 @@ class _Loader:
 
     def signed(self, dataset: Dataset) -> Dataset:
         """The data set with the report of this loader."""
-        left_out = dict(self.handler.counts) if self.handler.policy == "skip" else {}
-        report = LoadReport(self.rows_read, left_out, dict(self.formats), tuple(self.notes))
+        lost = left_out(self.handler.counts, self.handler.policy)
+        report = LoadReport(self.rows_read, lost, dict(self.formats), tuple(self.notes), dict(self.columns))
         setattr(dataset, _REPORT_ATTRIBUTE, report)
         return dataset
 
@@ -246,7 +250,7 @@ def _shape(table: RawTable, columns: Sequence[str] | Mapping[str, str] | None) -
         return table
     available = table.raw_columns()
     wanted = list(columns)
-    missing = [name for name in wanted if name not in available]
+    missing = [name for name in wanted if name not in available and not is_within(available, name)]
     if missing:
         swapped = isinstance(columns, Mapping) and all(value in available for value in columns.values())
         raise ConfigError(
@@ -260,6 +264,7 @@ def _shape(table: RawTable, columns: Sequence[str] | Mapping[str, str] | None) -
         table.rename = dict(columns)
     else:
         table.select = wanted
+        table.rename = {name: name.rpartition(".")[2] for name in wanted if is_within(available, name)}
     return table
 
 

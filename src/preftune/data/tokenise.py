@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from preftune.data.formats.base import BadRow, Row, common_prefix
+from preftune.data.formats.base import BadRow, Message, Row, common_prefix
+from preftune.data.rendering import Renderings
 from preftune.data.truncate import Ids, TokenPair
 from preftune.errors import ModelError
 
@@ -61,11 +62,25 @@ class Encoder:
     Args:
         tokenizer: Tokenizer of the model.
         chat_template: Template to use instead of the tokenizer's own.
+        keeps_lost: A conversation whose rendering lacks a turn's text is used as it is, and noted in ``lost``.
+
+    Attributes:
+        lost: What is missing in the rendering of a row, by the ``id`` of the row.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, *, keeps_lost: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.keeps_lost = keeps_lost
+        self.lost: dict[int, BadRow] = {}
+        self._probed: dict[str, bool] = {}
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self.tokenizer.chat_template is not None or self.chat_template is not None
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
         """Token ids of many texts.
@@ -120,7 +135,11 @@ class Encoder:
                     out[i] = self._one_call(conversations[i], arguments, generation_prompt)
                 continue
             rendered = self.render([conversations[i] for i in indices], arguments, generation_prompt)
-            for i, text in zip(indices, rendered, strict=True):
+            forms = self._forms(arguments, generation_prompt)
+            for i, first in zip(indices, rendered, strict=True):
+                messages, text = forms.settle(conversations[i], first)
+                if isinstance(text, str) and not generation_prompt:
+                    text = self._checked(forms.lost(messages, text), text, rows[i])
                 if isinstance(text, str):
                     texts[i] = text
                 else:
@@ -128,6 +147,20 @@ class Encoder:
         for i, ids in zip(texts, self.encode(list(texts.values()), special=False), strict=True):
             out[i] = ids
         return out
+
+    def settled(self, conversation: list[Message], arguments: Mapping[str, Any]) -> list[Message]:
+        """A conversation in the form that the template keeps the text of; see :class:`Renderings`."""
+        return self._forms(arguments, False).settle(conversation)[0]
+
+    def _forms(self, arguments: Mapping[str, Any], generation_prompt: bool) -> Renderings:
+        key = f"{generation_prompt}{arguments!r}" if arguments.get("tools") or len(arguments) > 1 else ""
+        return Renderings(lambda one: self.render([one], arguments, generation_prompt)[0], key, self._probed)
+
+    def _checked(self, bad: BadRow | None, text: str, row: Row) -> str | BadRow:
+        if bad is None or not self.keeps_lost:
+            return bad or text
+        self.lost[id(row)] = bad
+        return text
 
     def _groups(self, rows: Sequence[Row]) -> list[tuple[list[int], dict[str, Any]]]:
         groups: dict[str, tuple[list[int], dict[str, Any]]] = {}

@@ -6,21 +6,31 @@ from which KTO estimates how far the policy has moved, as the rejected one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from preftune.data import batches
-from preftune.data.batches import Outcome
+from preftune.data.batches import Outcome, list_array
 from preftune.data.convert import canonical_rows, to_dataset
-from preftune.data.files import from_dataset
-from preftune.data.formats import FORMATS, Row, resolve
+from preftune.data.environment import MASK_COLUMNS, has_environment, own_words
+from preftune.data.formats import FORMATS, Row, column_uses, resolve
 from preftune.data.formats.base import BadRow, common_prefix
+from preftune.data.formats.unpaired import LABELS
 from preftune.data.options import DataOptions
-from preftune.data.prepare import TokenisedWorker, canonical_batch, pair_rows, place_of, sum_counts
-from preftune.data.report import PrepareReport, build_report
-from preftune.data.rows import BadRowHandler
+from preftune.data.prepare import (
+    TokenisedWorker,
+    canonical_batch,
+    note_lost,
+    pair_rows,
+    place_of,
+    reads_transcripts,
+    sum_counts,
+)
+from preftune.data.report import PrepareReport, build_report, check_weights
+from preftune.data.rows import BadRowHandler, left_out
 from preftune.data.sources import load_report
+from preftune.data.tables import from_dataset
 from preftune.data.tokenise import Encoder, sequences
 from preftune.data.truncate import TokenPair, truncate
 from preftune.errors import DataError
@@ -45,12 +55,14 @@ class Answer:
         completion: Tokens of the completion.
         merged: End of the tokenised prompt that the sequence does not contain.
         flags: What happened to it, as in :mod:`preftune.data.batches`.
+        mask: 1 for every token of the completion that the model writes; ``None`` where it writes all.
     """
 
     prompt: list[int]
     completion: list[int]
     merged: list[int]
     flags: int
+    mask: list[int] | None = None
 
 
 class UnpairedWorker:
@@ -61,24 +73,36 @@ class UnpairedWorker:
         options: Data options.
         name: Name of the data set, for messages.
         checked: The rows were checked, and the bad ones among them counted, while they were pairs.
+        format_name: Format of the rows.
     """
 
-    columns = ("prompt_ids", "chosen_ids")
     floats = FLOATS
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, name: str, *, checked: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: DataOptions,
+        name: str,
+        *,
+        checked: bool = False,
+        format_name: str = "unpaired",
     ) -> None:
-        self.encoder = Encoder(tokenizer, options.chat_template)
+        self.encoder = Encoder(tokenizer, options.chat_template, keeps_lost=options.on_bad_rows == "warn")
         self.options = options
         self.name = name
         self.checked = checked
+        self.format = format_name
+        self.columns: tuple[str, ...] = ("prompt_ids", "chosen_ids")
+        if options.environment_turns == "masked":
+            self.columns = (*self.columns, MASK_COLUMNS[0])
 
     def canonical(
         self, raw: Sequence[Any], indices: Sequence[int], handler: BadRowHandler
     ) -> tuple[list[Outcome], list[int], list[Row]]:
         """Outcomes with the bad rows marked, and positions and canonical rows of those to go on with."""
-        return canonical_batch(raw, indices, FORMATS["unpaired"], self.name, handler)
+        return canonical_batch(
+            raw, indices, FORMATS[self.format], self.name, handler, reads_transcripts(self.encoder, self.options)
+        )
 
     def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
         """One outcome per row."""
@@ -89,17 +113,20 @@ class UnpairedWorker:
         merged: list[int] = []
         results = sequences(self.encoder, canonical, ("completion",))
         for position, row, parts in zip(positions, canonical, results, strict=True):
-            if isinstance(parts, BadRow):
-                handler.keep(parts, place_of(self.name, indices[position]), rows[position], converted=False)
-                outcomes[position] = Outcome(status=batches.BAD, bad=parts.reason)
+            place = place_of(self.name, indices[position])
+            found = parts if isinstance(parts, BadRow) else self.answer(row, parts)
+            if isinstance(found, BadRow):
+                handler.keep(found, place, rows[position], converted=False)
+                outcomes[position] = Outcome(status=batches.BAD, bad=found.reason)
             else:
-                end = self._fill(outcomes[position], row, parts)
-                merged = merged or end
+                note_lost(self.encoder, row, outcomes[position], handler, place, rows[position])
+                self._fill(outcomes[position], row, found)
+                merged = merged or found.merged
         if merged:
             outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
         return outcomes
 
-    def answer(self, row: Row, parts: list[list[int]]) -> Answer:
+    def answer(self, row: Row, parts: list[list[int]]) -> Answer | BadRow:
         """A row's tokens before truncation.
 
         Args:
@@ -107,7 +134,7 @@ class UnpairedWorker:
             parts: Token ids of its prompt alone, and of the prompt with the completion.
 
         Returns:
-            Its prompt and completion.
+            Its prompt and completion; a :class:`BadRow` where turns that the model does not write cannot be located.
         """
         encoder = self.encoder
         plain = isinstance(row["prompt"], str)
@@ -121,14 +148,21 @@ class UnpairedWorker:
             + batches.DOUBLED_BOS * (plain and len(whole) < len(parts[1]))
             + batches.EOS_MISSING * missing
             + batches.EOS_APPENDED * appended
+            + batches.ENVIRONMENT * has_environment(row["completion"])
         )
+        mask: list[int] | BadRow | None = None
+        if self.options.environment_turns == "masked" and has_environment(row["completion"]):
+            mask = own_words(encoder, row, "completion", whole, start)
+        if isinstance(mask, BadRow):
+            return mask
         completion = encoder.append_eos(completion) if appended else completion
-        return Answer(whole[:start], completion, prompt[start:], flags)
+        if mask is not None:
+            mask += [1] * (len(completion) - len(mask))
+        return Answer(whole[:start], completion, prompt[start:], flags, mask)
 
-    def _fill(self, outcome: Outcome, row: Row, parts: list[list[int]]) -> list[int]:
-        """Enter a row's tokens; returns the end of its prompt that the sequence does not contain."""
-        options, found = self.options, self.answer(row, parts)
-        outcome.flags = found.flags
+    def _fill(self, outcome: Outcome, row: Row, found: Answer) -> None:
+        options = self.options
+        outcome.flags |= found.flags
         outcome.floats = {"label": float(row["label"]), **({"weight": row["weight"]} if "weight" in row else {})}
         kept, reason = truncate(
             TokenPair(found.prompt, found.completion, found.completion),
@@ -138,8 +172,8 @@ class UnpairedWorker:
         )
         outcome.status = "" if kept else str(reason)
         # Whole for now: its counterpart may have room for more of it.
-        outcome.lists = (found.prompt, found.completion) if kept else ()
-        return found.merged
+        whole = (found.prompt, found.completion, found.mask)
+        outcome.lists = whole[: len(self.columns)] if kept else ()
 
 
 class _TruncatingWorker(TokenisedWorker):
@@ -185,25 +219,36 @@ def prepare_unpaired(
         DataError: Bad rows that the policy does not allow, too many lost rows, or no labelled answers.
         ModelError: The tokenizer has no chat template or no end-of-sequence token.
     """
+    from datasets import Dataset
+
     loaded = load_report(dataset)
     dataset, notes = batches.materialise(dataset, name)
     rows_read, bad_before = len(dataset), dict[str, int]()
     if all(column in dataset.column_names for column in TOKENISED):
         format_name, whole, first = "tokenised", dataset, None
+        columns = dict[str, str]()
     else:
+        names = dataset.column_names
         dataset, format_name, bad_before, more = labelled_rows(dataset, options, name)
+        columns = column_uses(FORMATS[format_name], names)
         notes += more
-        labelled = UnpairedWorker(tokenizer, options, name, checked=format_name != "unpaired")
+        direct = FORMATS[format_name].kind == "unpaired"
+        labelled = UnpairedWorker(
+            tokenizer, options, name, checked=not direct, format_name=format_name if direct else "unpaired"
+        )
         whole, first = batches.run(dataset, labelled, options, f"Preparing {name}")
         if len(whole):
             whole = whole.add_column("rejected_ids", _exchanged(whole["chosen_ids"], block))
+            if MASK_COLUMNS[0] in whole.column_names:
+                exchanged = list_array(_exchanged(whole[MASK_COLUMNS[0]], block))
+                whole = Dataset(whole.data.table.append_column(MASK_COLUMNS[1], exchanged))
     rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
-    left_out = loaded.bad_rows if loaded else {}
-    lost = sum_counts(left_out, bad_before if options.on_bad_rows == "skip" else {})
+    earlier = loaded.bad_rows if loaded else {}
+    lost = sum_counts(earlier, left_out(bad_before, options.on_bad_rows))
     if first is not None:
         batches.check_share(first, rows_read, lost, options.max_dropped_share, name)
         lost = sum_counts(lost, first.dropped, first.bad if first.num_bad_left_out else {})
-    cutting = _TruncatingWorker(options, name)
+    cutting = _TruncatingWorker(options, name, MASK_COLUMNS[0] in whole.column_names)
     result, tally = batches.run(whole, cutting, options, f"Truncating {name}")
     batches.check_share(tally, rows_read, lost, options.max_dropped_share, name)
     return result, build_report(
@@ -212,10 +257,12 @@ def prepare_unpaired(
         rows_read=rows_read,
         rows_kept=len(result),
         tally=tally if first is None else _with_truncation(first, tally),
-        bad_rows=sum_counts(bad_before, first.bad if first else {}, left_out),
+        bad_rows=sum_counts(bad_before, first.bad if first else {}, earlier),
         options=options,
         notes=[*(loaded.notes if loaded else ()), *notes],
         **_lengths(result),
+        columns=dict(loaded.columns) if loaded else columns,
+        weights=check_weights(result, name),
     )
 
 
@@ -242,10 +289,11 @@ def labelled_rows(dataset: Dataset, options: DataOptions, name: str) -> tuple[Da
         return dataset, spec.name, {}, []
     if spec.kind == "sft":
         raise DataError(
-            f"labelled answers are needed, and this is SFT data ({spec.name})",
+            f"labelled answers are needed, and no column says which answers are desirable ({spec.name})",
             where=f"{name} data set",
             value=dataset.column_names,
-            remedy="use `preftune sft`, or rename columns with `columns: {theirs: ours}`",
+            allowed=f"a column {', '.join(LABELS)} of true and false",
+            remedy=_label_remedy(dataset, example),
         )
     pairs, pair_spec, bad, notes = pair_rows(dataset, spec, options, name)
     handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
@@ -259,6 +307,18 @@ def labelled_rows(dataset: Dataset, options: DataOptions, name: str) -> tuple[Da
     )
 
 
+def _label_remedy(dataset: Dataset, example: Mapping[str, Any]) -> str:
+    """What to do about a missing label: the column that looks like one is named."""
+    wrong = [name for name in LABELS if name in dataset.column_names]
+    if wrong:
+        return f"{wrong[0]!r} holds {example.get(wrong[0])!r}: write true or false"
+    likely = [name for name, value in example.items() if isinstance(value, bool)]
+    likely += [name for name in dataset.column_names if "label" in name.lower() and name not in likely]
+    if likely:
+        return f"`columns: {{{likely[0]}: label}}` reads the column {likely[0]!r} as the label"
+    return "name the column with `columns: {theirs: label}`, or use `preftune sft`"
+
+
 def _taken_apart(pairs: Sequence[Row]) -> Iterable[Row]:
     for start in range(0, len(pairs), _BLOCK):
         for side, label in (("chosen", True), ("rejected", False)):
@@ -267,10 +327,10 @@ def _taken_apart(pairs: Sequence[Row]) -> Iterable[Row]:
                 yield {"prompt": pair["prompt"], "completion": pair[side], "label": label, **rest}
 
 
-def _exchanged(completions: Sequence[list[int]], block: int | None) -> list[list[int]]:
+def _exchanged(completions: Sequence[Any], block: int | None) -> list[Any]:
     if block is None:
         return list(completions)
-    out: list[list[int]] = []
+    out: list[Any] = []
     for start in range(0, len(completions), block):
         part = list(completions[start : start + block])
         out += [part[-1], *part[:-1]]

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from preftune.data import batches
+from preftune.data.arrow import rows_of
 from preftune.data.formats.base import BadRow
 from preftune.data.options import DataOptions
 from preftune.data.prepare import PairWorker, enclosed, pair_format, pair_rows
 from preftune.data.rows import BadRowHandler, to_error
-from preftune.data.sft import SftWorker, enter, sft_format
+from preftune.data.sft import SftWorker, sft_format
+from preftune.data.sft_tokens import enter
 from preftune.data.tokenise import TokenisedPair, sequences, tokenise_pairs
 from preftune.data.truncate import TokenPair, truncate
 from preftune.data.unpaired import UnpairedWorker, labelled_rows
@@ -128,7 +130,7 @@ class Viewer:
         if not 0 <= index < len(self):
             where = f"{self.name} data set"
             raise DataError("no such row", where=where, value=index, allowed=f"0 to {len(self) - 1}")
-        outcomes, _, rows = self._worker.canonical([self._dataset[index]], [index], BadRowHandler("skip"))
+        outcomes, _, rows = self._worker.canonical(rows_of(self._dataset, [index]), [index], BadRowHandler("skip"))
         if not rows:
             return Shown(problem=f"bad row: {outcomes[0].bad}")
         found = self._shown(rows[0])
@@ -150,15 +152,24 @@ class Viewer:
             if isinstance(parts, BadRow):
                 return parts
             answer = worker.answer(row, parts)
+            if isinstance(answer, BadRow):
+                return answer
             label = DESIRABLE if row["label"] else UNDESIRABLE
             tokens, reason = label_answer(answer.prompt, answer.completion, label, self.options)
+            tokens = _masked(tokens, label, len(answer.prompt), answer.mask)
             return Shown({label: tokens}, dropped=reason, merged=tuple(answer.merged))
         (pair,) = tokenise_pairs(worker.encoder, [row], self.options.append_eos, enclosed=self.options.enclose)
         if isinstance(pair, BadRow):
             return pair
+        before = pair
         if self.options.enclose:
             pair = replace(pair, ids=enclosed(pair.ids, self.tokenizer))
+        masks = worker.masks(row, before)
+        if isinstance(masks, BadRow):
+            return masks
         labelled, reason = label_pair(pair, self.options)
+        for name, mask in zip((CHOSEN, REJECTED), masks, strict=True):
+            labelled[name] = _masked(labelled[name], name, len(pair.ids.prompt), mask)
         return Shown(labelled, dropped=reason, merged=tuple(pair.merged))
 
 
@@ -217,6 +228,14 @@ def _labelled(
     if not num_kept[0]:
         answer_labels[answer_labels.index(label)] = PROMPT
     return list(zip((*prompt, *answer), labels + answer_labels, strict=True))
+
+
+def _masked(tokens: list[Labelled], label: str, start: int, mask: list[int] | None) -> list[Labelled]:
+    """Tokens of turns that the model does not write count as prompt: they are there, and no loss falls on them."""
+    for position, bit in enumerate(mask or (), start=start):
+        if not bit and tokens[position][1] == label:
+            tokens[position] = (tokens[position][0], PROMPT)
+    return tokens
 
 
 def _window(length: int, num_kept: int, label: str, mode: str) -> list[str]:

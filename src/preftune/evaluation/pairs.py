@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from preftune.data import DataOptions, batches, files
 from preftune.data.convert import canonical_rows, convert_row
-from preftune.data.files import RawTable
 from preftune.data.formats import FORMATS, resolve
 from preftune.data.prepare import PAIR_COLUMNS, PairWorker, TokenisedWorker
 from preftune.data.rows import BadRowHandler
+from preftune.data.tables import RawTable
 from preftune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def prepare_pairs(
                 remedy="rename columns with dataset_columns: {theirs: ours}",
             )
         chosen_column = source_column or _guess_source(table, columns)
-        if spec.kind == "unpaired":
+        if spec.kind in ("unpaired", "rated"):
             rows, notes = canonical_rows(table, spec, handler, pairing)
             chosen_column = None
             if notes and not rows:

@@ -401,8 +401,7 @@ def _embedded(base: Any, jitter: bool = False) -> Iterator[list[Tensor]]:
             # One value in eight, up or down: as large as rounding all of them to the nearest, in the mean square.
             signs = torch.randint(0, 16, value.shape, generator=generator).to(value.device)
             signs = ((signs == 0).float() - (signs == 1).float()).to(value)
-            # Norms and rotary embeddings compute in fp32 even where the weights are fp64.
-            value = value * (1 + max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps) * signs)
+            value = value * (1 + _unit_of_rounding(value.dtype, value.device) * signs)
         leaves.append(value.requires_grad_(True))
         return leaves[-1]
 
@@ -411,6 +410,17 @@ def _embedded(base: Any, jitter: bool = False) -> Iterator[list[Tensor]]:
         yield leaves
     finally:
         handle.remove()
+
+
+def _unit_of_rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """The relative rounding of what a model computes: of its dtype, or of its products where they keep fewer digits."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(64, 64, generator=generator).to(device, dtype) for _ in range(2))
+    exact = left.cpu().double() @ right.cpu().double()
+    # TF32 rounds what goes into a product, and says so nowhere. Three times the mean error is about one unit.
+    of_products = 3 * float(((left @ right).cpu().double() - exact).norm() / exact.norm())
+    # Norms and rotary embeddings compute in fp32 even where the weights are fp64.
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps, of_products)
 
 
 @contextmanager

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from preftune.packing.layout import Branch, Ids, RowLayout, Tree
+
+Scored = npt.NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def pair_trees(
     rejected_prompt: Ids | None,
     slots: tuple[int, int],
     prompt_slot: int | None = None,
+    scored: tuple[Scored, Scored] = (None, None),
 ) -> tuple[Tree, ...]:
     """Trees of a preference pair: one that shares the prompt, or two where truncation left different prompts.
 
@@ -114,8 +118,9 @@ def pair_trees(
         rejected_prompt: Prompt tokens of the rejected sequence where they differ.
         slots: Slots of the chosen and the rejected sequence.
         prompt_slot: Slot of the chosen sequence's prompt, where it is scored too.
+        scored: Which tokens of the chosen and of the rejected completion count; ``None`` for all of one.
     """
-    first, second = Branch(chosen, slots[0]), Branch(rejected, slots[1])
+    first, second = Branch(chosen, slots[0], scored[0]), Branch(rejected, slots[1], scored[1])
     if rejected_prompt is None and len(prompt):
         return (Tree(prompt, (first, second), prompt_slot),)
     # Without a prompt there is nothing to share.

@@ -22,8 +22,9 @@ from preftune.references.store import ReferenceStore
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-#: (prompt, completion) of sequences that belong together.
-Item = Sequence[tuple[Ids, Ids]]
+#: Sequences that belong together, each ``(prompt, completion)`` or ``(prompt, completion, scored)``; the last says
+#: which tokens of the completion are scored, ``None`` meaning all.
+Item = Sequence[tuple[Any, ...]]
 _Keys = tuple[bytes, ...]
 
 ITEMS_PER_CHUNK = 512
@@ -171,8 +172,8 @@ class SequenceScorer:
 def item_trees(item: Item, first_slot: int) -> list[Tree]:
     """Trees of an item, its sequences in slots from ``first_slot`` on."""
     trees: list[Tree] = []
-    for slot, (prompt, completion) in enumerate(item, first_slot):
-        branch = Branch(completion, slot)
+    for slot, (prompt, completion, *scored) in enumerate(item, first_slot):
+        branch = Branch(completion, slot, *scored)
         if trees and len(prompt) and np.array_equal(trees[-1].prefix, prompt):
             trees[-1] = Tree(prompt, (*trees[-1].branches, branch))
         else:
@@ -185,8 +186,11 @@ def item_keys(items: Sequence[Item]) -> list[_Keys]:
     pairs = [pair for item in items for pair in item]
     if not pairs:
         return []
-    sequences = [np.concatenate(pair) for pair in pairs]
-    masks = [np.arange(len(ids)) >= max(len(prompt), 1) for ids, (prompt, _) in zip(sequences, pairs, strict=True)]
+    sequences = [np.concatenate(pair[:2]) for pair in pairs]
+    masks = [np.arange(len(ids)) >= max(len(pair[0]), 1) for ids, pair in zip(sequences, pairs, strict=True)]
+    for mask, (prompt, _, *scored) in zip(masks, pairs, strict=True):
+        if scored and scored[0] is not None:
+            mask[len(prompt) :] &= scored[0]
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])])
     keys = iter(sequence_keys(np.concatenate(sequences), np.concatenate(masks), offsets))
     return [tuple(next(keys) for _ in item) for item in items]
@@ -197,7 +201,7 @@ def _plan(packing: Packing, items: Sequence[Item], max_tokens: int) -> Iterable[
         return packing.rows_of([sum(tree.num_tokens for tree in item_trees(item, 0)) for item in items], max_tokens)
     # Padded rows hold items of like length, or most of them would be padding.
     rows: list[list[int]] = [[]]
-    longest = [max(len(prompt) + len(completion) for prompt, completion in item) for item in items]
+    longest = [max(len(pair[0]) + len(pair[1]) for pair in item) for item in items]
     for number in sorted(range(len(items)), key=lambda n: longest[n]):
         count = sum(len(items[n]) for n in rows[-1]) + len(items[number])
         if rows[-1] and longest[number] * count > max_tokens:

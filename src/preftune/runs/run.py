@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from preftune.config import ModelConfig, Resolved, redact_argv
+from preftune.data import DataWarning
 from preftune.errors import ConfigError, SetupError, flat
 from preftune.models.loading import load_model_and_tokenizer
 from preftune.runs.data import dataset_names, load_splits
@@ -123,7 +125,9 @@ def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, A
         # Loading has given it this name.
         args.dataset_text_field = "text"
     keywords: dict[str, Any] = {"ref_model": loaded.ref_model} if compares else {}
-    with this.console.status("preparing data"), trainer_errors():
+    with this.console.status("preparing data"), trainer_errors(), warnings.catch_warnings():
+        # The summary says it all.
+        warnings.simplefilter("ignore", DataWarning)
         trainer = trainer_class(
             model=loaded.model,
             args=args,

@@ -33,7 +33,9 @@ def cli_defaults() -> dict[str, Any]:
     import torch
 
     return {
-        "on_bad_rows": "error",
+        "on_bad_rows": "skip",
+        "transcripts": "messages",
+        "environment_turns": "masked",
         "max_dropped_share": 0.1,
         "implicit_prompt": "transcript",
         "existing_output": "refuse",

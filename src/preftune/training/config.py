@@ -131,6 +131,10 @@ class PackedConfig(TrainingArguments):
             move them into a folder ``earlier-N`` there; ``set_aside_own``, move what an earlier run of preftune has
             written and nobody has changed since, and refuse otherwise. The command line refuses by default.
         data_cache: Keep the tokens of large data sets on disk, and find them there again.
+        transcripts: What becomes of ``Human:``/``Assistant:`` transcripts where the tokenizer has a chat template:
+            ``text`` trains on them as they are, as TRL does; ``messages`` makes them conversations.
+        environment_turns: Turns within an answer that the model does not write (what tools return, later user turns):
+            ``scored`` as its own words, as TRL does, or ``masked``.
         append_eos: Add the end-of-sequence token where the chat template leaves it out.
         guards: What happens when a guard fires: ``warn``, ``stop`` or ``off``, for all guards or by name, such as
             ``{overfitting: stop, reward_jump: off}``.
@@ -175,6 +179,8 @@ class PackedConfig(TrainingArguments):
     quarantine_path: str | None = None
     max_dropped_share: float | None = None
     existing_output: str = "set_aside_own"
+    transcripts: str = "text"
+    environment_turns: str = "scored"
     data_cache: bool = True
     append_eos: bool = False
     guards: _Guards = "warn"
@@ -197,6 +203,8 @@ class PackedConfig(TrainingArguments):
         check_choice("checkpoint_policy", self.checkpoint_policy, ("needed", "always"))
         check_choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
         check_choice("existing_output", self.existing_output, ("refuse", "set_aside_own", "set_aside"))
+        check_choice("transcripts", self.transcripts, ("text", "messages"))
+        check_choice("environment_turns", self.environment_turns, ("scored", "masked"))
         check_choice("torch_compile_backend", self.torch_compile_backend, (None, *COMPILE_BACKENDS))
         check_choice("torch_compile_mode", self.torch_compile_mode, (None, *COMPILE_MODES))
         for name, least in _LEAST.items():

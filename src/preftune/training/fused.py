@@ -97,6 +97,10 @@ class FusedTask(PairTask):
         predictions = torch.stack(rewards, 1).repeat(times, 1, 1)
         return RowTerms(total, float(num_pairs), metrics, predictions)
 
+    def judged(self, predictions: Any) -> tuple[Any, Any]:
+        """Rewards ``(pairs, configurations, 2)``, and the chosen column as label."""
+        return super().judged(predictions[:: len(self._objectives)])
+
     def kept(self) -> Any:
         """The losses before a step."""
         return self.loss_sums.clone()

@@ -266,7 +266,8 @@ def _sequences(example: Example) -> Item:
     """The two sequences of a pair; a single answer that stands as both is one."""
     prompt, other = example["prompt_ids"], example.get("rejected_prompt_ids")
     other = prompt if other is None else other
-    chosen, rejected = (prompt, example["chosen_ids"]), (other, example["rejected_ids"])
+    chosen = (prompt, example["chosen_ids"], example.get("chosen_mask"))
+    rejected = (other, example["rejected_ids"], example.get("rejected_mask"))
     same = all(map(np.array_equal, chosen, rejected))
     return [chosen] if same else [chosen, rejected]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -36,11 +39,30 @@ def sequence_sums(row: PackedRow, logps: Tensor, ld_alpha: float | None = None) 
 
 
 def _scored_ranks(row: PackedRow) -> npt.NDArray[np.int64]:
-    """Position of each target among the scored tokens of its sequence: ranks count unscored first tokens too."""
-    first = np.full(int(row.target_slot.max()) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, row.target_slot, row.target_rank)
-    ranks: npt.NDArray[np.int64] = row.target_rank - first[row.target_slot]
+    """Position of each target among the scored tokens of its sequence: ranks count unscored tokens too."""
+    order = np.lexsort((row.target_rank, row.target_slot))
+    slots = row.target_slot[order]
+    first = np.searchsorted(slots, slots)
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[order] = np.arange(len(order)) - first
     return ranks
+
+
+def num_scored(example: Mapping[str, Any], side: str) -> tuple[int, int]:
+    """Tokens of a completion that count, and those among them that have a log-prob.
+
+    Args:
+        example: A tokenised pair.
+        side: ``chosen`` or ``rejected``.
+
+    Returns:
+        The two numbers. They differ where there is no prompt: nothing predicts the first token of a sequence.
+    """
+    mask = example.get(f"{side}_mask")
+    length = len(example[f"{side}_ids"])
+    counted = length if mask is None else int(np.count_nonzero(mask))
+    first = len(example["prompt_ids"]) == 0 and (mask is None or bool(mask[0]))
+    return counted, counted - first
 
 
 def wpo_weights(row: PackedRow, scores: TokenScores) -> Tensor:

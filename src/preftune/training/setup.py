@@ -278,6 +278,9 @@ def data_options(args: PackedConfig, **extra: Any) -> DataOptions:
         quarantine_path=args.quarantine_path,
         max_dropped_share=args.max_dropped_share,
         data_cache=args.data_cache,
+        transcripts=args.transcripts,  # type: ignore[arg-type]
+        environment_turns=args.environment_turns,  # type: ignore[arg-type]
+        warn=True,
         **extra,
     )
 

@@ -13,7 +13,15 @@ from preftune.report.files import mapping
 from preftune.report.read import Run, read_run
 
 MAX_ROWS = 20
-_OPTIONS = ("max_length", "max_prompt_length", "truncation_mode", "implicit_prompt", "append_eos")
+_OPTIONS = (
+    "max_length",
+    "max_prompt_length",
+    "truncation_mode",
+    "implicit_prompt",
+    "append_eos",
+    "transcripts",
+    "environment_turns",
+)
 _TOKENIZER = ("model_revision", "tokenizer_name_or_path", "chat_template")
 _MASKS = ("completion_only_loss", "assistant_only_loss")
 _SOURCES = ("dataset_mixture", "dataset_mixer")

@@ -222,7 +222,11 @@ def test_eos_missing_from_a_template_and_appended(look: Look) -> None:
 
 def test_a_tokenizer_without_template_is_a_finding(look: Look) -> None:
     rows = [{"prompt": [{"role": "user", "content": "a"}], "chosen": "x", "rejected": "y"}]
-    chats = [{key: [{"role": "user", "content": str(value)}] for key, value in row.items()} for row in clean_rows(5)]
+    roles = {"prompt": "user"}
+    chats = [
+        {key: [{"role": roles.get(key, "assistant"), "content": str(value)}] for key, value in row.items()}
+        for row in clean_rows(5)
+    ]
     report = look(chats, make_tokenizer(template=None))
     assert found(report, "tokens").severity == "problem"
     assert "chat template" in report.not_applicable["truncation"]

@@ -15,6 +15,7 @@ from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
 from preftune.data.audit.shares import Share, share_of
 from preftune.data.audit.text import excerpt, plural, same_text, words
+from preftune.data.formats import NOT_USED
 
 NUM_EXAMPLES = 5
 #: An answer counts as a refusal where one of these stands in its first 200 characters, in lower case.
@@ -277,4 +278,18 @@ def check_languages(rows: Rows, seed: int) -> Finding:
         source=f"heuristic: py3langid on up to {_LANGUAGE_ROWS:,} random rows, texts of {_LANGUAGE_LETTERS} letters and"
         f" more, probability of {_LANGUAGE_SURE} and more; 'warn' where the interval lies above 2 %",
         threshold_kind="heuristic",
+    )
+
+
+def check_columns(rows: Rows) -> Finding:
+    """What is done with every column of the data."""
+    unused = [name for name, use in rows.columns.items() if use == NOT_USED]
+    used = [f"{name}: {use}" for name, use in rows.columns.items() if use != NOT_USED]
+    return Finding(
+        "columns",
+        "note" if unused else "ok",
+        f"columns that are not used: {', '.join(unused)}" if unused else "every column is used",
+        "; ".join(used),
+        count=len(unused),
+        source="the table of formats",
     )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from preftune.data.audit.text import flat
-from preftune.data.convert import convert_row
-from preftune.data.files import from_dataset
-from preftune.data.formats import FormatSpec, resolve
+from preftune.data.convert import canonical_rows, convert_row
+from preftune.data.formats import FormatSpec, column_uses, resolve
 from preftune.data.formats.base import BadRow, Row
 from preftune.data.options import DataOptions
 from preftune.data.rows import BadRowHandler
 from preftune.data.sources import load_report
+from preftune.data.tables import from_dataset
+from preftune.data.transcripts import as_conversation
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Rows:
         num_read: Rows found at the source.
         bad: Bad rows: ``place`` and ``reason``.
         notes: Lines for the user.
+        columns: Column of the data -> what is done with it.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Rows:
     num_read: int = 0
     bad: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
 
     @property
     def paired(self) -> bool:
@@ -117,21 +120,38 @@ def read_rows(
     dataset, notes = materialise(dataset, name)
     spec, dataset = _format(dataset, options, name, tokenizer)
     recorder = _Recorder(options.quarantine_path)
-    out = Rows(name, spec.kind if spec.kind != "ranked" else "preference", spec.name, notes=list(notes))
-    for number, raw in enumerate(from_dataset(name, dataset)):
-        for row in convert_row(raw[1], f"{name} data set, row {number}", spec, recorder):
-            _enter(out, number, row)
+    kind = "preference" if spec.kind in ("ranked", "rated") else spec.kind
+    out = Rows(name, kind, spec.name, notes=list(notes), columns=column_uses(spec, dataset.column_names))
+    then = _then(tokenizer, options)
+    if spec.kind == "rated":
+        pairs, more = canonical_rows(from_dataset(f"{name} data set", dataset), spec, recorder)
+        out.notes += more
+        for number, row in enumerate(pairs):
+            _enter(out, number, then(row))
+    else:
+        for number, raw in enumerate(from_dataset(name, dataset)):
+            for row in convert_row(raw[1], f"{name} data set, row {number}", spec, recorder, then=then):
+                _enter(out, number, row)
     out.bad = [*map(dict, bad), *recorder.found]
     out.num_read = len(dataset)
     if loaded is not None:
         out.format = ", ".join(sorted(set(loaded.formats.values()))) or out.format
         out.num_read = max(loaded.rows_read, len(dataset) + loaded.num_lost)
         out.notes += loaded.notes
+        out.columns = dict(loaded.columns) or out.columns
         known = len(out.bad) - len(recorder.found)
         if not known:
             # Only the counts are known where the caller kept no record of the places.
             out.bad += [{"place": "", "reason": reason} for reason, n in loaded.bad_rows.items() for _ in range(n)]
     return out
+
+
+def _then(tokenizer: PreTrainedTokenizerBase | None, options: DataOptions) -> Callable[[Row], Row]:
+    """Transcripts as conversations, where training makes them that."""
+    template = options.chat_template or (tokenizer.chat_template if tokenizer is not None else None)
+    if options.transcripts != "messages" or template is None:
+        return lambda row: row
+    return lambda row: as_conversation(row) or row
 
 
 def _format(

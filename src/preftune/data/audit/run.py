@@ -129,6 +129,8 @@ class _Audit:
         """Make every check that applies."""
         rows = self.rows
         self.findings += content.check_bad_rows(rows, self.options.max_dropped_share)
+        if rows.columns:
+            self.findings.append(content.check_columns(rows))
         if not len(rows):
             return
         self._repeats()

@@ -64,6 +64,7 @@ class Tokenised:
     pairs: list[TokenPair] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
+    lost: dict[int, str] = field(default_factory=dict)
     merged: dict[int, dict[str, Any]] = field(default_factory=dict)
     doubled: set[int] = field(default_factory=set)
     no_end: set[int] = field(default_factory=set)
@@ -91,7 +92,7 @@ def tokenise(
     Raises:
         ModelError: The tokenizer has no chat template or no end-of-sequence token.
     """
-    encoder = Encoder(tokenizer, options.chat_template)
+    encoder = Encoder(tokenizer, options.chat_template, keeps_lost=True)
     out = Tokenised()
     for start in progress(range(0, len(rows), _BATCH), "tokens"):
         part = rows.rows[start : start + _BATCH]
@@ -101,6 +102,9 @@ def tokenise(
             else _single(encoder, part, options)
         )
         for i, row, result in zip(range(start, start + len(part)), part, results, strict=True):
+            lost = encoder.lost.pop(id(row), None)
+            if lost is not None:
+                out.lost[i] = lost.what
             if isinstance(result, BadRow):
                 out.failed[i] = result.what
             else:
@@ -227,9 +231,24 @@ def check_tokens(rows: Rows, found: Tokenised, options: DataOptions) -> list[Fin
                 source="counted",
             )
         )
+    if found.lost:
+        out.append(_lost(rows, found))
     if found.num_unknown:
         out.append(_unknown(found))
     return out
+
+
+def _lost(rows: Rows, found: Tokenised) -> Finding:
+    share = share_of([i in found.lost for i in range(len(rows))])
+    return Finding(
+        "text_lost",
+        "problem",
+        f"the chat template leaves out text of {share.count:,} rows ({share})",
+        "Training leaves such rows out, or stops at them. Use a template that writes every role, or take the turn out.",
+        **share.fields(),
+        examples=tuple({"row": rows.numbers[i], "error": what} for i, what in found.lost.items())[:_NUM_EXAMPLES],
+        source="every turn's text was looked for in what the template rendered",
+    )
 
 
 def _unknown(found: Tokenised) -> Finding:

@@ -4,47 +4,76 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
 from preftune.data.formats.alpaca import ALPACA, ALPACA_PREFERENCE
-from preftune.data.formats.base import BadRow, FormatSpec, Kind, Message, Row
+from preftune.data.formats.base import EXTRA_USES, TEMPLATE_USES, BadRow, FormatSpec, Kind, Message, Row
 from preftune.data.formats.hh import HH
 from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
+from preftune.data.formats.labelled_alpaca import LABELLED_ALPACA
+from preftune.data.formats.labelled_messages import LABELLED_MESSAGES
 from preftune.data.formats.messages import MESSAGES
+from preftune.data.formats.messages_preference import MESSAGES_PREFERENCE
+from preftune.data.formats.named_pair import NAMED_PAIR
+from preftune.data.formats.openai_preference import OPENAI_PREFERENCE
 from preftune.data.formats.orca import ORCA
 from preftune.data.formats.preference import PREFERENCE
 from preftune.data.formats.prompt_completion import PROMPT_COMPLETION
+from preftune.data.formats.question_answer import QUESTION_ANSWER
 from preftune.data.formats.ranked import RANKED
+from preftune.data.formats.rated import RATED
 from preftune.data.formats.sharegpt import SHAREGPT, SHAREGPT_PREFERENCE
 from preftune.data.formats.text import TEXT
+from preftune.data.formats.turns import decode_columns
+from preftune.data.formats.two_answers import TWO_ANSWERS
 from preftune.data.formats.ultrafeedback import ULTRAFEEDBACK
 from preftune.data.formats.unpaired import UNPAIRED
 from preftune.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "BadRow", "FormatSpec", "Kind", "Message", "Row", "check_format_name", "detect", "resolve"]
+__all__ = [
+    "FORMATS",
+    "BadRow",
+    "FormatSpec",
+    "Kind",
+    "Message",
+    "Row",
+    "check_format_name",
+    "column_uses",
+    "detect",
+    "resolve",
+]
 
 # The order is the order of detection: a format stands before any whose columns it contains.
 _IN_ORDER = (
     ULTRAFEEDBACK,
     PREFERENCE,
+    OPENAI_PREFERENCE,
     ORCA,
     ALPACA_PREFERENCE,
     SHAREGPT_PREFERENCE,
+    MESSAGES_PREFERENCE,
+    NAMED_PAIR,
     HH,
     IMPLICIT_PREFERENCE,
+    TWO_ANSWERS,
     RANKED,
     UNPAIRED,
+    LABELLED_MESSAGES,
+    LABELLED_ALPACA,
+    RATED,
     PROMPT_COMPLETION,
     SHAREGPT,
     MESSAGES,
     ALPACA,
+    QUESTION_ANSWER,
     TEXT,
 )
 
 # For supervised fine-tuning TRL's own columns go first: a row may hold a conversation beside a pair, or a text beside
 # the fields that it was made of.
-_SFT_FIRST = (PROMPT_COMPLETION, MESSAGES, SHAREGPT, TEXT)
+_SFT_FIRST = (PROMPT_COMPLETION, MESSAGES, SHAREGPT, TEXT, ALPACA, QUESTION_ANSWER)
 _FOR_SFT = (*_SFT_FIRST, *(spec for spec in _IN_ORDER if spec not in _SFT_FIRST))
 
 FORMATS: Mapping[str, FormatSpec] = MappingProxyType({spec.name: spec for spec in _IN_ORDER})
@@ -67,6 +96,27 @@ def check_format_name(name: str) -> None:
         )
 
 
+#: What is done with columns that nothing reads.
+NOT_USED = "not used"
+
+
+def column_uses(spec: FormatSpec, columns: Collection[str], *, for_sft: bool = False) -> dict[str, str]:
+    """What is done with every column of a data set.
+
+    Args:
+        spec: Format of the rows.
+        columns: Names of the columns.
+        for_sft: The rows are examples of supervised fine-tuning, where numbers of a pair have no meaning.
+
+    Returns:
+        Column -> what is done with it.
+    """
+    without = {*EXTRA_USES} - {*TEMPLATE_USES} if for_sft else set()
+    if for_sft and "rejected" in spec.uses:
+        without |= {"rejected"}
+    return {name: NOT_USED if name in without else spec.uses.get(name, NOT_USED) for name in columns}
+
+
 def detect(
     columns: Collection[str],
     first_row: Mapping[str, Any],
@@ -85,6 +135,8 @@ def detect(
     Returns:
         The format, or ``None``.
     """
+    with suppress(BadRow):  # said again, with its place, when the row is read
+        first_row = decode_columns(first_row)
     skip = (HH,) if implicit_prompt == "common_prefix" else ()
     order = _FOR_SFT if for_sft else _IN_ORDER
     return next((spec for spec in order if spec not in skip and spec.detect(columns, first_row)), None)
@@ -134,7 +186,7 @@ def resolve(
             "the columns match no known data format",
             where=where,
             value=sorted(columns),
-            allowed="; ".join(f"{spec.name} ({spec.summary})" for spec in _IN_ORDER),
-            remedy="rename columns with `columns: {theirs: ours}`",
+            allowed="prompt, chosen, rejected; messages; prompt, completion; and the formats of docs/compatibility.md",
+            remedy="rename columns with `columns: {theirs: ours}`, where theirs may be nested (data.prompt)",
         )
     return found

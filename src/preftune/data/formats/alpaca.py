@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from preftune.data.formats.base import (
-    BadRow,
+    OPENING_USES,
+    PAIR_USES,
+    TEMPLATE_USES,
     FormatSpec,
     Message,
     Row,
@@ -14,40 +16,33 @@ from preftune.data.formats.base import (
     has,
     need_text,
     optional_text,
-    system_turn,
     template_extras,
 )
+from preftune.data.formats.turns import answer, need_text_or_messages, opening
+
+INSTRUCTION_USES = {
+    "instruction": "the user turn",
+    "input": "the user turn, below the instruction",
+    **OPENING_USES,
+}
 
 
-def _prompt(row: Mapping[str, Any]) -> list[Message]:
+def instruction_prompt(row: Mapping[str, Any]) -> list[Message]:
+    """Instruction and input as a user turn, below an optional system turn and history."""
     question = "\n".join(part for part in (need_text(row, "instruction"), optional_text(row, "input")) if part)
-    turns = system_turn(row)
-    for turn in row.get("history") or ():
-        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise BadRow(
-                "malformed_message",
-                "history",
-                "'history' must hold [question, answer] pairs",
-                value=turn,
-                remedy="write history as [[question, answer], ...]",
-            )
-        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return [*turns, {"role": "user", "content": question}]
-
-
-def _answer(row: Mapping[str, Any], field: str) -> list[Message]:
-    return [{"role": "assistant", "content": need_text(row, field)}]
+    return [*opening(row), {"role": "user", "content": question}]
 
 
 def convert_preference(row: Mapping[str, Any]) -> Row:
     """Instruction and input are the user turn, below an optional system turn and history."""
-    answers = {"chosen": _answer(row, "chosen"), "rejected": _answer(row, "rejected")}
-    return {"prompt": _prompt(row), **answers, **extras(row)}
+    answers = {name: answer(need_text_or_messages(row, name)) for name in ("chosen", "rejected")}
+    return {"prompt": instruction_prompt(row), **answers, **extras(row)}
 
 
 def convert_sft(row: Mapping[str, Any]) -> Row:
     """Instruction and input are the user turn, the output is the assistant turn."""
-    return {"prompt": _prompt(row), "completion": _answer(row, "output"), **template_extras(row)}
+    completion = answer(need_text_or_messages(row, "output"))
+    return {"prompt": instruction_prompt(row), "completion": completion, **template_extras(row)}
 
 
 ALPACA_PREFERENCE = FormatSpec(
@@ -59,6 +54,7 @@ ALPACA_PREFERENCE = FormatSpec(
     ),
     convert=convert_preference,
     summary="instruction, chosen, rejected; optional input, system, history",
+    uses={**INSTRUCTION_USES, **PAIR_USES},
 )
 
 ALPACA = FormatSpec(
@@ -68,4 +64,5 @@ ALPACA = FormatSpec(
     detect=lambda columns, row: has(columns, "instruction", "output"),
     convert=convert_sft,
     summary="instruction, output; optional input, system, history",
+    uses={**INSTRUCTION_USES, "output": "the answer", **TEMPLATE_USES},
 )

@@ -6,34 +6,40 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 Row: TypeAlias = dict[str, Any]
 Message: TypeAlias = dict[str, Any]
-Kind: TypeAlias = Literal["preference", "sft", "ranked", "unpaired"]
-
-#: Roles that chat templates know. ShareGPT names are translated to these first.
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
+Kind: TypeAlias = Literal["preference", "sft", "ranked", "unpaired", "rated"]
 
 #: Numbers that travel with a pair untouched.
 FLOAT_EXTRAS = ("margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
 
+_RENAME = "give a number; a column of another meaning needs another name (`columns: {theirs: ours}`) or has to go"
+
 _SCORE_COLUMNS = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+
+#: What is done with columns that several formats share; a format's ``uses`` are made of these and its own.
+TEMPLATE_USES: Mapping[str, str] = {
+    "tools": "given to the chat template",
+    "functions": "given to the chat template as tools",
+    "chat_template_kwargs": "given to the chat template",
+}
+EXTRA_USES: Mapping[str, str] = {
+    **TEMPLATE_USES,
+    "weight": "scales the loss of the row",
+    "margin": "score gap, for losses that use one",
+    "ref_chosen_logps": "left aside: the reference is computed anew",
+    "ref_rejected_logps": "left aside: the reference is computed anew",
+    **dict.fromkeys([name for pair in _SCORE_COLUMNS for name in pair], "their difference is the score gap"),
+}
+PAIR_USES: Mapping[str, str] = {"chosen": "the preferred answer", "rejected": "the other answer", **EXTRA_USES}
+OPENING_USES: Mapping[str, str] = {
+    "system": "the system turn",
+    "system_prompt": "the system turn",
+    "history": "earlier turns",
+}
 
 
 class BadRow(Exception):
@@ -66,11 +72,13 @@ class FormatSpec:
 
     Attributes:
         name: Name for ``dataset_format``.
-        kind: What a converted row is: a preference pair, an SFT example, ranked responses, or an unpaired answer.
+        kind: What a converted row is: a preference pair, an SFT example, ranked responses, an answer with a label,
+            or an answer with a score.
         required: Columns without which the format cannot be read.
         detect: ``(columns, first row) -> bool``.
         convert: ``row -> canonical row``; raises :class:`BadRow`.
         summary: One line for help texts.
+        uses: Column -> what is done with it, for every column that the format may read.
     """
 
     name: str
@@ -79,21 +87,12 @@ class FormatSpec:
     detect: Callable[[Collection[str], Mapping[str, Any]], bool]
     convert: Callable[[Mapping[str, Any]], Row]
     summary: str
+    uses: Mapping[str, str] = field(default_factory=dict)
 
 
 def has(columns: Collection[str], *names: str) -> bool:
     """Whether all ``names`` are among ``columns``."""
     return all(name in columns for name in names)
-
-
-def is_messages(value: Any) -> bool:
-    """Whether ``value`` is a non-empty list of messages (``role``/``content`` or ``from``/``value``)."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and isinstance(value[0], Mapping)
-        and bool({"role", "from"} & set(value[0]))
-    )
 
 
 def need(row: Mapping[str, Any], field: str) -> Any:
@@ -115,7 +114,7 @@ def need_text(row: Mapping[str, Any], field: str) -> str:
     """The value of ``field``, which must be a string."""
     value = need(row, field)
     if not isinstance(value, str):
-        raise _not_text(field, value)
+        raise not_text(field, value)
     return value
 
 
@@ -131,60 +130,18 @@ def need_number(value: Any, field: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise BadRow("not_a_number", field, f"{field!r} is not a finite number", value=value, remedy="give a number")
+        raise BadRow(
+            "not_a_number",
+            field,
+            f"{field!r} is not a finite number",
+            value=value,
+            remedy=_RENAME if field in FLOAT_EXTRAS else "give a number",
+        )
     return number
 
 
-def need_text_or_messages(row: Mapping[str, Any], field: str) -> str | list[Message]:
-    """The value of ``field``: a string, a list of messages, or one message (made a list)."""
-    value = need(row, field)
-    return value if isinstance(value, str) else need_messages(row, field)
-
-
-def need_messages(row: Mapping[str, Any], field: str) -> list[Message]:
-    """The messages of ``field`` with ``role`` and ``content``; ShareGPT's ``from`` and ``value`` are translated."""
-    value = need(row, field)
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list):
-        raise _not_text(field, value)
-    if not value:
-        raise BadRow("empty_messages", field, f"{field!r} holds no messages", remedy="add a message or remove the row")
-    return [_message(item, field) for item in value]
-
-
-def _message(item: Any, field: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise _not_text(field, item)
-    if "role" in item:
-        return dict(item)
-    if "from" in item and "value" in item:
-        role = str(item["from"])
-        rest = {key: value for key, value in item.items() if key not in ("from", "value")}
-        if role == "function_call":
-            return {"role": "assistant", "tool_calls": _tool_calls(item["value"], field), **rest}
-        return {"role": _SHAREGPT_ROLES.get(role, role), "content": item["value"], **rest}
-    raise BadRow(
-        "malformed_message",
-        field,
-        f"a message in {field!r} has neither role and content nor from and value",
-        value=item,
-        remedy="write messages as {role, content}",
-    )
-
-
-def _tool_calls(value: Any, field: str) -> list[Any]:
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise BadRow(
-            "malformed_message", field, "a function_call is not JSON", value=value, remedy="write it as JSON"
-        ) from error
-    calls = calls if isinstance(calls, list) else [calls]
-    return [{"type": "function", "function": call} for call in calls]
-
-
-def _not_text(field: str, value: Any) -> BadRow:
+def not_text(field: str, value: Any) -> BadRow:
+    """The bad row that a value is which is neither text nor messages."""
     return BadRow(
         "not_text",
         field,
@@ -201,6 +158,11 @@ def template_extras(row: Mapping[str, Any]) -> Row:
     """
     out: Row = {}
     tools = row.get("tools")
+    if tools is None and isinstance(row.get("functions"), list):
+        # What the first version of OpenAI's interface called them.
+        tools = row["functions"]
+    if isinstance(tools, list) and any(isinstance(tool, str) for tool in tools):
+        tools = [_parsed(tool) if isinstance(tool, str) else tool for tool in tools]
     if tools not in (None, ""):
         out["tools"] = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
         if not isinstance(_parsed(out["tools"]), list):
@@ -253,12 +215,6 @@ def _enter_margin(out: Row, better: Any, worse: Any) -> None:
     out.pop("margin", None)
     with suppress(BadRow):
         out["margin"] = need_number(better, "margin") - need_number(worse, "margin")
-
-
-def system_turn(row: Mapping[str, Any]) -> list[Message]:
-    """The ``system`` column as a list of no or one message."""
-    text = optional_text(row, "system")
-    return [{"role": "system", "content": text}] if text else []
 
 
 def common_prefix(first: Any, second: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import BadRow, FormatSpec, Row, common_prefix, extras, has, need_text
+from preftune.data.formats.base import PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has, need_text
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -47,4 +47,5 @@ HH = FormatSpec(
     detect=detect,
     convert=convert,
     summary="chosen, rejected; whole transcripts with Human: and Assistant: turns",
+    uses=PAIR_USES,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preftune.data.formats.base import BadRow, FormatSpec, Row, common_prefix, extras, has, need_text_or_messages
+from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
+from preftune.data.formats.turns import need_text_or_messages, opened
 
 
 def split_index(chosen: Any, rejected: Any) -> int:
@@ -35,6 +36,10 @@ def convert(row: Mapping[str, Any]) -> Row:
             "mixed_types", "rejected", "one answer is text and the other messages", remedy="use one form for both"
         )
     index = split_index(chosen, rejected)
+    if not isinstance(chosen, str):
+        return {"prompt": opened(row, chosen[:index]), "chosen": chosen[index:], "rejected": rejected[index:]} | extras(
+            row
+        )
     return {"prompt": chosen[:index], "chosen": chosen[index:], "rejected": rejected[index:], **extras(row)}
 
 
@@ -45,4 +50,5 @@ IMPLICIT_PREFERENCE = FormatSpec(
     detect=lambda columns, row: has(columns, "chosen", "rejected"),
     convert=convert,
     summary="chosen, rejected; the prompt is their common beginning",
+    uses={**PAIR_USES, **OPENING_USES},
 )

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preftune.data.formats.base import FormatSpec, Row, extras, has, need_text, system_turn
+from preftune.data.formats.base import OPENING_USES, PAIR_USES, FormatSpec, Row, extras, has, need_text
+from preftune.data.formats.turns import answer, need_text_or_messages, opening
 
 
 def convert(row: Mapping[str, Any]) -> Row:
-    """Messages: an optional system turn, the question, and one assistant turn per answer."""
-    return {
-        "prompt": [*system_turn(row), {"role": "user", "content": need_text(row, "question")}],
-        "chosen": [{"role": "assistant", "content": need_text(row, "chosen")}],
-        "rejected": [{"role": "assistant", "content": need_text(row, "rejected")}],
-        **extras(row),
-    }
+    """Messages: an optional system turn and history, the question, and one assistant turn per answer."""
+    question = {"role": "user", "content": need_text(row, "question")}
+    answers = {name: answer(need_text_or_messages(row, name)) for name in ("chosen", "rejected")}
+    return {"prompt": [*opening(row), question], **answers, **extras(row)}
 
 
 ORCA = FormatSpec(
@@ -24,5 +22,6 @@ ORCA = FormatSpec(
     required=("question", "chosen", "rejected"),
     detect=lambda columns, row: has(columns, "question", "chosen", "rejected") and isinstance(row.get("chosen"), str),
     convert=convert,
-    summary="question, chosen, rejected as text; optional system",
+    summary="question, chosen, rejected as text; optional system, history",
+    uses={"question": "the user turn", **PAIR_USES, **OPENING_USES},
 )

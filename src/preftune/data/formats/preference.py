@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preftune.data.formats.base import FormatSpec, Row, extras, has, need_text_or_messages
+from preftune.data.formats.base import OPENING_USES, PAIR_USES, FormatSpec, Row, extras, has
+from preftune.data.formats.turns import need_text_or_messages, prompted
 
 
 def convert(row: Mapping[str, Any]) -> Row:
-    """``{prompt, chosen, rejected}`` as it stands; ``from``/``value`` messages are translated."""
-    pair = {field: need_text_or_messages(row, field) for field in ("prompt", "chosen", "rejected")}
-    return {**pair, **extras(row)}
+    """``{prompt, chosen, rejected}`` as it stands, after ``system`` and ``history`` where there are such columns."""
+    fields = ("prompt", "chosen", "rejected")
+    values = prompted(row, *(need_text_or_messages(row, field) for field in fields))
+    return {**dict(zip(fields, values, strict=True)), **extras(row)}
 
 
 PREFERENCE = FormatSpec(
@@ -20,5 +22,6 @@ PREFERENCE = FormatSpec(
     required=("prompt", "chosen", "rejected"),
     detect=lambda columns, row: has(columns, "prompt", "chosen", "rejected"),
     convert=convert,
-    summary="prompt, chosen, rejected; each text or messages",
+    summary="prompt, chosen, rejected; each text or messages; optional system, history",
+    uses={"prompt": "the prompt", **PAIR_USES, **OPENING_USES},
 )

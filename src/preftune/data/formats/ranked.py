@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import (
-    BadRow,
-    FormatSpec,
-    Row,
-    extras,
-    is_messages,
-    need,
-    need_number,
-    need_text_or_messages,
-)
+from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatSpec, Row, extras, need, need_number
+from preftune.data.formats.turns import answer, is_messages, need_text_or_messages, parsed, prompted
 
 PROMPTS = ("prompt", "question", "instruction")
 RESPONSES = ("responses", "completions", "answers", "candidates")
@@ -31,20 +23,25 @@ def _first(names: tuple[str, ...], available: Collection[str]) -> str | None:
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     """A prompt beside a list of responses that carry scores or ranks."""
     responses = _first(RESPONSES, columns)
-    if _first(PROMPTS, columns) is None or responses is None or not isinstance(row.get(responses), list):
+    if _first(PROMPTS, columns) is None or responses is None or not isinstance(_listed(row.get(responses)), list):
         return False
     if _first(SCORES + RANKS, columns):
         return True
-    first = next(iter(row[responses]), None)
+    first = next(iter(_listed(row[responses])), None)
     return isinstance(first, Mapping) and _first((*_SCORE_KEYS, "rank"), first) is not None
+
+
+def _listed(value: Any) -> Any:
+    """A list that CSV holds as text, as a list."""
+    return parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
 def convert(row: Mapping[str, Any]) -> Row:
     """``{prompt, responses, scores}`` with higher scores better; a rank counts from 1, the best, and is negated."""
     prompt_name = _first(PROMPTS, row) or "prompt"
     field = _first(RESPONSES, row) or "responses"
-    prompt = need_text_or_messages(row, prompt_name)
-    items = need(row, field)
+    (prompt,) = prompted(row, need_text_or_messages(row, prompt_name))
+    items = _listed(need(row, field))
     if not isinstance(items, list) or len(items) < 2:
         raise BadRow(
             "too_few_responses", field, f"{field!r} must list two or more responses", remedy="remove the row or add one"
@@ -74,7 +71,7 @@ def _read_item(item: Any, field: str) -> tuple[Any, float]:
 
 def _read_scores(row: Mapping[str, Any], count: int) -> tuple[float, ...]:
     field = _first(SCORES, row) or _first(RANKS, row) or "scores"
-    values = need(row, field)
+    values = _listed(need(row, field))
     if not isinstance(values, list) or len(values) != count:
         raise BadRow(
             "scores_do_not_match",
@@ -88,10 +85,8 @@ def _read_scores(row: Mapping[str, Any], count: int) -> tuple[float, ...]:
 
 
 def _response(value: Any, prompt: Any, field: str) -> Any:
-    answer = need_text_or_messages({field: value}, field)
-    if isinstance(answer, str) and not isinstance(prompt, str):
-        return [{"role": "assistant", "content": answer}]
-    return answer
+    found = need_text_or_messages({field: value}, field)
+    return found if isinstance(prompt, str) else answer(found)
 
 
 RANKED = FormatSpec(
@@ -101,4 +96,11 @@ RANKED = FormatSpec(
     detect=detect,
     convert=convert,
     summary="prompt, responses and their scores or ranks; made into best-worst or all pairs",
+    uses={
+        **dict.fromkeys(PROMPTS, "the prompt"),
+        **dict.fromkeys(RESPONSES, "the answers"),
+        **dict.fromkeys((*SCORES, *RANKS), "which answers are better"),
+        **OPENING_USES,
+        **EXTRA_USES,
+    },
 )

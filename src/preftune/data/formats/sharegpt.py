@@ -6,44 +6,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from preftune.data.formats.base import (
-    BadRow,
+    OPENING_USES,
+    PAIR_USES,
+    TEMPLATE_USES,
     FormatSpec,
-    Message,
     Row,
     extras,
     has,
-    need_messages,
-    system_turn,
     template_extras,
 )
-
-
-def _conversation(row: Mapping[str, Any]) -> list[Message]:
-    turns = need_messages(row, "conversations")
-    system = system_turn(row)
-    if system and turns[0]["role"] == "system":
-        raise BadRow(
-            "two_system_turns",
-            "system",
-            "the row has a system column and a system turn",
-            remedy="keep one of the two",
-        )
-    return system + turns
+from preftune.data.formats.turns import answer, need_messages, need_text_or_messages, opened
 
 
 def convert_preference(row: Mapping[str, Any]) -> Row:
-    """The conversation is the prompt; ``chosen`` and ``rejected`` are one turn each (or lists of turns)."""
-    return {
-        "prompt": _conversation(row),
-        "chosen": need_messages(row, "chosen"),
-        "rejected": need_messages(row, "rejected"),
-        **extras(row),
-    }
+    """The conversation is the prompt; ``chosen`` and ``rejected`` are one turn each (or lists of turns, or text)."""
+    answers = {name: answer(need_text_or_messages(row, name)) for name in ("chosen", "rejected")}
+    return {"prompt": opened(row, need_messages(row, "conversations")), **answers, **extras(row)}
 
 
 def convert_sft(row: Mapping[str, Any]) -> Row:
     """The conversation as messages."""
-    return {"messages": _conversation(row), **template_extras(row)}
+    return {"messages": opened(row, need_messages(row, "conversations")), **template_extras(row)}
 
 
 SHAREGPT_PREFERENCE = FormatSpec(
@@ -53,6 +36,7 @@ SHAREGPT_PREFERENCE = FormatSpec(
     detect=lambda columns, row: has(columns, "conversations", "chosen", "rejected"),
     convert=convert_preference,
     summary="conversations, chosen, rejected; turns with from and value",
+    uses={"conversations": "the prompt", **PAIR_USES, **OPENING_USES},
 )
 
 SHAREGPT = FormatSpec(
@@ -62,4 +46,5 @@ SHAREGPT = FormatSpec(
     detect=lambda columns, row: has(columns, "conversations"),
     convert=convert_sft,
     summary="conversations; turns with from and value",
+    uses={"conversations": "the conversation", **OPENING_USES, **TEMPLATE_USES},
 )

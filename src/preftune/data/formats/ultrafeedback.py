@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import (
-    BadRow,
-    FormatSpec,
-    Row,
-    common_prefix,
-    extras,
-    has,
-    is_messages,
-    need_messages,
-)
+from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
+from preftune.data.formats.turns import is_messages, need_messages, opened
 
 
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
@@ -44,7 +36,7 @@ def convert(row: Mapping[str, Any]) -> Row:
                 remedy="remove the row or set on_bad_rows: skip",
             )
         prompt = [{"role": "user", "content": text}]
-    return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:], **extras(row)}
+    return {"prompt": opened(row, prompt), "chosen": chosen[shared:], "rejected": rejected[shared:], **extras(row)}
 
 
 ULTRAFEEDBACK = FormatSpec(
@@ -54,4 +46,5 @@ ULTRAFEEDBACK = FormatSpec(
     detect=detect,
     convert=convert,
     summary="prompt as text, chosen and rejected as whole conversations, score_chosen, score_rejected",
+    uses={"prompt": "repeats the first turn; used where the answers lack it", **PAIR_USES, **OPENING_USES},
 )

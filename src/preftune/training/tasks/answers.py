@@ -27,6 +27,7 @@ from preftune.training.lengths import ExampleLengths, pair_lengths
 from preftune.training.metrics import Term
 from preftune.training.preference_config import KTOConfig
 from preftune.training.reference import COLUMNS
+from preftune.training.sequences import num_scored
 from preftune.training.task import RowTerms, Scoring, weights_of
 from preftune.training.tasks.preference import PreferenceTask
 
@@ -41,7 +42,17 @@ class AnswerTask(PreferenceTask):
     name = "kto"
     config_class = KTOConfig
     trains_on = "labelled answers"
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_prompt_ids", "weight", "label", *COLUMNS)
+    columns = (
+        "prompt_ids",
+        "chosen_ids",
+        "rejected_ids",
+        "rejected_prompt_ids",
+        "chosen_mask",
+        "rejected_mask",
+        "weight",
+        "label",
+        *COLUMNS,
+    )
     balances_experts = True
 
     def __init__(self, args: KTOConfig) -> None:
@@ -119,7 +130,7 @@ class AnswerTask(PreferenceTask):
 
     def trees(self, example: Example, number: int) -> tuple[Tree, ...]:
         """Prompt and completion."""
-        return (Tree(example["prompt_ids"], (Branch(example["chosen_ids"], 2 * number),)),)
+        return (Tree(example["prompt_ids"], (Branch(example["chosen_ids"], 2 * number, example.get("chosen_mask")),)),)
 
     def row_terms(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> RowTerms:
         """Objective and TRL's metrics of one row; the baseline, which joins the examples of a step, is a constant."""
@@ -132,7 +143,7 @@ class AnswerTask(PreferenceTask):
             labels=desirable,
             weights=policy.new_tensor(weights) if weights else None,
         )
-        lengths = policy.new_tensor([len(e["chosen_ids"]) for e in examples])
+        lengths = policy.new_tensor([num_scored(e, "chosen")[0] for e in examples])
         self.check_agreement(logps.logratios, lengths)
         loss = self.objective(logps, kl=self._kl if self._block is not None else None).loss.sum()
         with torch.no_grad():
@@ -166,7 +177,7 @@ class AnswerTask(PreferenceTask):
 def _exchanged_trees(example: Example, number: int) -> tuple[Tree, ...]:
     prompt = example.get("rejected_prompt_ids")
     prompt = example["prompt_ids"] if prompt is None else prompt
-    return (Tree(prompt, (Branch(example["rejected_ids"], 2 * number),)),)
+    return (Tree(prompt, (Branch(example["rejected_ids"], 2 * number, example.get("rejected_mask")),)),)
 
 
 def _sums(row: PackedRow, logps: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from preftune.training.guards.evidence import of_pairs
 from preftune.training.lengths import ExampleLengths, pair_lengths
 from preftune.training.preference_config import DPOConfig
 from preftune.training.reference import COLUMNS
-from preftune.training.sequences import pair_metrics, sequence_sums, wpo_weights
+from preftune.training.sequences import num_scored, pair_metrics, sequence_sums, wpo_weights
 from preftune.training.task import RowTerms, Scoring, weights_of
 from preftune.training.tasks.preference import PreferenceTask
 
@@ -28,7 +28,17 @@ from preftune.training.tasks.preference import PreferenceTask
 class Pairs(PreferenceTask):
     """Base of the tasks whose example is a chosen and a rejected completion."""
 
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_prompt_ids", "margin", "weight", *COLUMNS)
+    columns = (
+        "prompt_ids",
+        "chosen_ids",
+        "rejected_ids",
+        "rejected_prompt_ids",
+        "chosen_mask",
+        "rejected_mask",
+        "margin",
+        "weight",
+        *COLUMNS,
+    )
 
     def prepare(self, dataset: Any, tokenizer: Any, name: str) -> tuple[Any, PrepareReport]:
         """Tokenised pairs."""
@@ -105,11 +115,12 @@ class PairTask(Pairs):
             example["rejected_ids"],
             example.get("rejected_prompt_ids"),
             (2 * number, 2 * number + 1),
+            scored=(example.get("chosen_mask"), example.get("rejected_mask")),
         )
 
     def totals(self, examples: Examples) -> list[float]:
         """Number of pairs, and of scored chosen tokens."""
-        return [float(len(examples)), float(sum(map(_scored, examples)))]
+        return [float(len(examples)), float(sum(num_scored(e, "chosen")[1] for e in examples))]
 
     def before_rows(self, rows: Sequence[PackedRow], batch: Batch, scoring: Scoring, *, training: bool) -> None:
         """Run the reference along where its values are not in the data."""
@@ -134,10 +145,10 @@ class PairTask(Pairs):
             rejected_logps=rejected,
             ref_chosen_logps=ref_chosen,
             ref_rejected_logps=ref_rejected,
-            chosen_lengths=column([len(e["chosen_ids"]) for e in examples]),
-            rejected_lengths=column([len(e["rejected_ids"]) for e in examples]),
+            chosen_lengths=column([num_scored(e, "chosen")[0] for e in examples]),
+            rejected_lengths=column([num_scored(e, "rejected")[0] for e in examples]),
             chosen_sum_logps=plain,
-            chosen_scored=column([_scored(e) for e in examples]),
+            chosen_scored=column([num_scored(e, "chosen")[1] for e in examples]),
             margins=column(margins) if margins else None,
             weights=column(weights) if weights else None,
             wpo_weights=wpo_weights(row, scores) if self.use_weighting else None,
@@ -193,8 +204,3 @@ class PairTask(Pairs):
         """Put the running reward shift back."""
         if self.running_delta is not None:
             self.running_delta.state = kept
-
-
-def _scored(example: Example) -> int:
-    """Chosen tokens that are scored: nothing predicts the first token of a sequence."""
-    return len(example["chosen_ids"]) - (len(example["prompt_ids"]) == 0)

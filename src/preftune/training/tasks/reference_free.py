@@ -25,7 +25,7 @@ from preftune.training.config import PackedConfig
 from preftune.training.guards.evidence import of_pairs
 from preftune.training.metrics import Term
 from preftune.training.reference_free_config import CPOConfig, ORPOConfig, ReferenceFreeConfig
-from preftune.training.sequences import reward_metrics, token_metrics
+from preftune.training.sequences import num_scored, reward_metrics, token_metrics
 from preftune.training.task import RowTerms, weights_of
 from preftune.training.tasks.pairs import Pairs
 
@@ -59,6 +59,7 @@ class ContrastTask(Pairs):
             example.get("rejected_prompt_ids"),
             (first, first + 1),
             first + 2 if self.scores_prompt else None,
+            (example.get("chosen_mask"), example.get("rejected_mask")),
         )
 
     def totals(self, examples: Examples) -> list[float]:
@@ -67,7 +68,7 @@ class ContrastTask(Pairs):
         for e in examples:
             prompt = len(e["prompt_ids"])
             # Nothing predicts the first token of a sequence.
-            scored += len(e["chosen_ids"]) + (prompt - 1 if self.scores_prompt else -(prompt == 0))
+            scored += num_scored(e, "chosen")[1] + (prompt - 1 if self.scores_prompt and prompt else 0)
         return [float(len(examples)), float(scored)]
 
     def _pair_logps(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> PairLogps:

@@ -1,0 +1,67 @@
+"""Rows of a data set without what Arrow puts into them.
+
+Arrow gives all rows of a column the same fields: a tool call with the argument ``city`` comes back with ``unit: null``
+too, where another row's call has a ``unit``. Fields that are null are therefore left out of whatever is nested in a
+column. Columns that the data set stores as JSON are as they were written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Fields of which every turn has one, null or not.
+_ALWAYS = ("content", "value", "role", "from")
+
+
+def rows_of(dataset: Dataset, key: Any) -> list[dict[str, Any]]:
+    """Rows of a data set by a slice or a list of numbers.
+
+    Args:
+        dataset: The data set, without a format of its own.
+        key: What to index it with.
+
+    Returns:
+        The rows, as they were before Arrow made them alike.
+    """
+    batch = dataset[key]
+    nested = {name: feature for name, feature in dataset.features.items() if _adds_nulls(feature)}
+    columns = {
+        name: [without_nulls(value, nested[name]) for value in values] if name in nested else values
+        for name, values in batch.items()
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def without_nulls(value: Any, feature: Any) -> Any:
+    """A value without the fields that Arrow may have added.
+
+    Args:
+        value: What a data set returned.
+        feature: The feature it was stored as.
+
+    Returns:
+        The value.
+    """
+    if isinstance(value, Mapping) and isinstance(feature, Mapping):
+        return {
+            key: without_nulls(item, feature.get(key))
+            for key, item in value.items()
+            if item is not None or key in _ALWAYS
+        }
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        return value if inner is None else [without_nulls(item, inner) for item in value]
+    return value
+
+
+def _adds_nulls(feature: Any) -> bool:
+    if isinstance(feature, Mapping):
+        return bool(set(feature) - set(_ALWAYS)) or any(map(_adds_nulls, feature.values()))
+    if isinstance(feature, list):
+        return bool(feature) and _adds_nulls(feature[0])
+    inner = getattr(feature, "feature", None)
+    return inner is not None and _adds_nulls(inner)

@@ -1,0 +1,93 @@
+"""Rows of any format written as TRL's columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preftune.data.transcripts import as_conversation
+from preftune.errors import ConfigError, SetupError
+from preftune.files import replacing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Endings of files that can be written.
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def check_target(path: str | Path) -> Path:
+    """The file to write.
+
+    Raises:
+        ConfigError: It has no known ending, or is a folder.
+    """
+    target = Path(path).expanduser()
+    if target.suffix not in SUFFIXES or target.is_dir():
+        raise ConfigError("not a file to write to", where="--out", value=str(path), allowed=", ".join(SUFFIXES))
+    return target
+
+
+def rows_of_columns(dataset: Dataset, *, as_messages: bool) -> Iterator[dict[str, Any]]:
+    """Canonical rows without fields that are null, transcripts made conversations where that is wanted.
+
+    Args:
+        dataset: What :func:`preftune.data.load` returned.
+        as_messages: Whether transcripts become conversations.
+    """
+    for row in dataset:
+        kept = {name: value for name, value in row.items() if value is not None}
+        yield (as_conversation(kept) if as_messages else None) or kept
+
+
+def write(dataset: Dataset, path: str | Path, *, as_messages: bool = False) -> int:
+    """Write canonical rows; a reader never sees half a file.
+
+    Args:
+        dataset: What :func:`preftune.data.load` returned.
+        path: File to write, ending with one of :data:`SUFFIXES`.
+        as_messages: Whether transcripts become conversations.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ConfigError: A kind of file that is not written.
+        SetupError: The file cannot be written.
+    """
+    target = check_target(path)
+    rows = list(rows_of_columns(dataset, as_messages=as_messages))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as beside:
+            if target.suffix == ".parquet":
+                from datasets import Dataset as HFDataset
+
+                HFDataset.from_list(rows, on_mixed_types="use_json").to_parquet(str(beside))
+            else:
+                _write_text(beside, rows, lines=target.suffix == ".jsonl")
+    except OSError as error:
+        what = f"cannot write ({error.strerror})"
+        raise SetupError(what, where=str(target), remedy="choose another --out") from error
+    return len(rows)
+
+
+def _write_text(path: Path, rows: list[dict[str, Any]], *, lines: bool) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        if lines:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            json.dump(rows, file, ensure_ascii=False, indent=1)
+            file.write("\n")
+
+
+def columns_told(columns: dict[str, str] | Any) -> list[str]:
+    """What is done with every column, one line for all that are used and one for the rest."""
+    from preftune.data.formats import NOT_USED
+
+    used = [f"{name} ({use})" for name, use in columns.items() if use != NOT_USED]
+    unused = [name for name, use in columns.items() if use == NOT_USED]
+    out = [f"columns used: {', '.join(used)}"] if used else []
+    return [*out, f"columns not used: {', '.join(unused)}"] if unused else out

@@ -1,0 +1,359 @@
+"""Turns of a conversation, however they are written: names of roles and fields, parts, tool calls, JSON as text."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from preftune.data.formats.base import BadRow, Message, need, need_text, not_text, optional_text
+
+#: Roles that chat templates know. Other names are translated to these first.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+#: What other formats call the roles.
+ROLE_NAMES: Mapping[str, str] = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+#: Names of the two fields of a turn, the usual ones first.
+ROLE_KEYS = ("role", "from", "speaker")
+TEXT_KEYS = ("content", "value", "text")
+#: Roles of a turn that is a tool call written as text.
+_CALLS = ("function_call", "tool_call")
+#: Types of a part of a turn that is text.
+_TEXT_TYPES = ("text", "input_text", "output_text", None)
+
+_STRUCTURE = re.compile(r"\s*(?:array\()?\[?\s*\{\s*['\"](?:role|from|content|value|speaker)['\"]\s*:")
+_BETWEEN_ITEMS = re.compile(r"\}\s*\n\s*\{")
+
+
+def is_turn(value: Any) -> bool:
+    """Whether ``value`` is one turn: a role and what was said."""
+    if not isinstance(value, Mapping) or not any(key in value for key in ROLE_KEYS):
+        return False
+    return any(key in value for key in (*TEXT_KEYS, "tool_calls", "function_call"))
+
+
+def is_messages(value: Any) -> bool:
+    """Whether ``value`` is a non-empty list of turns, whatever its fields are called."""
+    return isinstance(value, list) and bool(value) and is_turn(value[0])
+
+
+def decoded(value: Any, field: str) -> Any:
+    """A conversation that is stored as text (JSON, or what Python prints) as the list it was; all else unchanged.
+
+    Raises:
+        BadRow: The text is plainly such a conversation, and cannot be read.
+    """
+    if not isinstance(value, str) or not _STRUCTURE.match(value):
+        return value
+    found = parsed(value)
+    if is_messages(found) or is_turn(found):
+        return found
+    # JSON of another kind is an answer like any other, and so is what only begins as an object does.
+    if not isinstance(found, str) or value.lstrip().startswith("{"):
+        return value
+    raise BadRow(
+        "unreadable_structure",
+        field,
+        f"{field!r} is a conversation stored as text that is neither JSON nor Python",
+        value=value[:60],
+        remedy="store it as JSON, or set on_bad_rows: skip",
+    )
+
+
+def parsed(text: str) -> Any:
+    """What JSON text or the text of a Python value holds; the text itself where it is neither."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    # numpy prints items without commas, and pandas writes that into CSV.
+    without_array = re.sub(r"^\s*array\((.*?)(?:,\s*dtype=object)?\)\s*$", r"\1", text, flags=re.DOTALL)
+    for candidate in (text, _BETWEEN_ITEMS.sub("}, {", without_array)):
+        try:
+            return ast.literal_eval(candidate.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            continue
+    return text
+
+
+def decode_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose conversations are no longer text.
+
+    Raises:
+        BadRow: See :func:`decoded`.
+    """
+    out = {field: decoded(value, field) if isinstance(value, str) else value for field, value in row.items()}
+    for field in ("prompt", "chosen", "rejected", "completion"):
+        whole = _conversation_within(out.get(field))
+        if whole is not None:
+            out[field] = whole["messages"]
+            out["tools"] = out.get("tools") or whole.get("tools")
+    return out
+
+
+def _conversation_within(value: Any) -> Mapping[str, Any] | None:
+    """An answer that is a whole record of a conversation: its messages, and the tools that were there."""
+    if isinstance(value, str) and value.lstrip().startswith("{") and "messages" in value:
+        value = parsed(value)
+    return value if isinstance(value, Mapping) and is_messages(value.get("messages")) else None
+
+
+def need_text_or_messages(row: Mapping[str, Any], field: str) -> str | list[Message]:
+    """The value of ``field``: a string, a list of messages, or one message (made a list)."""
+    value = need(row, field)
+    return value if isinstance(value, str) else need_messages(row, field)
+
+
+def need_messages(row: Mapping[str, Any], field: str) -> list[Message]:
+    """The messages of ``field`` with ``role`` and ``content``, whatever their fields and roles are called."""
+    value = need(row, field)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        raise not_text(field, value)
+    if not value:
+        raise BadRow("empty_messages", field, f"{field!r} holds no messages", remedy="add a message or remove the row")
+    return [message(item, field) for item in value]
+
+
+def message(item: Any, field: str) -> Message:
+    """One turn with ``role`` and ``content``.
+
+    Raises:
+        BadRow: It has no role, or holds no text.
+    """
+    if not isinstance(item, Mapping):
+        raise not_text(field, item)
+    role_key = next((key for key in ROLE_KEYS if item.get(key) is not None), None)
+    text_key = next((key for key in TEXT_KEYS if key in item), None)
+    calls = item.get("tool_calls") or item.get("function_call")
+    if role_key is None or (text_key is None and not calls):
+        raise BadRow(
+            "malformed_message",
+            field,
+            f"a message in {field!r} has neither role and content nor from and value",
+            value=item,
+            remedy="write messages as {role, content}",
+        )
+    used = (role_key, text_key, "tool_calls", "function_call")
+    rest = {key: value for key, value in item.items() if key not in used and value is not None}
+    role = str(item[role_key])
+    if role in _CALLS:
+        return {"role": "assistant", "tool_calls": tool_calls(item[str(text_key)], field), **rest}
+    out: Message = {"role": ROLE_NAMES.get(role.strip().lower(), role)}
+    if text_key is not None:
+        out["content"] = _content(item[text_key])
+        if out["role"] == "tool" and isinstance(out["content"], Mapping):
+            # What a tool returned, as the object that it was.
+            out["content"] = json.dumps(out["content"], ensure_ascii=False)
+    out |= rest
+    if calls:
+        out["tool_calls"] = tool_calls(calls, field)
+    return out
+
+
+def _content(value: Any) -> Any:
+    """Text, or a list of text parts in the form that templates know; all else unchanged, to be refused later."""
+    items = [value] if isinstance(value, Mapping) else value
+    if not isinstance(items, list):
+        return value
+    parts = []
+    for part in items:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+        elif isinstance(part, Mapping) and part.get("type") in _TEXT_TYPES and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            return value
+    return parts
+
+
+def tool_calls(value: Any, field: str) -> list[Any]:
+    """Tool calls as templates know them, with arguments that are a mapping where they were JSON text.
+
+    Raises:
+        BadRow: Calls that are text, and no JSON.
+    """
+    calls = value
+    if isinstance(value, str):
+        calls = parsed(value)
+        if isinstance(calls, str):
+            raise BadRow(
+                "malformed_message", field, "a function_call is not JSON", value=value, remedy="write it as JSON"
+            )
+    return [_call(one) for one in (calls if isinstance(calls, list) else [calls])]
+
+
+def _call(value: Any) -> Any:
+    call = parsed(value) if isinstance(value, str) else value
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"])}
+    if "name" in call:
+        return {"type": "function", "function": _with_arguments(call)}
+    return dict(call)
+
+
+def _with_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(function)
+    if isinstance(out.get("arguments"), str):
+        arguments = parsed(out["arguments"]) if out["arguments"].strip() else {}
+        # Text that is no mapping is what the model wrote, broken or not.
+        if isinstance(arguments, Mapping):
+            out["arguments"] = arguments
+    return out
+
+
+def opening(row: Mapping[str, Any]) -> list[Message]:
+    """What the columns ``system`` and ``history`` put before a conversation.
+
+    Raises:
+        BadRow: They hold something else.
+    """
+    return [*system_turn(row), *_history(row)]
+
+
+def system_turn(row: Mapping[str, Any]) -> list[Message]:
+    """The ``system`` column (or ``system_prompt``) as a list of no or one message."""
+    name = "system" if "system" in row else "system_prompt"
+    text = optional_text(row, name)
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _history(row: Mapping[str, Any]) -> list[Message]:
+    given = row.get("history") or []
+    if isinstance(given, str):
+        given = parsed(given)
+    if is_messages(given):
+        return need_messages({"history": given}, "history")
+    turns: list[Message] = []
+    for turn in [given] if isinstance(given, str) else given:
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise BadRow(
+                "malformed_message",
+                "history",
+                "'history' must hold [question, answer] pairs",
+                value=turn,
+                remedy="write history as [[question, answer], ...]",
+            )
+        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return turns
+
+
+def opened(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+    """A conversation after the row's ``system`` and ``history``.
+
+    Raises:
+        BadRow: The conversation begins with another system turn than the column holds.
+    """
+    before = opening(row)
+    if before and before[0]["role"] == "system" and turns and turns[0].get("role") == "system":
+        if turns[0].get("content") != before[0]["content"]:
+            raise BadRow(
+                "two_system_turns",
+                "system",
+                "the row has a system column and a system turn",
+                remedy="keep one of the two",
+            )
+        turns = turns[1:]
+    return [*before, *turns]
+
+
+def has_opening(row: Mapping[str, Any]) -> bool:
+    """Whether the row has a column of what stands before its prompt."""
+    return any(name in row for name in ("system", "system_prompt", "history"))
+
+
+def answer(value: str | list[Message]) -> list[Message]:
+    """An answer as messages."""
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+
+
+def asked(value: str | list[Message]) -> list[Message]:
+    """A prompt as messages."""
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def alike(prompt: Any, *answers: Any) -> tuple[Any, ...]:
+    """Prompt and answers, answers of text made messages where the prompt is messages and none of them is."""
+    if not isinstance(prompt, str) and all(isinstance(one, str) for one in answers):
+        return (prompt, *map(answer, answers))
+    return (prompt, *answers)
+
+
+def prompted(row: Mapping[str, Any], prompt: str | list[Message], *answers: Any) -> tuple[Any, ...]:
+    """Prompt and answers with ``system`` and ``history`` before them; a row that has those columns becomes messages.
+
+    Answers that begin with the whole prompt once more lose it.
+
+    Raises:
+        BadRow: See :func:`opened`.
+    """
+    if has_opening(row) and (not isinstance(prompt, str) or all(isinstance(one, str) for one in answers)):
+        prompt = opened(row, asked(prompt))
+    prompt, *rest = alike(prompt, *answers)
+    if not isinstance(prompt, str) and all(_repeats(prompt, one) for one in rest):
+        rest = [one[len(prompt) :] for one in rest]
+    return (prompt, *rest)
+
+
+def _repeats(prompt: list[Message], turns: Any) -> bool:
+    return isinstance(turns, list) and len(turns) > len(prompt) > 0 and turns[: len(prompt)] == prompt
+
+
+def last_answer(turns: list[Message], field: str) -> tuple[list[Message], list[Message]]:
+    """A conversation divided before its last run of turns that begins with the assistant.
+
+    Raises:
+        BadRow: It ends with another turn.
+    """
+    if turns[-1].get("role") != "assistant" or len(turns) == 1:
+        raise BadRow(
+            "no_answer",
+            field,
+            f"{field!r} does not end with an answer to something",
+            value=turns[-1].get("role"),
+            remedy="end it with an assistant turn, or set on_bad_rows: skip",
+        )
+    return turns[:-1], turns[-1:]
+
+
+__all__ = [
+    "ROLES",
+    "alike",
+    "answer",
+    "asked",
+    "decode_columns",
+    "decoded",
+    "is_messages",
+    "is_turn",
+    "last_answer",
+    "message",
+    "need_messages",
+    "need_text",
+    "need_text_or_messages",
+    "opened",
+    "opening",
+    "parsed",
+    "prompted",
+    "system_turn",
+    "tool_calls",
+]

@@ -1,0 +1,174 @@
+"""Two answers and a verdict: arena votes, SHP, HelpSteer's preferences, PKU-SafeRLHF, WebGPT comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from preftune.data.formats.base import (
+    OPENING_USES,
+    TEMPLATE_USES,
+    BadRow,
+    FormatSpec,
+    Message,
+    Row,
+    common_prefix,
+    need,
+    need_number,
+    template_extras,
+)
+from preftune.data.formats.turns import answer, asked, is_messages, need_messages, need_text_or_messages, opened, parsed
+
+QUESTIONS = ("prompt", "question", "context", "instruction", "query", "history", "input")
+#: Names of the two answers, the first one's first.
+ANSWERS = (
+    *((f"{word}_{a}", f"{word}_{b}") for word in ("response", "answer", "completion", "output", "conversation")
+      for a, b in (("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"))),
+    ("response1", "response2"),
+    ("human_ref_A", "human_ref_B"),
+)  # fmt: skip
+#: Columns that name the better answer.
+WINNERS = ("winner", "preferred", "preference", "choice", "better_response_id", "better_response", "labels", "label")
+#: Columns whose sign does: below 0 the first answer is better.
+STRENGTHS = ("overall_preference", "preference_strength")
+#: Columns of one score per answer.
+SCORES = (("score_0", "score_1"), ("score_a", "score_b"), ("score_A", "score_B"), ("score_1", "score_2"))
+#: Columns of one mark per outcome, as in exports of votes.
+VOTES = ("winner_model_a", "winner_model_b", "winner_tie")
+_FIRST = {"model_a", "a", "first", "left", "response_a", "response_1", "response1", "answer_a", "chosen_a"}
+_SECOND = {"model_b", "b", "second", "right", "response_b", "response_2", "response2", "answer_b", "chosen_b"}
+
+
+def _pair(columns: Collection[str]) -> tuple[str, str] | None:
+    return next((pair for pair in ANSWERS if pair[0] in columns and pair[1] in columns), None)
+
+
+def _has_verdict(columns: Collection[str]) -> bool:
+    names = (*WINNERS, *STRENGTHS, VOTES[0])
+    return any(name in columns for name in names) or any(a in columns and b in columns for a, b in SCORES)
+
+
+def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
+    """Two answers beside something that says which is better."""
+    pair = _pair(columns)
+    if pair is None or not _has_verdict(columns):
+        return False
+    return pair[0].startswith("conversation") or any(name in columns for name in QUESTIONS)
+
+
+def convert(row: Mapping[str, Any]) -> Row:
+    """The better answer is chosen. A tie says nothing about which to prefer, so that the row is left out."""
+    first, second = pair = _pair(row) or ("response_a", "response_b")
+    gap = _verdict(row, pair)
+    if not gap:
+        raise BadRow("no_preference", "verdict", "a tie: neither answer is preferred", remedy="set on_bad_rows: skip")
+    better, worse = (first, second) if gap > 0 else (second, first)
+    if first.startswith("conversation"):
+        prompt, chosen, rejected = _divided(row, better, worse)
+    else:
+        prompt, chosen, rejected = _asked(row, better, worse)
+    return {"prompt": opened(_system(row), prompt), "chosen": chosen, "rejected": rejected, **template_extras(row)}
+
+
+def _system(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    # SHP's history is the question.
+    return {key: value for key, value in row.items() if key != "history"}
+
+
+def _divided(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Message], list[Message], list[Message]]:
+    chosen, rejected = need_messages(row, better), need_messages(row, worse)
+    shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if not shared:
+        raise BadRow(
+            "no_shared_prompt", worse, "the two conversations do not begin with the same turn", remedy="remove the row"
+        )
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _asked(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Message], list[Message], list[Message]]:
+    question = next((name for name in QUESTIONS if name in row), "prompt")
+    given = need(row, question)
+    if isinstance(given, Mapping) and isinstance(given.get("full_text"), str):
+        given = given["full_text"]
+    several = [parsed(row[name]) if isinstance(row.get(name), str) else row.get(name) for name in (better, worse)]
+    turns = parsed(given) if isinstance(given, str) and given.lstrip().startswith("[") else given
+    if isinstance(turns, list) and turns and not is_messages(turns):
+        return _exchanges(turns, several, better, worse)
+    prompt = asked(need_text_or_messages({question: given}, question))
+    return prompt, answer(need_text_or_messages(row, better)), answer(need_text_or_messages(row, worse))
+
+
+def _exchanges(
+    questions: list[Any], answers: list[Any], better: str, worse: str
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Several turns, stored as a list of questions and two lists of answers; the first question alone is shared."""
+    out = []
+    for name, texts in zip((better, worse), answers, strict=True):
+        if not isinstance(texts, list) or len(texts) != len(questions):
+            raise BadRow("malformed_response", name, f"{name!r} must list one answer per question", value=texts)
+        turns: list[Message] = []
+        for asked_for, said in zip(questions, texts, strict=True):
+            if not isinstance(asked_for, str) or not isinstance(said, str):
+                raise BadRow("null", name, f"a turn of {name!r} holds no text", value=said, remedy="remove the row")
+            turns += [{"role": "user", "content": asked_for}, {"role": "assistant", "content": said}]
+        out.append(turns)
+    return out[0][:1], out[0][1:], out[1][1:]
+
+
+def _verdict(row: Mapping[str, Any], pair: tuple[str, str]) -> float:
+    """Above 0 where the first answer is better, below 0 where the second is, 0 for a tie."""
+    if VOTES[0] in row:
+        return need_number(row[VOTES[0]], VOTES[0]) - need_number(row.get(VOTES[1], 0), VOTES[1])
+    for name in STRENGTHS:
+        if row.get(name) is not None:
+            return -need_number(row[name], name)
+    for name in WINNERS:
+        if row.get(name) is not None:
+            return _named(row[name], name, pair)
+    for a, b in SCORES:
+        if row.get(a) is not None and row.get(b) is not None:
+            return need_number(row[a], a) - need_number(row[b], b)
+    raise BadRow("null", "winner", "nothing says which answer is better", remedy="remove the row")
+
+
+def _named(value: Any, field: str, pair: tuple[str, str]) -> float:
+    word = str(value).strip().lower()
+    if word in _FIRST or word == pair[0].lower():
+        return 1.0
+    if word in _SECOND or word == pair[1].lower():
+        return -1.0
+    if "tie" in word or word in ("both", "neither", "none", "equal", "same", "draw", "bothbad"):
+        return 0.0
+    # SHP says 1 where A is better; elsewhere the number is that of the answer, as it is in the columns' names.
+    if field == "labels" and word in ("0", "1", "0.0", "1.0"):
+        return 1.0 if float(word) else -1.0
+    ends = [name[-1] for name in pair]
+    number = word.removesuffix(".0")
+    if number in ends:
+        return 1.0 if number == ends[0] else -1.0
+    raise BadRow(
+        "not_a_label",
+        field,
+        f"{field!r} names neither answer",
+        value=value,
+        remedy="write model_a, model_b or tie, or set on_bad_rows: skip",
+    )
+
+
+TWO_ANSWERS = FormatSpec(
+    name="two_answers",
+    kind="preference",
+    required=(),
+    detect=detect,
+    convert=convert,
+    summary="two answers (response_a/response_b, response_0/response_1, conversation_a/conversation_b, ...) and which"
+    " is better (winner, preference_strength, labels, scores); ties are left out",
+    uses={
+        **OPENING_USES,
+        **TEMPLATE_USES,
+        **dict.fromkeys(QUESTIONS, "the prompt"),
+        **dict.fromkeys((name for pair in ANSWERS for name in pair), "one of the two answers"),
+        **dict.fromkeys((*WINNERS, *STRENGTHS, *VOTES), "which answer is better"),
+        **dict.fromkeys((name for pair in SCORES for name in pair), "which answer is better, if nothing else says it"),
+    },
+)

@@ -1,0 +1,139 @@
+"""Rows as they were found, with the place of each, and the columns to take from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from preftune.data.arrow import rows_of
+from preftune.data.formats.base import BadRow
+from preftune.data.formats.turns import parsed
+
+_BATCH = 1000
+_OPENING = ("system", "system_prompt", "history")
+
+
+@dataclass
+class RawTable:
+    """Rows as they were found.
+
+    Attributes:
+        name: File or data set, for messages.
+        rows: A list of rows (or :class:`BadRow`), or a ``datasets.Dataset``.
+        place: Row index -> file and line, or file and row number.
+        select: Columns to keep; ``None`` keeps all.
+        rename: Old column name -> new.
+        indices: Rows to use, in order; ``None`` uses all.
+    """
+
+    name: str
+    rows: Any
+    place: Callable[[int], str]
+    select: Sequence[str] | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+    indices: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.indices is None else len(self.indices)
+
+    def raw_columns(self) -> list[str]:
+        """Names of all columns as found."""
+        if hasattr(self.rows, "column_names"):
+            return list(self.rows.column_names)
+        return list(dict.fromkeys(key for row in self.rows if isinstance(row, Mapping) for key in row))
+
+    def columns(self) -> list[str]:
+        """Names of the columns after selection and renaming."""
+        raw = self.raw_columns()
+        kept = [*raw, *self._nested(raw)] if self.select is None else list(self.select)
+        return [self.rename.get(name, name) for name in kept if name in self.rename or name not in self._new_names()]
+
+    def _nested(self, raw: Sequence[str]) -> list[str]:
+        return [name for name in self.rename if is_within(raw, name)]
+
+    def _new_names(self) -> set[str]:
+        return set(self.rename.values())
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """``(place, row)`` for every row used."""
+        indices = range(len(self.rows)) if self.indices is None else self.indices
+        plain = self.select is None and not self.rename
+        for index, row in self._read(indices):
+            yield self.place(index), row if plain or not isinstance(row, Mapping) else self._reshape(row)
+
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        if isinstance(self.rows, list):
+            # A row without them among rows that have them is a row whose system turn and history are empty.
+            absent = dict.fromkeys(name for name in _OPENING if name in self.raw_columns())
+            for index in indices:
+                row = self.rows[index]
+                yield index, {**absent, **row} if absent and isinstance(row, Mapping) else row
+            return
+        for start in range(0, len(indices), _BATCH):
+            chunk = list(indices[start : start + _BATCH])
+            try:
+                rows: list[Any] = list(rows_of(self.rows, chunk))
+            except UnicodeDecodeError:
+                rows = [_row_or_bad(self.rows, index) for index in chunk]
+            yield from zip(chunk, rows, strict=True)
+
+    def _reshape(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        columns = list(row)
+        names = columns if self.select is None else [name for name in self.select if name in row]
+        new = self._new_names()
+        nested = {self.rename[name]: within(row, name) for name in self._nested(columns)}
+        return nested | {
+            self.rename.get(name, name): row[name] for name in names if name in self.rename or name not in new
+        }
+
+    def example(self) -> dict[str, Any]:
+        """A row to recognise the format by: an early one without nulls, or else the first that can be read."""
+        columns = self.columns()
+        fallback: dict[str, Any] = {}
+        for _, row in islice(self, 100):
+            if isinstance(row, Mapping):
+                full = {**dict.fromkeys(columns), **row}
+                if all(value is not None for value in full.values()):
+                    return full
+                fallback = fallback or full
+        return fallback
+
+
+def _row_or_bad(rows: Any, index: int) -> Any:
+    try:
+        return rows_of(rows, [index])[0]
+    except UnicodeDecodeError as error:
+        return BadRow(
+            "invalid_utf8", "row", f"bytes that are not UTF-8: {error.reason}", remedy="save the file as UTF-8"
+        )
+
+
+def from_dataset(name: str, dataset: Any) -> RawTable:
+    """A loaded ``datasets.Dataset`` as a raw table."""
+    return RawTable(name, dataset.with_format(None), lambda index: f"{name}, row {index} (the first is 0)")
+
+
+def within(row: Mapping[str, Any], path: str) -> Any:
+    """The value at a path such as ``data.answers.0.text``; ``None`` where there is none.
+
+    Args:
+        row: A row. Fields that hold JSON text are looked into as well.
+        path: Names of fields and positions in lists, with dots between them.
+    """
+    value: Any = row
+    for name in path.split("."):
+        value = parsed(value) if isinstance(value, str) else value
+        if isinstance(value, Mapping):
+            value = value.get(name)
+        elif isinstance(value, list) and name.lstrip("-").isdigit() and -len(value) <= int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return None
+    return value
+
+
+def is_within(columns: Sequence[str], path: str) -> bool:
+    """Whether a name leads into one of the columns."""
+    return path not in columns and "." in path and path.split(".")[0] in columns
