@@ -36,7 +36,8 @@ name, with a warning. A folder is written into by one process at a time; a secon
 process number and start. An output folder that is a model, a data folder or the cache, lies in one, or holds a model
 or a data folder is refused, links followed; so is a quarantine file that is not made of quarantined rows alone. The
 other verbs (`eval`, `data audit`, `advise`, `report`, `demo`, `sweep`) replace only files of their own that are
-unchanged; a sweep reads only pairs and settings that it has written. (`tests/faults/test_ownership.py`)
+unchanged; `data convert` and `advise --write` leave every file that exists as it is; a sweep reads only pairs and
+settings that it has written. (`tests/faults/test_ownership.py`)
 
 **Which checkpoint is resumed from.** With `resume_from_checkpoint: true`, the newest whole one of the run that wrote
 into the folder last; its step is what its manifest says.

@@ -90,6 +90,7 @@ SETTINGS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {"--model": "model", "--ref_model": "model", "--compare": "model", "--dataset_name": "data"},
     ),
     "audit": ({"--out": "folder", "--quarantine_path": "file"}, {"--dataset_name": "data"}),
+    "convert": ({"--out": "file"}, {"--dataset_name": "data"}),
     "advise": ({"--out": "folder", "--write": "file"}, {"--model_name_or_path": "model", "--dataset_name": "data"}),
     "sweep": ({"--out": "folder", "PREFTUNE_CACHE": "folder"}, {"--model_name_or_path": "model"}),
 }

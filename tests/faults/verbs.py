@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "advise": ("advise", "--model_name_or_path", "{world}/model", *_PAIRS, "--out", "{out}"),
     "report": ("report", "{world}/run", "--out", "{out}/report.html"),
     "recipes": ("recipes", "copy", "zephyr-7b-dpo-full", "{out}/README.md"),
+    "convert": ("data", "convert", *_PAIRS, "--out", "{out}/log.jsonl"),
     "sweep": (
         *("sweep", *_PAIRS, "--model_name_or_path", "{world}/model", "--out", "{out}", "--param", "beta=0.1,0.2"),
         *("--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "2", "--eval_share", "0.3"),
