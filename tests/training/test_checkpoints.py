@@ -195,7 +195,10 @@ def test_rotation_counts_whole_ones_and_keeps_what_is_needed(tmp_path: Path) -> 
     assert [path.name for _, path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
 
 
-def test_a_crash_while_replacing_leaves_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", ["0", "10", "110"])
+def test_a_crash_while_replacing_leaves_one_of_the_two(
+    ranks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     final = make(tmp_path, 5, content="old")
     run = RunFolder.open(tmp_path, RUN)
     staging = staging_folder(run, 5)
@@ -214,6 +217,12 @@ def test_a_crash_while_replacing_leaves_one_of_the_two(tmp_path: Path, monkeypat
         publish(run, staging, 5)
     monkeypatch.undo()
     assert not final.exists()
+    for rank in ranks:
+        # Whichever process of a run comes first, all find it.
+        monkeypatch.setenv("RANK", rank)
+        found = find_checkpoint(tmp_path).manifest
+        assert found is not None
+        assert found.folder == final
     recover(tmp_path)
     verify(final)
     assert (final / "model.safetensors").read_text() == "old 5"

@@ -279,7 +279,9 @@ class RunFolder:
         for name in self.record.going:
             final, moved = self.folder / name, self.home / "going" / name
             if moved.is_dir() and name in self.record.folders and not os.path.lexists(final):
-                os.rename(moved, final)
+                # Another process of the same run may be doing the same.
+                with suppress(OSError):
+                    os.rename(moved, final)
 
     def recover(self) -> None:
         """Tidy up after a crash of this run: nothing that it has not recorded is touched."""

@@ -90,13 +90,18 @@ def recover(output_dir: Path, *, tidy: bool = True) -> None:
         SetupError: Another process is writing into the folder.
     """
     record = current(output_dir)
-    if record is not None and os.environ.get("RANK", "0") == "0":
-        with holding(output_dir):
-            run = RunFolder(output_dir, record)
-            if tidy:
-                run.recover()
-            else:
-                run.restore()
+    if record is None:
+        return
+    run = RunFolder(output_dir, record)
+    if os.environ.get("RANK", "0") != "0":
+        # Every process of a run looks for its checkpoint, and has to find the same; the first one holds the folder.
+        run.restore()
+        return
+    with holding(output_dir):
+        if tidy:
+            run.recover()
+        else:
+            run.restore()
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
