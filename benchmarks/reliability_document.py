@@ -24,9 +24,30 @@ reference. A resumed run that differs in anything that changes what is learned i
 value; more steps, another row length, or another version of torch, transformers, accelerate, peft or preftune go on
 with a warning (`tests/training/test_identity.py`).
 
+**Whose files these are.** A run has a random id. In `.preftune` in its output folder it records every file and
+checkpoint with size and SHA-256 before that takes its name, and it replaces or removes only what its own record names
+and what is unchanged since; unfinished files are in `.preftune` too, and nothing is removed because of its name. What
+others have put into a checkpoint stays when the checkpoint goes. A folder that holds results of another run, of
+preftune, TRL or transformers, is refused before data and model are loaded, or they are moved into `earlier-N`, where
+that run can still be resumed (`existing_output`: `refuse`, the default of the command line; `set_aside_own`, the
+default of the Python classes, moves what preftune has written and nobody has changed since, and refuses otherwise;
+`set_aside`). Should a foreign file take a needed name while a run goes on, the results go beside it, under another
+name, with a warning. A folder is written into by one process at a time; a second one is refused with the first one's
+process number and start. An output folder that is a model, a data folder or the cache, lies in one, or holds a model
+or a data folder is refused, links followed; so is a quarantine file that is not made of quarantined rows alone. The
+other verbs (`eval`, `data audit`, `advise`, `report`, `demo`, `sweep`) replace only files of their own that are
+unchanged; `data convert` and `advise --write` leave every file that exists as it is; a sweep reads only pairs and
+settings that it has written. (`tests/faults/test_ownership.py`)
+
+**Which checkpoint is resumed from.** With `resume_from_checkpoint: true`, the newest whole one of the run that wrote
+into the folder last; its step is what its manifest says.
+(`test_a_second_run_is_refused_or_makes_room_and_can_be_resumed`, `test_the_step_is_what_the_manifest_says`)
+
 **What happens when a save fails.** The failed folder is removed, a warning names the file and the last good checkpoint,
-and training goes on: the next save tries again. The final save ends with an error instead. Saves can be asked for by
-SIGTERM, Ctrl-C or a file named `SAVE` in the output folder.
+and training goes on: the next save tries again. The final save ends with an error instead. A run of the command line
+that lacks a checkpoint in the end says so in its last line, with exit code 6
+(`test_a_full_disk_is_said_by_code_and_last_line`). Saves can be asked for by SIGTERM, Ctrl-C or an empty file named
+`SAVE` in the output folder.
 
 **What happens inside a step.** Where a row runs out of memory, the step is run again from an empty gradient in rows of
 half the length, and rows stay that short; a single process does so for every loss. It is refused with one clear error

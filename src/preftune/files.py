@@ -137,8 +137,12 @@ def write_json(path: Path, document: Any, *, indent: int = 2) -> None:
     Raises:
         OSError: It cannot be written; the file is as it was.
     """
-    text = json.dumps(finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
-    replace_text(path, text + "\n")
+    replace_text(path, json_text(document, indent=indent))
+
+
+def json_text(document: Any, *, indent: int = 2) -> str:
+    """A JSON document as :func:`write_json` writes it."""
+    return json.dumps(finite(document), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def stop_file(token: str) -> str:

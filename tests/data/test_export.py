@@ -64,6 +64,22 @@ def test_a_target_that_cannot_be_written_is_refused_before_anything_is_read(argu
         main(["convert", "--dataset_name", "nowhere.jsonl", *arguments])
 
 
+@pytest.mark.parametrize("kind", ["the data", "another file", "a link to nothing"])
+def test_a_file_that_exists_is_left_as_it_is(kind: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    if kind == "the data":
+        target = source
+    elif kind == "another file":
+        target.write_text("precious", encoding="utf-8")
+    else:
+        target.symlink_to(tmp_path / "nowhere.jsonl")
+    before = {path.name: path.read_bytes() if path.exists() else b"" for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match="left as it is"):
+        main(["convert", "--dataset_name", str(source), "--out", str(target)])
+    assert {path.name: path.read_bytes() if path.exists() else b"" for path in tmp_path.iterdir()} == before
+
+
 def test_columns_in_words() -> None:
     told = columns_told({"prompt": "the prompt", "id": "not used", "x": "not used"})
     assert told == ["columns used: prompt (the prompt)", "columns not used: id, x"]

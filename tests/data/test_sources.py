@@ -124,7 +124,13 @@ def test_malformed_lines_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:2, field 'line': malformed JSON"):
         load(str(path))
     quarantine = tmp_path / "q.jsonl"
-    quarantine.write_text("from an earlier run\n")
+    quarantine.write_text("somebody else's\n")
+    with pytest.raises(ConfigError, match="not written as a quarantine file"):
+        load(str(path), on_bad_rows="skip", quarantine_path=str(quarantine))
+    assert quarantine.read_text() == "somebody else's\n"
+    quarantine.unlink()
+    # From an earlier run.
+    load(str(path), on_bad_rows="skip", quarantine_path=str(quarantine))
     train = load(str(path), on_bad_rows="skip", quarantine_path=str(quarantine))["train"]
     assert train["prompt"][:] == ["p0", "café"]
     entries = [json.loads(line) for line in quarantine.read_text(encoding="ascii").splitlines()]

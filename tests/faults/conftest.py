@@ -23,6 +23,6 @@ def scaled(quick: int, full: int) -> int:
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     folder = tmp_path_factory.mktemp("faults")
     build(folder)
-    server = ForkServer(folder, ("tests.faults.steps", "tests.faults.workers"))
+    server = ForkServer(folder, ("tests.faults.steps", "tests.faults.workers", "tests.faults.verbs"))
     yield Campaign(server, folder)
     server.close()

@@ -12,6 +12,7 @@ import pytest
 
 from preftune.config.paths import inside
 from preftune.errors import ConfigError, SetupError
+from preftune.ownership import RunFolder
 from preftune.report import build
 from preftune.report.read import read_all, read_run
 from preftune.sweep import runner
@@ -156,7 +157,10 @@ def test_adapters_are_saved_below_the_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in OUTSIDE if name])
 def test_a_sweep_deletes_and_reads_only_its_own_trials(name: str, root: Path) -> None:
-    (root / "run" / "model.safetensors").write_bytes(b"a trial's")
+    for folder in (root / "run", root.parent / "outside"):
+        # Whatever lies there may have a record, too.
+        (folder / "model.safetensors").write_bytes(b"precious" if folder.name == "outside" else b"a trial's")
+        RunFolder.open(folder, "a" * 32).note(["model.safetensors"])
     plan: Any = SimpleNamespace(keep="best", metric="eval_rewards/accuracies", direction="maximize", seed=0)
     states = []
     for slot, run in enumerate((name, "run", str(root.parent / "outside"))):

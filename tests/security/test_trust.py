@@ -145,7 +145,7 @@ def test_a_published_recipe_s_settings_go_on_running(coder: Coder, cli: Cli) -> 
     assert err.count(f"--model_revision {OLD} pins it") == 1
     record = json.loads(Path("out/provenance.json").read_text())
     assert record["trusted_code"] == [{"name": coder.name, "asked": "main", "commit": OLD}]
-    given[3] = "stable"
+    given[3], run[-1] = "stable", "other"
     code, _, err = cli("dpo", "--model_name_or_path", coder.name, *given, *run)
     assert code == 4
     assert err.count("\n") == 1

@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from preftune.errors import ConfigError
+from preftune.ownership import RunFolder
+from preftune.ownership.record import entries_of
 from preftune.sweep import runner
 from preftune.sweep.board import SlotState
 from preftune.sweep.plan import Plan, read_plan, settle_plan, study_name
@@ -65,6 +67,7 @@ def states(plan: Plan, folder: Path, right: dict[int, int]) -> list[SlotState]:
         run.mkdir(parents=True)
         (run / "model.safetensors").write_text("weights")
         (run / "checkpoint-3").mkdir()
+        (run / "checkpoint-3" / "model.safetensors").write_text("weights")
         if slot in right:
             held((np.arange(100) < right[slot]).tolist()).save(run)
             outcome = complete(right[slot] / 100, run=f"trials/{slot:03d}", num_scored=16 * (slot == 0), num_found=16)
@@ -118,11 +121,19 @@ def test_weights(keep: str, final: bool, kept: Any, tmp_path: Path) -> None:
     plan = make_plan(keep=keep)
     found = states(plan, tmp_path, {0: 50, 1: 60, 2: 52, 3: 90, 4: 89, 5: 60, 6: 61})
     sweet = write_result(plan, found, tmp_path)["best"]["number"]
+    for slot in range(9):
+        trial = RunFolder.open(tmp_path / f"trials/{slot:03d}", f"{slot}" * 32)
+        trial.note(["model.safetensors"])
+        files = [path for path in (trial.folder / "checkpoint-3").rglob("*") if path.is_file()]
+        trial.adopt_folder("checkpoint-3", entries_of(trial.folder / "checkpoint-3", files))
+        trial.record.write(trial.folder)
+        (trial.folder / "adapter_model.safetensors").write_bytes(b"somebody else's")
     drop_weights(plan, found, tmp_path, final=final)
     left = [slot for slot in range(9) if (tmp_path / f"trials/{slot:03d}/model.safetensors").exists()]
     assert left == ([sweet] if kept is None else kept)
     assert left == [slot for slot in range(9) if (tmp_path / f"trials/{slot:03d}/checkpoint-3").exists()]
     assert (tmp_path / "trials/000/held_out.npz").exists()
+    assert all((tmp_path / f"trials/{slot:03d}/adapter_model.safetensors").exists() for slot in range(9))
 
 
 def test_passwords_do_not_reach_the_result(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from preftune.errors import ConfigError, SetupError, TrainingError
 from preftune.files import replace_text
+from preftune.ownership import HOME, RunFolder
 from preftune.training.checkpoints import (
     InvalidCheckpoint,
     find_checkpoint,
@@ -24,22 +25,24 @@ from preftune.training.checkpoints import (
     rotate,
     verify,
 )
-from preftune.training.checkpoints.files import is_write_failure, move_into, plain_failures
-from preftune.training.checkpoints.folders import is_whole, publish, staging_folder
+from preftune.training.checkpoints.files import is_write_failure, plain_failures
+from preftune.training.checkpoints.folders import publish, staging_folder
 from preftune.training.checkpoints.identity import compare, data_digest
 from preftune.training.checkpoints.manifest import FILE_NAME, seal
 from preftune.training.checkpoints.state import load_optimizer
 from preftune.training.checkpoints.trees import load_tree, save_tree
 
+RUN = "a" * 32
 
-def make(output_dir: Path, step: int, *, resumable: bool = True, content: str = "weights") -> Path:
-    staging = staging_folder(output_dir, step)
+
+def make(output_dir: Path, step: int, *, resumable: bool = True, content: str = "weights", run: str = RUN) -> Path:
+    owner = RunFolder.open(output_dir, run)
+    staging = staging_folder(owner, step)
     (staging / "part").mkdir(parents=True)
     (staging / "model.safetensors").write_text(f"{content} {step}")
     (staging / "part" / "more.json").write_text("{}")
-    seal(staging, {"step": step, "resumable": resumable, "identity": {"settings": {}}})
-    publish(staging, output_dir / f"checkpoint-{step}")
-    return output_dir / f"checkpoint-{step}"
+    seal(staging, {"step": step, "resumable": resumable, "identity": {"settings": {}}, "run": run})
+    return publish(owner, staging, step)
 
 
 # ---- state ---------------------------------------------------------------------------------------------------------
@@ -183,20 +186,25 @@ def test_rotation_counts_whole_ones_and_keeps_what_is_needed(tmp_path: Path) -> 
     paths = [make(tmp_path, step) for step in (1, 2, 3)]
     torn = tmp_path / "checkpoint-4"
     torn.mkdir()
-    assert rotate(tmp_path, 1, [paths[0]], is_whole) == [paths[1]]
-    assert rotate(tmp_path, None, [], is_whole) == []
+    run = RunFolder.open(tmp_path, RUN)
+    assert rotate(run, 1, [paths[0]]) == [paths[1]]
+    assert rotate(run, None, []) == []
     # The torn one is newer, and neither counts nor goes: the only good one stays.
-    assert rotate(tmp_path, 1, [], is_whole) == [paths[0]]
-    assert rotate(tmp_path, 1, [], is_whole) == []
+    assert rotate(run, 1, []) == [paths[0]]
+    assert rotate(run, 1, []) == []
     assert [path.name for _, path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
 
 
-def test_a_crash_while_replacing_leaves_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", ["0", "10", "110"])
+def test_a_crash_while_replacing_leaves_one_of_the_two(
+    ranks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     final = make(tmp_path, 5, content="old")
-    staging = staging_folder(tmp_path, 5)
-    staging.mkdir()
+    run = RunFolder.open(tmp_path, RUN)
+    staging = staging_folder(run, 5)
+    staging.mkdir(parents=True)
     (staging / "model.safetensors").write_text("new")
-    seal(staging, {"step": 5, "resumable": True, "identity": {}})
+    seal(staging, {"step": 5, "resumable": True, "identity": {}, "run": RUN})
     true, calls = os.rename, iter(range(9))
 
     def rename(a: Any, b: Any) -> None:
@@ -206,13 +214,20 @@ def test_a_crash_while_replacing_leaves_one_of_the_two(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
-        publish(staging, final)
+        publish(run, staging, 5)
     monkeypatch.undo()
     assert not final.exists()
+    for rank in ranks:
+        # Whichever process of a run comes first, all find it.
+        monkeypatch.setenv("RANK", rank)
+        found = find_checkpoint(tmp_path).manifest
+        assert found is not None
+        assert found.folder == final
     recover(tmp_path)
     verify(final)
     assert (final / "model.safetensors").read_text() == "old 5"
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [HOME, "checkpoint-5"]
+    assert not [path for path in (tmp_path / HOME).rglob("*") if path.suffix == ".safetensors"]
 
 
 def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,13 +244,16 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     monkeypatch.undo()
     assert (target / "a.json").read_text() == "old"
     assert len(list(target.iterdir())) == 1
-    staging = target / ".saving-model"
-    (staging / "sub").mkdir(parents=True)
-    (staging / "a.json").write_text("new")
-    (staging / "sub" / "b").write_text("b")
-    move_into(staging, target)
+    run = RunFolder.open(target, RUN)
+    for text in ("older", "new"):
+        (run.staging / "sub").mkdir(parents=True)
+        (run.staging / "a.json").write_text(text)
+        (run.staging / "sub" / "b").write_text("b")
+        if text == "older":
+            (target / "a.json").unlink()
+        run.put_files(run.staging)
     assert ((target / "a.json").read_text(), (target / "sub" / "b").read_text()) == ("new", "b")
-    assert not staging.exists()
+    assert not run.staging.exists()
 
 
 def test_only_failures_to_write_are_taken_for_such() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from preftune.config import Resolved, split_command_line
 from preftune.config.own import take_own
 from preftune.errors import ConfigError, SetupError, flat
-from preftune.files import finite, write_json
+from preftune.files import finite
 
 if TYPE_CHECKING:
     from preftune.advice import Advice
@@ -86,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console(stderr=own.json)
     with plain_warnings(console):
         from preftune.advice.inputs import Known, advise_on, find_verb
+        from preftune.ownership import claim_files
         from preftune.runs.settings import read_settings
 
         verb = own.verb or find_verb(rest)
@@ -93,6 +94,8 @@ def main(argv: Sequence[str]) -> int:
             # ORPO has one loss, and no setting for it.
             rest = replace(rest, flags=tuple(flag for flag in rest.flags if flag[:2] != ("loss_type", ("orpo",))))
         settings = read_settings(verb, rest, on_bad_rows="warn")
+        if own.out:
+            claim_files(own.out, "advise", ["advice.json"], "--out")
         known = Known(own.machine, own.num_parameters, own.num_pairs, own.noise, own.audit)
         with console.status("reading configuration and data"):
             advice, notes = advise_on(verb, settings, known)
@@ -110,13 +113,14 @@ def main(argv: Sequence[str]) -> int:
 def _written(advice: Advice, settings: Resolved[Any], own: _Own) -> list[str]:
     """Write the files that are asked for."""
     from preftune.advice.yaml_file import configuration, write_configuration
+    from preftune.ownership import put_json
     from preftune.runs.settings import explicit
 
     written = []
     if own.out:
         path = Path(own.out) / "advice.json"
         try:
-            write_json(path, advice.as_dict())
+            put_json(path, advice.as_dict())
         except OSError as error:
             why = f"cannot write into the folder ({error.strerror})"
             raise SetupError(why, where="--out", value=own.out) from error
@@ -142,13 +146,15 @@ def show_at_start(this: Run, trainer: Any, plan: Any) -> None:
             this.console.print(f"nothing is advised for {this.verb}", style="dim", highlight=False)
         return
     from preftune.advice import inputs
+    from preftune.ownership import may_put, put_json
 
     try:
         advice = inputs.advise_at_start(this, trainer, plan)
         for line in advice.lines():
             this.console.print(f"! {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-        if not this.settings.script.dry_run and trainer.is_world_process_zero():
-            write_json(Path(this.args.output_dir) / "advice.json", advice.as_dict())
+        path = Path(this.args.output_dir) / "advice.json"
+        if not this.settings.script.dry_run and trainer.is_world_process_zero() and may_put(path):
+            put_json(path, advice.as_dict())
     except Exception as error:
         # An advice is no reason for a run to fail, whatever is wrong with it.
         text = f"no advice ({type(error).__name__}: {flat(error)[:200]})"

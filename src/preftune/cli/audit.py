@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from preftune.cli.console import plain_warnings
+    from preftune.ownership import claim_files
 
     # What is printed beside JSON must not end up in it.
     console = Console(stderr=own.json)
@@ -74,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
         from preftune.runs.settings import read_settings
 
         settings = read_settings(own.verb, rest, on_bad_rows="skip")
+        if own.out is not None:
+            claim_files(own.out, "audit", ["audit.json"], "--out")
         report = audit_data(settings, console, ref_model=own.ref_model, show_progress=not own.json)
     if own.json:
         print(json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False))

@@ -15,6 +15,8 @@ from preftune.evaluation.config import EvalConfig
 if TYPE_CHECKING:
     from preftune.evaluation import EvalResult
 
+#: What an evaluation leaves.
+FILES = ("eval.json", "generations.jsonl", "judge.jsonl")
 #: Settings of training that could not act here.
 _TRAINING_ONLY = (
     *("dataset_train_split", "dataset_test_split", "dataset_mixture", "dataset_mixer", "dataset_splits"),
@@ -80,12 +82,30 @@ def _complete(settings: Resolved[EvalConfig]) -> None:
         os.makedirs(config.out, exist_ok=True)
     except OSError as error:
         raise SetupError(f"cannot make the folder ({error.strerror})", where="out", value=config.out) from error
+    _check_places(settings)
+
+
+def _check_places(settings: Resolved[EvalConfig]) -> None:
+    """Refuse a folder whose files of these names are not an earlier evaluation's.
+
+    It may be the model's own folder, where a report finds them.
+    """
+    from preftune.ownership import check_places, claim_files
+
+    config, script, quarantine = settings.trainer, settings.script, settings.script.quarantine_path
+    read = {name: getattr(config, name) for name in ("model", "ref_model", "compare")}
+    read |= {"dataset_name": script.dataset_name, "tokenizer_name_or_path": settings.model.tokenizer_name_or_path}
+    check_places({"quarantine_path": quarantine}, read)
+    claim_files(str(config.out), "eval", FILES, "out")
+    if quarantine is not None and os.path.basename(quarantine) in FILES:
+        raise ConfigError("a result has this name", where="quarantine_path", value=quarantine, remedy="name another")
 
 
 def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from preftune.data import DataOptions
+    from preftune.data.quarantine import begin as begin_quarantine
     from preftune.evaluation.judge import key_from
     from preftune.evaluation.run import evaluate
     from preftune.evaluation.table import show
@@ -103,8 +123,7 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     quarantine = script.quarantine_path
     if script.on_bad_rows == "skip" and quarantine is None:
         quarantine = os.path.join(str(config.out), "quarantine.jsonl")
-        if os.path.exists(quarantine):
-            os.remove(quarantine)
+        begin_quarantine(quarantine)
     options = DataOptions(
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,  # type: ignore[arg-type]

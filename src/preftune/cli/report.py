@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
+import re
+from pathlib import Path
 from typing import Any
+
+from preftune.errors import ConfigError
+
+#: The last line of a page, with a digest of all before it.
+_SEAL = re.compile(r"<!-- preftune report ([0-9a-f]{64}) -->\n\Z")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,12 +30,48 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--open", action="store_true", help="show it in the browser")
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that this verb has written, unchanged."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, ValueError):
+        return False
+    found = _SEAL.search(text)
+    return found is not None and found[1] == _digest(text[: found.start()])
+
+
+def _seal(path: Path) -> None:
+    from preftune.files import replace_text
+
+    text = path.read_bytes().decode("utf-8")
+    text += "" if text.endswith("\n") else "\n"
+    replace_text(path, f"{text}<!-- preftune report {_digest(text)} -->\n")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_page(out: str) -> None:
+    """Only a page like this one is replaced."""
+    path = Path(out)
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not is_page(path)):
+        raise ConfigError(
+            "the file is not a report of preftune, and is left as it is",
+            where="--out",
+            value=out,
+            remedy="name another file",
+        )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Write the page."""
     from preftune.cli.style import size
     from preftune.report import build
 
+    _check_page(arguments.out)
     path = build(arguments.runs, arguments.out, title=arguments.title)
+    _seal(path)
     print(f"wrote {path} ({size(path.stat().st_size)})")
     if arguments.open:
         import webbrowser

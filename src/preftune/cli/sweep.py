@@ -111,10 +111,15 @@ def _how_to_go_on(options: Options, console: Console) -> None:
 
 def _end(options: Options, plan: Plan, folder: Path, board: Board, console: Console) -> int:
     from preftune.cli.sweep_view import table
+    from preftune.ownership import RunFolder
+    from preftune.sweep.holdout import KIND
+    from preftune.sweep.locks import beginning
     from preftune.sweep.result import drop_weights, write_result
 
     states = board.states()
-    result = write_result(plan, states, folder)
+    with beginning(folder):
+        RunFolder.open(folder, KIND)
+        result = write_result(plan, states, folder)
     drop_weights(plan, states, folder, final=True)
     console.print(table(result))
     if result["best"] is None:
@@ -144,10 +149,19 @@ def _closing(result: Mapping[str, Any], plan: Plan, folder: Path) -> list[str]:
 
 def _report(folder: Path) -> str:
     """Write the page with the maps. A sweep that is done must not fail because of a page."""
+    from preftune.ownership import RunFolder
     from preftune.report import build
+    from preftune.sweep.holdout import KIND
+    from preftune.sweep.locks import beginning
 
     try:
-        return f"wrote {build([folder], folder / 'report.html')}"
+        with beginning(folder):
+            run = RunFolder.open(folder, KIND)
+            if not run.may_put("report.html"):
+                return f"{folder / 'report.html'} was not written by this sweep and is left as it is"
+            path = build([folder], folder / "report.html")
+            run.note([path.name])
+        return f"wrote {path}"
     except PreftuneError as error:
         return f"the report could not be written: {error}"
 
@@ -157,4 +171,4 @@ def retrain(plan: Plan, folder: Path) -> int:
     from preftune.cli import train
     from preftune.sweep.result import BEST_NAME
 
-    return train.main(plan.verb, ["--config", str(folder / BEST_NAME)])
+    return train.main(plan.verb, ["--config", str(folder / BEST_NAME), "--existing_output", "set_aside_own"])

@@ -43,14 +43,14 @@ def _run(this: Run) -> int:
     from preftune.cli.verbs import INTERRUPTED
     from preftune.runs.failures import foreseen
     from preftune.runs.run import build_trainer, train
-    from preftune.runs.settings import output_folder, settings_classes
+    from preftune.runs.settings import settings_classes
 
     # Bars for files that are read in a blink bury those that tell something.
     disable_progress_bar()
     with foreseen(this.args):
         this.complete()
         dry_run = this.settings.script.dry_run
-        with output_folder(this.args.output_dir, kept=not dry_run):
+        with this.begun():
             trainer, splits = build_trainer(this, settings_classes(this.verb)[1])
             plan = trainer.plan()
             paired, notes = this.verb in ("dpo", "orpo", "cpo"), this.settings.notes

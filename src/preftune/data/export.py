@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,18 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def check_target(path: str | Path) -> Path:
-    """The file to write.
+    """The file to write; one that exists is left as it is.
 
     Raises:
-        ConfigError: It has no known ending, or is a folder.
+        ConfigError: It has no known ending, is a folder, or exists.
     """
     target = Path(path).expanduser()
     if target.suffix not in SUFFIXES or target.is_dir():
         raise ConfigError("not a file to write to", where="--out", value=str(path), allowed=", ".join(SUFFIXES))
+    if os.path.lexists(target):
+        raise ConfigError(
+            "the file exists and is left as it is", where="--out", value=str(path), remedy="name another file"
+        )
     return target
 
 

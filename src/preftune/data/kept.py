@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,6 +40,8 @@ MOST_BYTES = 20 * 10**9
 LONGEST_UNUSED = 30 * 86400
 #: A file that has been written for so many seconds will not be finished.
 LONGEST_WRITING = 86400
+#: How files are called, and files that are being written.
+_NAME, _WRITING = re.compile(r"[0-9a-f]{40}\.arrow"), re.compile(r"\.[0-9a-f]{40}\.arrow\.[0-9a-f]{32}\.tmp")
 #: Options that change how long preparing takes, or whether it goes on, but no token.
 _WITHOUT_TOKENS: dict[str, Any] = {"num_proc": None, "worker_timeout": 0.0, "max_dropped_share": None, "warn": False}
 #: What a tokenizer notes down while it is used.
@@ -55,6 +58,9 @@ def files(home: Path | None = None) -> list[Path]:
     """The files, those unused for longest first."""
     found = []
     for path in folder(home).glob("*.arrow"):
+        if not _NAME.fullmatch(path.name):
+            # Somebody else's: the cache may have been pointed at a folder of data.
+            continue
         with suppress(OSError):
             found.append((path.stat().st_mtime, path))
     return [path for _, path in sorted(found)]
@@ -148,7 +154,8 @@ def _tidy(newest: Path) -> None:
     others = [path for path in files() if path != newest]
     stale = [path for path in others if _used(path) < time.time() - LONGEST_UNUSED]
     # What a killed process was writing.
-    stale += [path for path in newest.parent.glob(".*.tmp") if _used(path) < time.time() - LONGEST_WRITING]
+    writing = [path for path in newest.parent.glob(".*.tmp") if _WRITING.fullmatch(path.name)]
+    stale += [path for path in writing if _used(path) < time.time() - LONGEST_WRITING]
     kept = [path for path in others if path not in stale]
     total = sum(map(_size, [newest, *kept]))
     while kept and total > MOST_BYTES:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from preftune.data import quarantine
 from preftune.data.formats.base import BadRow, Row
 from preftune.data.formats.turns import ROLES
 from preftune.errors import DataError
@@ -220,13 +220,11 @@ class BadRowHandler:
 
     def quarantine(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Append entries to the quarantine file; only the first process of a distributed run writes."""
-        lines = [json.dumps(item, ensure_ascii=True, default=repr) + "\n" for item in entries]
+        lines = [quarantine.line(item) for item in entries]
         if not lines or self.quarantine_path is None or os.environ.get("RANK", "0") != "0":
             return
         try:
-            os.makedirs(os.path.dirname(os.path.abspath(self.quarantine_path)), exist_ok=True)
-            with open(self.quarantine_path, "a", encoding="utf-8") as file:
-                file.writelines(lines)
+            quarantine.append(self.quarantine_path, lines)
         except OSError as error:
             raise DataError(
                 f"the quarantine file cannot be written: {error.strerror}",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from preftune.data import files
+from preftune.data import files, quarantine
 from preftune.data.batches import refuse_images
 from preftune.data.convert import canonical_rows, to_dataset
 from preftune.data.formats import Row, check_format_name, column_uses, resolve
@@ -180,8 +180,8 @@ def load(
             value=quarantine_path,
             remedy="set on_bad_rows: skip, or leave quarantine_path out",
         )
-    if quarantine_path is not None and os.path.exists(quarantine_path) and os.environ.get("RANK", "0") == "0":
-        os.remove(quarantine_path)
+    if quarantine_path is not None and os.environ.get("RANK", "0") == "0":
+        quarantine.begin(quarantine_path)
     handler = BadRowHandler(on_bad_rows, quarantine_path)
     loader = _Loader(dataset_format, pairing, handler, for_sft, implicit_prompt)
     if dataset_mixture is not None:

@@ -11,13 +11,14 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from preftune.errors import ConfigError, SetupError, TrainingError
 from preftune.files import write_json
+from preftune.ownership import claim_files
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HEADLINE_BETA = 0.1
 _SHOWN_SAMPLES = 4
 _KEPT_SAMPLES = 40
+_FILES = ("demo.json", "samples.json", "samples.md", "pairs.jsonl", "reward_kl.png", "sft")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,11 +85,30 @@ def run_demo(
     """
     from rich.console import Console
 
-    from preftune.demo import plot, show, training
+    from preftune.demo import show, training
 
     settings = settings or training.DemoSettings()
     account = show.Account(console or Console())
     account.console.print("[bold]preftune demo[/bold]: teaching a small model to write friendlier reviews\n")
+    folders = [f"dpo_beta_{beta:g}" for beta in settings.betas]
+    with _own_files(out, [*_FILES, *folders]):
+        return _run_demo(out, settings, seed, account)
+
+
+@contextmanager
+def _own_files(out: Path, names: list[str]) -> Iterator[None]:
+    """Refuse a folder in which these names are not an earlier demo's, and record what this one leaves."""
+    run = claim_files(out, "demo", names, "--out")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            run.seal(names)
+
+
+def _run_demo(out: Path, settings: DemoSettings, seed: int, account: Account) -> dict[str, Any]:
+    from preftune.demo import plot, show
+
     with _store_within(out):
         experiment = _Experiment(out, settings, seed, account)
         experiment.fine_tune()
@@ -131,7 +152,13 @@ class _Experiment:
         with self.account.stage("sft", "Supervised fine-tuning") as stage:
             start = models.build_model(self.tokenizer, self.seed, self.settings.hidden_size, self.settings.num_layers)
             self.reference = training.train_sft(
-                start, self.tokenizer, corpus, self.settings, self.seed, self.out / "trainer", progress=stage.tell
+                start,
+                self.tokenizer,
+                corpus,
+                self.settings,
+                self.seed,
+                self.out / "trainer" / "sft",
+                progress=stage.tell,
             )
             stage.result = f"Llama with {self.reference.num_parameters():,} parameters"
         _save(self.reference, self.tokenizer, self.out / "sft")
@@ -177,7 +204,7 @@ class _Experiment:
                 beta,
                 self.settings,
                 self.seed,
-                self.out / "trainer",
+                self.out / "trainer" / f"dpo_beta_{beta:g}",
                 progress=stage.tell,
             )
             scored = self.after[beta] = self._score(policy)

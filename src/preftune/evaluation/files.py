@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from preftune.errors import SetupError
+from preftune.ownership import active
 
 
 def append(path: Path, text: str) -> None:
@@ -16,6 +17,9 @@ def append(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        run = active(path.parent)
+        if run is not None:
+            run.grow(path.name, text.encode("utf-8"))
         with path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)

@@ -11,7 +11,8 @@ from typing import Any
 
 from preftune.errors import SetupError
 from preftune.evaluation.metrics import Metric, flat
-from preftune.files import finite, write_json
+from preftune.files import finite
+from preftune.ownership import put_json
 
 FILE_NAME = "eval.json"
 
@@ -102,7 +103,7 @@ class EvalResult:
         """
         path = Path(folder) / FILE_NAME
         try:
-            write_json(path, self.as_dict(), indent=1)
+            put_json(path, self.as_dict(), indent=1)
         except OSError as error:
             raise SetupError(f"cannot write ({error.strerror})", where=str(path), remedy="set another out") from error
         return path

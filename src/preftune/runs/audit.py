@@ -19,6 +19,7 @@ from preftune.data.truncate import truncate
 from preftune.errors import ConfigError
 from preftune.evaluation.scoring import Scorer
 from preftune.models.loading import load_model_and_tokenizer, load_tokenizer
+from preftune.ownership import check_places
 from preftune.references.store import ReferenceStore
 from preftune.runs.data import dataset_names, load_splits
 from preftune.runs.network import go_offline_if_unreachable
@@ -50,6 +51,7 @@ def audit_data(
     script, model, args = settings.script, settings.model, settings.trainer
     script.require_dataset()
     names = dataset_names(script)
+    check_places({"quarantine_path": args.quarantine_path}, {f"dataset {name}": name for name in names})
     reference = ref_model or model.ref_model_name_or_path
     tokenised_by = model.tokenizer_name_or_path or model.model_name_or_path or reference
     offline = go_offline_if_unreachable([*names, tokenised_by, reference])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from preftune.errors import ConfigError, SetupError, flat
 from preftune.models.loading import load_model_and_tokenizer
 from preftune.runs.data import dataset_names, load_splits
 from preftune.runs.failures import trainer_errors
+from preftune.runs.folder import check_paths, held_folder
 from preftune.runs.mlflow import OneMlflowRun
 from preftune.runs.network import go_offline_if_unreachable
 from preftune.runs.records import leave_records
@@ -70,11 +72,27 @@ class Run:
         """Fill in what follows from other settings, and keep all of them for the records.
 
         Raises:
-            ConfigError: A setting would have no effect, or a required one is missing.
+            ConfigError: A setting would have no effect, a required one is missing, or a place to write into is one
+                that is read.
             SetupError: The Hub is needed, and cannot be reached.
         """
         complete_settings(self.verb, self.settings)
+        check_paths(self.settings)
         self.snapshot = snapshot_of(self.settings)
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Hold the output folder, and find the checkpoint to go on from, before anything is loaded.
+
+        Without it, the trainer does so when it begins to train.
+
+        Raises:
+            ConfigError: There is no such checkpoint, or another run's results are in the folder.
+            SetupError: The folder cannot be made, or another process is writing into it.
+        """
+        with held_folder(self.args, dry_run=self.settings.script.dry_run):
+            self.snapshot = snapshot_of(self.settings)
+            yield
 
 
 def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, Any]]:
@@ -145,7 +163,7 @@ def train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> bool
 
     Raises:
         KeyboardInterrupt: Ctrl-C before the first step, or twice.
-        PreftuneError: Training or the push to the Hub failed.
+        PreftuneError: Training, a checkpoint that is missing in the end, or the push to the Hub failed.
     """
     stop = StopOnSignal(say_to_stderr if trainer.is_world_process_zero() else lambda text: None)
     guards = find_guards(trainer)
@@ -183,6 +201,9 @@ def train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> bool
     this.console.print(f"saved {this.args.output_dir}", markup=False, highlight=False)
     _push(this, trainer)
     end_trainer(trainer)
+    complaint = trainer.output.complaint()
+    if complaint is not None:
+        raise complaint
     return True
 
 

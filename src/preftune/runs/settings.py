@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,7 +12,6 @@ from preftune.config import CommandLine, Resolved, is_secret, redact, resolve
 from preftune.config.fields import fields_of
 from preftune.errors import ConfigError, SetupError
 from preftune.runs.network import hub_answers, is_offline
-from preftune.training.checkpoints.trainer import resume_point
 from preftune.training.provenance import plain
 
 #: Verbs that train, those with most settings last.
@@ -40,6 +38,7 @@ def cli_defaults() -> dict[str, Any]:
         "environment_turns": "masked",
         "max_dropped_share": 0.1,
         "implicit_prompt": "transcript",
+        "existing_output": "refuse",
         "use_cpu": not torch.accelerator.is_available(),
     }
 
@@ -100,7 +99,6 @@ def complete_settings(verb: str, settings: Resolved[Any]) -> None:
         raise ConfigError("without training there is nothing to do", where="do_train", value=False, remedy="--dry_run")
     if args.push_to_hub and not script.dry_run:
         _require_hub()
-    args.resume_from_checkpoint = resume_point(args.resume_from_checkpoint, args.output_dir)
 
 
 def _require_hub() -> None:
@@ -112,26 +110,6 @@ def _require_hub() -> None:
             value=True,
             remedy="leave push_to_hub out and run hf upload afterwards",
         )
-
-
-@contextmanager
-def output_folder(path: str, *, kept: bool) -> Iterator[None]:
-    """Find out now, not after training, that results cannot be written; a dry run leaves no folder behind."""
-    missing, place = [], os.path.abspath(path)
-    while not os.path.lexists(place):
-        missing.append(place)
-        place = os.path.dirname(place)
-    try:
-        try:
-            os.makedirs(path, exist_ok=True)
-        except OSError as error:
-            raise SetupError(f"cannot make the folder ({error.strerror})", where="output_dir", value=path) from error
-        yield
-    finally:
-        for folder in [] if kept else missing:
-            # What is not empty belongs to somebody.
-            with suppress(OSError):
-                os.rmdir(folder)
 
 
 def explicit(settings: Resolved[Any]) -> dict[str, Any]:

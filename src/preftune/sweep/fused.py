@@ -11,6 +11,7 @@ from typing import Any
 
 from preftune.bars import take_bars
 from preftune.files import replace_text
+from preftune.ownership import RunFolder, active, new_id
 from preftune.runs.failures import foreseen
 from preftune.runs.run import Run, build_trainer, end_trainer, record
 from preftune.sweep import runner
@@ -23,6 +24,7 @@ from preftune.sweep.shared import sharing
 from preftune.sweep.trackers import grouped, replay, take_trackers
 from preftune.sweep.trials import PairTrials, base_key
 from preftune.sweep.watch import Watch
+from preftune.sweep.worker import begin_folder
 from preftune.training.provenance import plain
 
 
@@ -43,7 +45,7 @@ class FusedTrials(PairTrials):
             return super().run(trials, observer)
         started = time.monotonic()
         for trial in trials:
-            trial.folder.mkdir(parents=True, exist_ok=True)
+            begin_folder(self.folder, trial.folder)
         found = self._train_together(trials, observer)
         self._num_done += len(trials)
         seconds = (time.monotonic() - started) / len(trials)
@@ -129,9 +131,11 @@ class FusedTrials(PairTrials):
         from safetensors.torch import save_file
 
         write_yaml(trial.folder / "config.yaml", trial_settings(self.plan, trial.params, trial.folder))
+        folder = active(trial.folder) or RunFolder.open(trial.folder, new_id())
         if self.plan.keep != "none":
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in trainer.adapter_state(number).items()}
             save_file(state, str(trial.folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+            folder.note(["adapter_model.safetensors"])
             trainer.model.peft_config[trainer.names[0]].save_pretrained(str(trial.folder))
             trainer.processing_class.save_pretrained(str(trial.folder))
         replace_text(trial.folder / "all_results.json", json.dumps(plain(dict(results)), indent=4) + "\n")

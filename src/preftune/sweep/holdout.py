@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preftune.errors import ConfigError, DataError
+from preftune.ownership import RunFolder
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 FOLDER = "data"
+#: What a sweep's record is called.
+KIND = "sweep"
 
 
 def prompt_key(row: Any) -> str:
@@ -60,32 +62,75 @@ def held_out(keys: Sequence[Hashable], share: float, seed: int) -> list[bool]:
 def split_off(dataset: Dataset, share: float, seed: int, folder: Path) -> tuple[int, int]:
     """Write ``train`` and ``test`` to the sweep's folder, where every worker and the final run read them.
 
+    One that is there already has to be the same split of the same rows.
+
     Args:
         dataset: Canonical rows.
         share: Share of the prompts to hold out.
         seed: Of the choice.
-        folder: The sweep's folder.
+        folder: The sweep's folder, which nobody else begins a sweep in meanwhile.
 
     Returns:
         Number of rows on either side.
+
+    Raises:
+        ConfigError: Something else is there.
+        OSError: It cannot be written; nothing is left behind.
     """
     from datasets import DatasetDict, disable_progress_bars
+
+    from preftune.training.checkpoints.manifest import seal
+    from preftune.training.provenance import describe_dataset
 
     flags = held_out([prompt_key(row) for row in dataset], share, seed)
     parts = {
         "train": dataset.select([i for i, out in enumerate(flags) if not out]),
         "test": dataset.select([i for i, out in enumerate(flags) if out]),
     }
+    identity = {"rows": describe_dataset(dataset)["sha256"], "share": share, "seed": seed}
     target = folder / FOLDER
-    if not target.exists():
+    if os.path.lexists(target):
+        check_split(folder, identity)
+    else:
         disable_progress_bars()
-        beside = folder / f"{FOLDER}.{uuid.uuid4().hex}.tmp"
-        DatasetDict(parts).save_to_disk(str(beside))
+        run = RunFolder.open(folder, KIND)
+        # What a process left that died while it saved.
+        run.recover()
         try:
-            os.rename(beside, target)
-        except OSError:
-            # Another worker was first, with the same rows.
-            shutil.rmtree(beside, ignore_errors=True)
-            if not target.exists():
-                raise
+            DatasetDict(parts).save_to_disk(str(run.staging / FOLDER))
+            seal(run.staging / FOLDER, {"step": 0, "resumable": False, "kind": KIND, "identity": identity})
+            os.rename(run.staging / FOLDER, target)
+        finally:
+            shutil.rmtree(run.staging, ignore_errors=True)
     return len(parts["train"]), len(parts["test"])
+
+
+def check_split(folder: Path, identity: dict[str, Any] | None = None) -> None:
+    """Refuse held-out pairs that no sweep has written, or that have been changed since.
+
+    Args:
+        folder: The sweep's folder.
+        identity: What they have to be a split of, where that is known.
+
+    Raises:
+        ConfigError: They are something else.
+    """
+    from preftune.training.checkpoints.manifest import InvalidCheckpoint, verify
+
+    target = folder / FOLDER
+    try:
+        if target.is_symlink():
+            raise InvalidCheckpoint("it is a link")
+        found = verify(target)
+        why = None if found.body.get("kind") == KIND else "it is something else"
+        if identity is not None and found.identity != identity:
+            why = "they were split off other rows, or with another share or seed"
+    except InvalidCheckpoint as error:
+        why = str(error)
+    if why is not None:
+        raise ConfigError(
+            f"{FOLDER} does not hold the pairs of this sweep ({why})",
+            where="--out",
+            value=str(folder),
+            remedy=f"move {target}, or name a new folder",
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from preftune.errors import SetupError
+from preftune.ownership import HOME
 from preftune.sweep.liveness import Stillness
 
 #: Seconds after which a study's lock that nobody else got in between is taken from its holder.
@@ -42,6 +43,15 @@ def _opened(path: Path) -> IO[str]:
             raise
         remedy = "remove it"
         raise SetupError("a link stands in the place of a lock", where=str(path), remedy=remedy) from error
+
+
+@contextlib.contextmanager
+def beginning(folder: Path) -> Iterator[None]:
+    """Let one process of several write what all share into a sweep's folder."""
+    home = folder / HOME
+    home.mkdir(exist_ok=True)
+    with one_at_a_time(home / "begin.lock"):
+        yield
 
 
 def has_locks(path: Path) -> bool:

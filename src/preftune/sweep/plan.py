@@ -14,6 +14,7 @@ from typing import Any
 
 from preftune.errors import ConfigError, SetupError
 from preftune.files import replace_text
+from preftune.ownership import put_text
 from preftune.sweep.space import Cell, Dimension
 from preftune.version import __version__
 
@@ -131,8 +132,10 @@ def settle_plan(folder: Path, plan: Plan) -> Plan:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The settings first: whoever sees the plan must find them.
-        if not (folder / FILE_NAME).exists() and not (folder / BASE_NAME).exists():
+        if not os.path.lexists(folder / FILE_NAME) and not os.path.lexists(folder / BASE_NAME):
             write_yaml(folder / BASE_NAME, plan.base)
+        else:
+            check_base(folder, read_plan(folder) or plan)
         text = _text(plan)
         if _create(folder / FILE_NAME, text):
             return plan
@@ -141,6 +144,25 @@ def settle_plan(folder: Path, plan: Plan) -> Plan:
     begun = read_plan(folder)
     assert begun is not None
     return change_plan(folder, begun, Plan.from_json(json.loads(text)))
+
+
+def check_base(folder: Path, plan: Plan) -> None:
+    """Refuse a file of settings that is not the one that the sweep has written: every trial reads it.
+
+    Raises:
+        ConfigError: It is another one, or missing.
+    """
+    try:
+        same = (folder / BASE_NAME).read_text(encoding="utf-8") == _yaml(plan.base)
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        raise ConfigError(
+            f"{BASE_NAME} does not hold the settings of this sweep",
+            where="--out",
+            value=str(folder),
+            remedy="move the file, or name a new folder",
+        )
 
 
 def change_plan(folder: Path, begun: Plan, asked: Plan) -> Plan:
@@ -211,7 +233,10 @@ def _create(path: Path, text: str) -> bool:
 
 def write_yaml(path: Path, settings: Mapping[str, Any], comment: str = "") -> None:
     """Write settings as a file that ``--config`` takes."""
+    put_text(path, "".join(f"# {line}\n" for line in comment.splitlines()) + _yaml(settings))
+
+
+def _yaml(settings: Mapping[str, Any]) -> str:
     import yaml
 
-    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
-    replace_text(path, "".join(f"# {line}\n" for line in comment.splitlines()) + text)
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)

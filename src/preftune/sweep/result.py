@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from preftune.config import ModelConfig, ScriptConfig, redact
 from preftune.config.fields import Field, fields_of_all
 from preftune.config.paths import inside
-from preftune.files import write_json
+from preftune.ownership import RunFolder, current, put_json
 from preftune.sweep import runner
 from preftune.sweep.board import SlotState
 from preftune.sweep.choice import Candidate, Choice, choose
@@ -23,7 +24,7 @@ from preftune.sweep.space import as_setting
 from preftune.version import __version__
 
 FILE_NAME, BEST_NAME = "sweep.json", "best.yaml"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "training_args.bin")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def candidates_of(states: Sequence[SlotState], folder: Path, metric: str) -> list[Candidate]:
@@ -161,7 +162,7 @@ def write_result(plan: Plan, states: Sequence[SlotState], folder: Path) -> dict[
         The content of ``sweep.json``.
     """
     found = summarise(plan, states, folder)
-    write_json(folder / FILE_NAME, found)
+    put_json(folder / FILE_NAME, found)
     if found["best"] is not None:
         best = found["best"]
         comment = f"Sweet spot of the sweep in {folder}\n{best['reason']}\npreftune {plan.verb} --config {BEST_NAME}"
@@ -200,12 +201,19 @@ def drop_weights(plan: Plan, states: Sequence[SlotState], folder: Path, *, final
 
 
 def remove_weights(run: Path) -> None:
-    """Remove weights and checkpoints from a run folder; logs, settings and figures stay."""
-    for pattern in _WEIGHTS:
-        for path in run.glob(pattern):
-            path.unlink(missing_ok=True)
-    for path in run.glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove weights and checkpoints that a trial has written; logs, settings, figures and others' files stay."""
+    record = current(run)
+    if record is None:
+        return
+    owned = RunFolder(run, record)
+    # Another worker may be doing the same.
+    for name in [*record.files]:
+        if any(fnmatch(name, pattern) for pattern in _WEIGHTS):
+            with suppress(FileNotFoundError):
+                owned.remove_file(name)
+    for name in [*record.folders]:
+        with suppress(FileNotFoundError):
+            owned.remove_folder(name)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ from preftune.config import CommandLine, ModelConfig, Resolved, ScriptConfig, re
 from preftune.config.fields import fields_of_all
 from preftune.config.secrets import REDACTED
 from preftune.errors import ConfigError, DataError, PreftuneError, SetupError
+from preftune.ownership import HOME, check_places
 from preftune.runs.data import load_splits
+from preftune.runs.folder import places_read
 from preftune.runs.settings import explicit, read_settings, settings_classes
 from preftune.sweep import space
-from preftune.sweep.holdout import FOLDER, split_off
+from preftune.sweep.holdout import FOLDER, check_split, split_off
+from preftune.sweep.locks import beginning
 from preftune.sweep.options import Options
 from preftune.sweep.plan import (
     BASE_NAME,
     FILE_NAME,
     Plan,
     change_plan,
+    check_base,
     compare,
     nothing_begun,
     read_plan,
@@ -62,12 +67,14 @@ def begin(options: Options, line: CommandLine, folder: Path) -> tuple[Plan, tupl
             raise nothing_begun(folder)
         return _go_on(begun, options, folder), ()
     asked, notes = make_plan(options, line)
+    check_places({"--out": str(folder)}, _read_places(asked, line, folder))
     if options.dry_run:
         return asked, tuple(notes)
     _check_folder(folder)
-    asked, more = _with_held_out(asked, folder, line)
-    asked = dataclasses.replace(asked, study=study_name(folder, asked))
-    plan = settle_plan(folder, dataclasses.replace(asked, storage=_writable(options.storage)))
+    with beginning(folder):
+        asked, more = _with_held_out(asked, folder, line)
+        asked = dataclasses.replace(asked, study=study_name(folder, asked))
+        plan = settle_plan(folder, dataclasses.replace(asked, storage=_writable(options.storage)))
     return dataclasses.replace(plan, storage=options.storage or plan.storage), (*notes, *more)
 
 
@@ -77,6 +84,9 @@ def _go_on(begun: Plan, options: Options, folder: Path) -> Plan:
     given = {name: getattr(options, name) for name in own}
     asked = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})
     compare(begun, asked, folder)
+    check_base(folder, begun)
+    if begun.base.get("dataset_name") == str((folder / FOLDER).resolve()):
+        check_split(folder)
     if asked.fuse > 1:
         _check_fused(asked, use_peft=bool(asked.base.get("use_peft")))
     if begun.storage == "" and not options.storage:
@@ -99,8 +109,9 @@ def _check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"cannot make the folder ({error.strerror})", where="--out", value=str(folder)) from error
-    strangers = [path.name for path in folder.iterdir() if path.name not in (FOLDER, BASE_NAME, FILE_NAME)]
-    if strangers and not (folder / FILE_NAME).exists() and not all(".tmp" in name for name in strangers):
+    known = re.compile(rf"{re.escape(HOME)}|{FOLDER}|\.?({BASE_NAME}|{FILE_NAME})(\.[0-9a-f]{{32}}\.tmp)?")
+    strangers = [path.name for path in folder.iterdir() if not known.fullmatch(path.name)]
+    if strangers and not (folder / FILE_NAME).exists():
         raise ConfigError(
             f"the folder holds other files ({', '.join(sorted(strangers)[:3])})",
             where="--out",
@@ -353,15 +364,31 @@ def _with_held_out(plan: Plan, folder: Path, line: CommandLine) -> tuple[Plan, l
                 raise
             share = _EVAL_SHARE
     splits = load_splits(settings, with_test=False)
-    if (folder / FOLDER).exists() and (folder / FILE_NAME).exists():
-        num = None
-    else:
-        num = split_off(splits["train"], share, plan.seed, folder)
-    if num is not None:
+    begun = (folder / FILE_NAME).exists()
+    num = _saved_split(splits["train"], share, plan.seed, folder)
+    if not begun:
         notes.append(f"held out: {num[1]:,} pairs of {share:.0%} of the prompts; {num[0]:,} pairs to train on")
     base = {name: value for name, value in plan.base.items() if name not in _DATA}
     base["dataset_name"] = str((folder / FOLDER).resolve())
     return dataclasses.replace(plan, base=base, eval_share=share), notes
+
+
+def _read_places(plan: Plan, line: CommandLine, folder: Path) -> dict[str, str | None]:
+    """Models and data of the trials; pairs that this sweep has held out may be named as the data."""
+    read = places_read(_trial_like(plan, line))
+    return {name: path for name, path in read.items() if path != str((folder / FOLDER).resolve())}
+
+
+def _saved_split(dataset: Any, share: float, seed: int, folder: Path) -> tuple[int, int]:
+    try:
+        return split_off(dataset, share, seed, folder)
+    except OSError as error:
+        raise SetupError(
+            f"the held-out pairs cannot be saved ({error.strerror or error})",
+            where="--out",
+            value=str(folder),
+            remedy="free some space, or set another --out",
+        ) from error
 
 
 def _trial_like(plan: Plan, line: CommandLine) -> Resolved[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import sys
 import time
 import traceback
@@ -32,6 +31,7 @@ from preftune.sweep.shared import Base, Shelf, sharing
 from preftune.sweep.space import as_flag
 from preftune.sweep.trackers import grouped
 from preftune.sweep.watch import Watch
+from preftune.sweep.worker import begin_folder
 from preftune.training.live import LiveLog
 
 #: Settings of the adapter: they do not touch the base that is loaded.
@@ -110,8 +110,7 @@ class PairTrials:
 
     def _run_one(self, trial: TrialSpec, observer: Observer) -> Outcome:
         started = time.monotonic()
-        shutil.rmtree(trial.folder, ignore_errors=True)
-        trial.folder.mkdir(parents=True)
+        begin_folder(self.folder, trial.folder)
         try:
             outcome = self._train(trial, observer)
             self._num_done += 1

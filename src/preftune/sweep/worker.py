@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from preftune.ownership.run import move_aside
 from preftune.sweep.board import Board, Claim
 from preftune.sweep.liveness import BEAT_SECONDS
 from preftune.sweep.runner import Outcome, TrialRunner, TrialSpec
 
+#: Folder in a sweep's for run folders of trials whose process died.
+GIVEN_UP = "given-up"
 #: How often a worker that has nothing to do looks again.
 POLL_SECONDS = 1.0
 
@@ -127,6 +130,17 @@ def run_folder(folder: Path, claim: Claim) -> Path:
     """
     name = f"{claim.slot:03d}" + (f"-{claim.attempt}" if claim.fresh_folder else "")
     return folder / "trials" / name
+
+
+def begin_folder(folder: Path, run: Path) -> None:
+    """Make the folder of a trial; what an earlier attempt or anybody else has left under its name is moved away.
+
+    Args:
+        folder: The sweep's folder; the old one goes into ``given-up`` in it.
+        run: The trial's folder.
+    """
+    move_aside(run, folder / GIVEN_UP)
+    run.mkdir(parents=True)
 
 
 def _run(

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from preftune.files import replace_text
 from preftune.models.head import base_model
 from preftune.objectives import METHODS
+from preftune.ownership import put_text
 from preftune.training import provenance
 from preftune.training.run import Run
 from preftune.training.tasks import TASKS
@@ -139,7 +139,7 @@ def write(folder: str | Path, card: Card) -> Path:
         Path of the file.
     """
     target = Path(folder) / FILE_NAME
-    replace_text(target, render(card))
+    put_text(target, render(card))
     return target
 
 

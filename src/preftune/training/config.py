@@ -127,6 +127,9 @@ class PackedConfig(TrainingArguments):
         on_bad_rows: ``error`` stops, ``skip`` sets bad rows aside, ``warn`` goes on where TRL does and says how many.
         quarantine_path: File for rows set aside.
         max_dropped_share: Refuse to start where truncation drops a larger share of the rows; ``None`` only warns.
+        existing_output: What to do with another run's results in ``output_dir``: ``refuse`` to start; ``set_aside``,
+            move them into a folder ``earlier-N`` there; ``set_aside_own``, move what an earlier run of preftune has
+            written and nobody has changed since, and refuse otherwise. The command line refuses by default.
         data_cache: Keep the tokens of large data sets on disk, and find them there again.
         transcripts: What becomes of ``Human:``/``Assistant:`` transcripts where the tokenizer has a chat template:
             ``text`` trains on them as they are, as TRL does; ``messages`` makes them conversations.
@@ -175,6 +178,7 @@ class PackedConfig(TrainingArguments):
     on_bad_rows: str = "warn"
     quarantine_path: str | None = None
     max_dropped_share: float | None = None
+    existing_output: str = "set_aside_own"
     transcripts: str = "text"
     environment_turns: str = "scored"
     data_cache: bool = True
@@ -198,6 +202,7 @@ class PackedConfig(TrainingArguments):
         check_choice("attention_backend", self.attention_backend, BACKEND_NAMES)
         check_choice("checkpoint_policy", self.checkpoint_policy, ("needed", "always"))
         check_choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
+        check_choice("existing_output", self.existing_output, ("refuse", "set_aside_own", "set_aside"))
         check_choice("transcripts", self.transcripts, ("text", "messages"))
         check_choice("environment_turns", self.environment_turns, ("scored", "masked"))
         check_choice("torch_compile_backend", self.torch_compile_backend, (None, *COMPILE_BACKENDS))

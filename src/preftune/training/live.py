@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from preftune.config.machine import machine_id
 from preftune.files import stop_file
+from preftune.ownership import active
 from preftune.training.provenance import plain
 
 FILE_NAME = "log.jsonl"
@@ -80,6 +81,9 @@ class LiveLog(TrainerCallback):
         path = Path(args.output_dir) / FILE_NAME
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            run = active(path.parent)
+            if run is not None:
+                run.grow(FILE_NAME, f"{line}\n".encode())
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from preftune.config import Origin, redact, redact_argv
-from preftune.files import replace_text
 from preftune.models.trust import trusted_code
+from preftune.ownership import put_text
 from preftune.version import __version__
 
 FILE_NAME = "provenance.json"
@@ -93,7 +93,7 @@ def write(folder: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:
         Path of the file.
     """
     target = Path(folder) / FILE_NAME
-    replace_text(target, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    put_text(target, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return target
 
 

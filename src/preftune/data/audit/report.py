@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preftune.errors import SetupError
-from preftune.files import finite, write_json
+from preftune.files import finite
+from preftune.ownership import put_json
 
 Severity = Literal["ok", "note", "warn", "problem"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warn", "problem")
@@ -105,7 +106,7 @@ class AuditReport:
         """
         path = Path(folder) / "audit.json"
         try:
-            write_json(path, asdict(self))
+            put_json(path, asdict(self))
         except OSError as error:
             raise SetupError(
                 f"cannot write ({error.strerror})", where=str(path), remedy="choose another --out"

@@ -5,7 +5,6 @@ from preftune.training.checkpoints.folders import (
     find_checkpoint,
     list_checkpoints,
     recover,
-    remove_checkpoint,
     rotate,
 )
 from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, verify
@@ -19,7 +18,6 @@ __all__ = [
     "find_checkpoint",
     "list_checkpoints",
     "recover",
-    "remove_checkpoint",
     "rotate",
     "verify",
 ]

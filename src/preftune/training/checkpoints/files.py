@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from preftune.errors import SetupError
-from preftune.files import sync_file, sync_folder, write_text
-
-#: Folder inside an output folder in which files are completed before they take their names.
-MODEL_STAGING = ".saving-model"
+from preftune.files import write_text
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -26,25 +22,6 @@ def files_below(folder: Path) -> list[Path]:
     """All files of a folder and its subfolders, in a fixed order; links are not followed."""
     found = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
     return sorted(path for path in found if not path.is_symlink())
-
-
-def sync_tree(folder: Path) -> None:
-    """Wait until everything below a folder is on the disk."""
-    for path in files_below(folder):
-        sync_file(path)
-    for root, _, _ in os.walk(folder, topdown=False):
-        sync_folder(Path(root))
-
-
-def move_into(staging: Path, target: Path) -> None:
-    """Let every file of ``staging`` take its place in ``target``, one whole file after the other."""
-    sync_tree(staging)
-    for path in files_below(staging):
-        place = target / path.relative_to(staging)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
-    shutil.rmtree(staging, ignore_errors=True)
-    sync_folder(target)
 
 
 def is_write_failure(error: BaseException) -> bool:

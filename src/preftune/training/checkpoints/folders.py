@@ -1,21 +1,22 @@
-"""Checkpoints in an output folder: taking their names in one step, being found again, making room."""
+"""Checkpoints in an output folder: taking their names in one step, being found again, making room.
+
+What belongs to a run is told by the run's record, see :mod:`preftune.ownership`, and by the run's id in a checkpoint's
+manifest; a name tells nothing.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preftune.files import sync_folder
-from preftune.training.checkpoints.files import MODEL_STAGING
-from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, verify
+from preftune.ownership import Entry, RunFolder, current, holding
+from preftune.ownership.record import entry_of
+from preftune.training.checkpoints.manifest import FILE_NAME, InvalidCheckpoint, Manifest, verify
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
-_SAVING, _REPLACED, _DELETING = ".saving-", ".replaced-", ".deleting-"
 
 
 @dataclass
@@ -35,59 +36,98 @@ class Found:
         return "; ".join(f"{name} is not used: {reason}" for name, reason in self.skipped)
 
 
-def staging_folder(output_dir: Path, step: int) -> Path:
+def staging_folder(run: RunFolder, step: int) -> Path:
     """Where a checkpoint is written before it takes its name."""
-    return output_dir / f"{_SAVING}checkpoint-{step}"
+    return run.staging / f"checkpoint-{step}"
 
 
-def publish(staging: Path, final: Path) -> None:
-    """Give a finished checkpoint its name in one step.
+def publish(run: RunFolder, staging: Path, step: int) -> Path:
+    """Give a sealed checkpoint its name in one step; one of this run that has it already is replaced.
 
-    A folder that has the name already, from before a resume, is moved away first and deleted last; a crash in between
-    leaves both, and :func:`recover` puts things right.
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ForeignFile: Something that is not this run's has the name.
+        OSError: The disk cannot take it.
     """
-    old = final.with_name(_REPLACED + final.name)
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(staging, final)
-    sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    final = run.folder / f"checkpoint-{step}"
+    adopt(run, final)
+    run.put_folder(staging, final.name, files_of(verify(staging, deep=False)))
+    return final
 
 
-def recover(output_dir: Path) -> None:
-    """Tidy up after a crash: unfinished checkpoints go, a replaced one whose successor never came takes its place."""
-    for path in _entries(output_dir):
-        if path.name.startswith(_REPLACED):
-            final = path.with_name(path.name.removeprefix(_REPLACED))
-            if not final.exists():
-                # Another process of the same run may be doing the same.
-                with suppress(OSError):
-                    os.rename(path, final)
-                continue
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith((f"{_SAVING}checkpoint-", _DELETING)) or path.name == MODEL_STAGING:
-            shutil.rmtree(path, ignore_errors=True)
+def files_of(manifest: Manifest) -> dict[str, Entry]:
+    """The files of a checkpoint, for the record of its run."""
+    folder = manifest.folder
+    found = {
+        name: Entry(entry["bytes"], entry["sha256"], (folder / name).stat().st_mtime_ns)
+        for name, entry in manifest.body["files"].items()
+    }
+    return {**found, FILE_NAME: entry_of(folder / FILE_NAME)}
+
+
+def adopt(run: RunFolder, path: Path) -> None:
+    """Record a checkpoint whose own manifest says that it is this run's, where the record has been lost."""
+    if path.name in run.record.folders or path.is_symlink():
+        return
+    try:
+        manifest = verify(path)
+    except InvalidCheckpoint:
+        return
+    if manifest.body.get("run") == run.record.run:
+        run.adopt_folder(path.name, files_of(manifest))
+
+
+def recover(output_dir: Path, *, tidy: bool = True) -> None:
+    """Put right what a crash of the run has left that wrote into a folder last; only what it has recorded is touched.
+
+    Args:
+        output_dir: The folder.
+        tidy: Remove what is unfinished, too; otherwise only a checkpoint that has lost its name gets it back.
+
+    Raises:
+        SetupError: Another process is writing into the folder.
+    """
+    record = current(output_dir)
+    if record is None:
+        return
+    run = RunFolder(output_dir, record)
+    if os.environ.get("RANK", "0") != "0":
+        # Every process of a run looks for its checkpoint, and has to find the same; the first one holds the folder.
+        run.restore()
+        return
+    with holding(output_dir):
+        if tidy:
+            run.recover()
+        else:
+            run.restore()
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """Folders named like checkpoints, valid or not, by ascending step."""
+    """Folders named like checkpoints, valid or not, by the step in their name."""
     named = [(match, path) for path in _entries(output_dir) if (match := _NAME.match(path.name)) and path.is_dir()]
     return sorted((int(match.group(1)), path) for match, path in named)
 
 
 def find_checkpoint(output_dir: Path) -> Found:
-    """The newest checkpoint that is whole and that training can go on from.
+    """The newest checkpoint that is whole, that training can go on from, and that is of the folder's last run.
 
-    Every file is compared with the manifest. Torn, damaged and foreign folders are passed over, never deleted.
+    The step is what the manifest says. Every file is compared with the manifest. Torn, damaged and foreign folders are
+    passed over, never deleted.
     """
-    recover(output_dir)
+    recover(output_dir, tidy=False)
+    record = current(output_dir)
     found = Found()
-    for _, path in reversed(list_checkpoints(output_dir)):
+    named = [(_step(path, step), path) for step, path in list_checkpoints(output_dir)]
+    for _, path in sorted(named, reverse=True):
         try:
             manifest = verify(path)
         except InvalidCheckpoint as error:
             found.skipped.append((path.name, str(error)))
+            continue
+        if record is not None and manifest.body.get("run") != record.run:
+            found.skipped.append((path.name, "it belongs to another run than the last one in this folder"))
             continue
         if manifest.resumable:
             found.manifest = manifest
@@ -96,36 +136,31 @@ def find_checkpoint(output_dir: Path) -> Found:
     return found
 
 
-def rotate(output_dir: Path, limit: int | None, protected: Iterable[Path], whole: Callable[[Path], bool]) -> list[Path]:
-    """Delete the oldest valid checkpoints beyond ``limit``. Returns what was deleted.
+def _step(path: Path, otherwise: int) -> int:
+    try:
+        return verify(path, deep=False).step
+    except InvalidCheckpoint:
+        return otherwise
 
-    The newest valid one and the protected ones stay. What is not valid does not count and is left alone, so that
-    damaged or foreign folders never push out a good one.
+
+def rotate(run: RunFolder, limit: int | None, protected: Iterable[Path]) -> list[Path]:
+    """Delete the run's oldest checkpoints beyond ``limit``. Returns what was deleted.
+
+    The newest one and the protected ones stay. What is not this run's, or not whole, does not count and is left alone,
+    so that damaged or foreign folders never push out a good one.
 
     Args:
-        output_dir: Folder of the run.
+        run: The run and its folder.
         limit: How many to keep; ``None`` or less than one for all.
         protected: Checkpoints that must not go, such as the best one.
-        whole: Tells whether a folder is a valid checkpoint.
     """
     if limit is None or limit < 1:
         return []
-    valid = [path for _, path in list_checkpoints(output_dir) if whole(path)]
+    valid = [path for _, path in list_checkpoints(run.folder) if path.name in run.record.folders and is_whole(path)]
     keep = {path.absolute() for path in (*protected, *valid[-1:])}
     excess = len(valid) - max(limit, len(keep & {path.absolute() for path in valid}))
     gone = [path for path in valid if path.absolute() not in keep][: max(excess, 0)]
-    for path in gone:
-        remove_checkpoint(path)
-    return gone
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that a crash never leaves half of one under it."""
-    aside = path.with_name(_DELETING + path.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    with suppress(OSError):
-        os.rename(path, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+    return [path for path in gone if run.remove_folder(path.name)]
 
 
 def is_whole(path: Path) -> bool:

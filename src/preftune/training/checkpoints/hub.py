@@ -21,7 +21,8 @@ _STATE_PREFIXES = ("optimizer", "scheduler", "scaler", "rank_state_", "extra_sta
 def not_pushed(args: Any) -> list[str]:
     """Patterns of what stays in the output folder: hidden files, checkpoints, and files with rows of the data."""
     own = [] if args.quarantine_path is None else [Path(args.quarantine_path).name]
-    return ["_*", ".*", "checkpoint-*", "quarantine.jsonl", "samples.jsonl", "held_out.npz", *own]
+    others = ["_*", ".*", "checkpoint-*", "earlier-*", "saved-*"]
+    return [*others, "quarantine.jsonl", "samples.jsonl", "held_out.npz", *own]
 
 
 def push_result(
@@ -64,11 +65,14 @@ def push_checkpoint(trainer: CheckpointedTrainer, folder: Path) -> None:
         return
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     target = Path(args.output_dir or ".")
+    run = trainer.output.run()
+    staging = run.staging / "push"
     for path in files_below(folder):
         name = path.relative_to(folder)
         if not name.parts[0].startswith(_STATE_PREFIXES):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target / name)
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, staging / name)
+    trainer.output.put_files(run, staging)
     message = f"Training in progress, step {trainer.state.global_step}"
     common: dict[str, Any] = {
         "repo_id": trainer.hub_model_id,

@@ -34,7 +34,7 @@ _FREE = frozenset(
         *("first_step_check", "precompute_ref_log_probs", "precompute_ref_batch_size", "reference_store"),
         *("remove_unused_columns", "label_names", "include_num_input_tokens_seen", "max_skipped_steps"),
         *("torch_empty_cache_steps", "pad_to_multiple_of", "padding_free", "accelerator_config", "dataset_format"),
-        *("dataset_kwargs", "use_cache", "checkpoint_policy", "worker_timeout"),
+        *("dataset_kwargs", "use_cache", "checkpoint_policy", "worker_timeout", "existing_output"),
     ]
 )
 _FREE_PREFIXES = (

@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,16 @@ from transformers import PreTrainedModel, Trainer
 
 from preftune.config import redact
 from preftune.errors import ConfigError
-from preftune.files import replace_text, write_text
+from preftune.files import write_text
 from preftune.models.gate import Verdict
+from preftune.ownership import HOME, holding
+from preftune.ownership.run import move_aside
 from preftune.training.checkpoints import folders, rng, state
-from preftune.training.checkpoints.files import (
-    MODEL_STAGING,
-    is_write_failure,
-    move_into,
-    plain_failures,
-    reason_of,
-)
+from preftune.training.checkpoints.files import is_write_failure, plain_failures, reason_of
 from preftune.training.checkpoints.hub import push_checkpoint, push_result
 from preftune.training.checkpoints.identity import compare, describe_run
 from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, seal, verify
+from preftune.training.checkpoints.output import Output
 from preftune.training.checkpoints.trees import has_tree, load_tree, save_tree
 from preftune.training.checkpoints.watch import LoopWatch
 from preftune.training.config import PackedConfig
@@ -69,6 +65,8 @@ class CheckpointedTrainer(Trainer):
         self._identity: dict[str, Any] | None = None
         self._progress: dict[str, Any] | None = None
         super().__init__(**kwargs)
+        #: The output folder, and what of this run is in it.
+        self.output = Output(self.args)
         self._watch = LoopWatch(self)
         self.add_callback(self._watch)
 
@@ -100,7 +98,8 @@ class CheckpointedTrainer(Trainer):
             The checkpoint, or ``None`` where training begins anew.
 
         Raises:
-            ConfigError: If there is none, it is damaged, or its run was another one.
+            ConfigError: If there is none, it is damaged, or its run was another one; or if the output folder holds
+                results of another run.
         """
         asked = resume_from_checkpoint
         manifest = None if asked in (None, False) else _resolve(asked, Path(str(self.args.output_dir)))
@@ -116,8 +115,23 @@ class CheckpointedTrainer(Trainer):
             if loose:
                 said = f"resuming with changes, so that results are not the same to the bit: {'; '.join(loose)}"
                 warnings.warn(said, UserWarning, stacklevel=3)
+        if manifest is None:
+            self._check_models()
+        self.output.begin(manifest)
         self._checked = (asked, manifest)
         return manifest
+
+    def _check_models(self) -> None:
+        """Refuse to train into the folder that a model has come from: its weights would be lost."""
+        for name in ("model", "ref_model"):
+            source = getattr(getattr(getattr(self, name, None), "config", None), "_name_or_path", None)
+            if source and Path(source).exists() and Path(source).resolve() == self.output.folder.resolve():
+                raise ConfigError(
+                    f"the {name} was loaded from this folder, which must not be written into",
+                    where="output_dir",
+                    value=str(self.args.output_dir),
+                    remedy="set another output_dir",
+                )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; see transformers' ``Trainer.train``."""
@@ -126,10 +140,9 @@ class CheckpointedTrainer(Trainer):
         assert self._checked is not None
         self._manifest, self._checked = self._checked[1], None
         self._progress, self.seconds_before, self.num_skipped_in_a_row = None, 0.0, 0
-        if self.args.should_save:
-            folders.recover(Path(str(self.args.output_dir)))
         path = None if self._manifest is None else str(self._manifest.folder)
-        return super().train(path, *args, **kwargs)
+        with self.output.held():
+            return super().train(path, *args, **kwargs)
 
     def begin(self) -> None:
         """Put the running sums and the subclass's state back; called when the loop has reset its own."""
@@ -194,9 +207,10 @@ class CheckpointedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside, then let it take its name; a failed write is said and costs nothing else."""
-        output_dir = Path(self._get_output_dir(trial=trial))
-        final = output_dir / f"checkpoint-{self.state.global_step}"
-        staging = folders.staging_folder(output_dir, self.state.global_step)
+        run = self.output.run(Path(self._get_output_dir(trial=trial)))
+        step = self.state.global_step
+        final = run.folder / f"checkpoint-{step}"
+        staging = folders.staging_folder(run, step)
         best = self.state.best_model_checkpoint
         failure: str | None = None
         for stage in (self._prepare_staging, self._write_parts, self._publish):
@@ -213,15 +227,15 @@ class CheckpointedTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         if failure is not None:
             self.state.best_model_checkpoint = best
+            self.output.not_saved(step, failure)
             self._say_not_saved(final, staging, failure)
             return
+        self.output.saved(step)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
             kept = self.state.best_model_checkpoint
-            folders.rotate(
-                output_dir, self.args.save_total_limit, [Path(p) for p in (kept, final) if p], folders.is_whole
-            )
+            folders.rotate(run, self.args.save_total_limit, [Path(p) for p in (kept, final) if p])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._is_sharded:
@@ -252,7 +266,8 @@ class CheckpointedTrainer(Trainer):
             save_tree(staging, "extra_state", extra)
         if self.state.best_global_step:
             best = final.with_name(f"checkpoint-{self.state.best_global_step}")
-            if best.exists() or best == final:
+            # A folder of that name may be somebody else's.
+            if best == final or best.name in self.output.run(final.parent).record.folders:
                 self.state.best_model_checkpoint = str(best)
         self.state.stateful_callbacks = state.callback_states(self)  # type: ignore[assignment]
         document = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True)
@@ -271,9 +286,10 @@ class CheckpointedTrainer(Trainer):
             "sharded": self._is_sharded,
             "num_processes": self.args.world_size,
             "identity": self._identity,
+            "run": self.output.run_id,
         }
         seal(staging, body)
-        folders.publish(staging, final)
+        folders.publish(self.output.run(final.parent), staging, self.state.global_step)
 
     def _everywhere(self, well: bool) -> bool:
         """Whether every process is well; also the point where they wait for each other."""
@@ -304,19 +320,25 @@ class CheckpointedTrainer(Trainer):
             super()._save(str(target), state_dict)
             return
         # A checkpoint takes its name as a whole; the end result replaces files that others may be reading.
-        inside = target.name.startswith(folders.staging_folder(target, 0).name.removesuffix("0"))
-        staging = target if inside else target / MODEL_STAGING
-        try:
-            with plain_failures(str(target)) if not inside else nullcontext():
-                staging.mkdir(parents=True, exist_ok=True)
-                self._write_model(str(staging), state_dict)
-                settings = redact(plain(self.args.to_dict()))  # type: ignore[no-untyped-call]
-                write_text(staging / _SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
-                if not inside:
-                    move_into(staging, target)
-        finally:
-            if not inside:
+        if HOME in target.parts:
+            self._write_result(target, state_dict)
+            return
+        with plain_failures(str(target)), holding(target):
+            own = target.resolve() == self.output.folder.resolve()
+            run = self.output.run(target) if own else self.output.other_folder(target)
+            staging = run.staging / "model"
+            shutil.rmtree(staging, ignore_errors=True)
+            try:
+                self._write_result(staging, state_dict)
+                self.output.put_files(run, staging)
+            finally:
                 shutil.rmtree(staging, ignore_errors=True)
+
+    def _write_result(self, folder: Path, state_dict: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_model(str(folder), state_dict)
+        settings = redact(plain(self.args.to_dict()))  # type: ignore[no-untyped-call]
+        write_text(folder / _SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
     def _write_model(self, folder: str, state_dict: Any) -> None:
         """Model and tokenizer, without the settings that transformers would pickle beside them."""
@@ -336,12 +358,12 @@ class CheckpointedTrainer(Trainer):
         if self.is_world_process_zero():
             with plain_failures(str(self.args.output_dir)):
                 text = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True)
-                replace_text(Path(str(self.args.output_dir)) / _STATE, text + "\n")
+                self.output.run().put_text(_STATE, text + "\n")
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
         """Write ``{split}_results.json`` and add to ``all_results.json``, each in one step.
 
-        A torn file of an earlier, killed run is replaced, where transformers would fail to read it.
+        A torn file of an earlier, killed run makes room, where transformers would fail to read it.
         """
         if not self.is_world_process_zero():
             return
@@ -350,12 +372,16 @@ class CheckpointedTrainer(Trainer):
         if combined:
             try:
                 before = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except ValueError:
+                before = {}
+                if not self.output.run().may_put("all_results.json"):
+                    move_aside(folder / "all_results.json", folder)
+            except OSError:
                 before = {}
             results["all_results.json"] = {**(before if isinstance(before, dict) else {}), **metrics}
         with plain_failures(str(folder)):
             for name, figures in results.items():
-                replace_text(folder / name, json.dumps(figures, indent=4, sort_keys=True) + "\n")
+                self.output.run().put_text(name, json.dumps(figures, indent=4, sort_keys=True) + "\n")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         push_checkpoint(self, Path(checkpoint_folder))
@@ -393,7 +419,22 @@ class CheckpointedTrainer(Trainer):
                 said = f"the best checkpoint {best} is not loaded: {error}; the last weights are kept"
                 warnings.warn(said, UserWarning, stacklevel=2)
         started = time.time() - self.seconds_trained()
-        return super()._finalize_training(trial, num_train_samples, started)  # type: ignore[no-untyped-call]
+        # transformers would then remove every other folder that is named like a checkpoint.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            outcome = super()._finalize_training(trial, num_train_samples, started)  # type: ignore[no-untyped-call]
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and limit == 1:
+            self._keep_only(Path(best))
+        return outcome
+
+    def _keep_only(self, best: Path) -> None:
+        run = self.output.run(best.parent)
+        for name in list(run.record.folders):
+            if name.startswith("checkpoint-") and name != best.name:
+                run.remove_folder(name)
 
 
 def _resolve(asked: Any, output_dir: Path) -> Manifest:
@@ -410,7 +451,7 @@ def _resolve(asked: Any, output_dir: Path) -> Manifest:
             )
         return found.manifest
     folder = Path(os.fspath(asked))
-    folders.recover(folder.parent)
+    folders.recover(folder.parent, tidy=False)
     try:
         manifest = verify(folder)
     except InvalidCheckpoint as error:
@@ -430,11 +471,9 @@ def _resolve(asked: Any, output_dir: Path) -> Manifest:
     return manifest
 
 
-def resume_point(asked: Any, output_dir: str) -> str | None:
+def resume_point(asked: Any, output_dir: str) -> Manifest | None:
     """The checkpoint that a command line asks for, before anything is loaded; see ``check_resume``."""
-    if asked in (None, False):
-        return None
-    return str(_resolve(asked, Path(output_dir)).folder)
+    return None if asked in (None, False) else _resolve(asked, Path(output_dir))
 
 
 __all__ = ["CheckpointedTrainer", "resume_point"]

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 if TYPE_CHECKING:
     from preftune.training.checkpoints.trainer import CheckpointedTrainer
 
-#: A file of this name in the output folder asks for a checkpoint after the present step.
+#: An empty file of this name in the output folder asks for a checkpoint after the present step.
 TRIGGER = "SAVE"
 
 
@@ -94,7 +94,8 @@ class LoopWatch(TrainerCallback):
         asked = False
         if args.process_index == 0:
             trigger = Path(args.output_dir or ".") / TRIGGER
-            asked = trigger.is_file()
+            # Something that has content is no request, and would be lost.
+            asked = trigger.is_file() and not trigger.is_symlink() and not trigger.stat().st_size
             if asked:
                 try:
                     trigger.unlink()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from preftune.files import replace_text
+from preftune.ownership import put_text
 
 #: Beside the checkpoints.
 ALARMS = "alarms.jsonl"
@@ -84,7 +84,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a JSON-lines file in one go: readers see the old or the new one, never half of it."""
     text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    replace_text(path, text)
+    put_text(path, text)
 
 
 def up_to_step(path: Path, step: int) -> list[dict[str, Any]]:
