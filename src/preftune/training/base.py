@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from preftune.errors import ModelError, TrainingError
+from preftune.kernels.device import free_bytes, put, wide_dtype
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict, check_declared, probe
@@ -118,7 +119,7 @@ class PackedTrainer(RecoveringTrainer):
         self.lengths = self.example_lengths(self.train_dataset)
         self._eval_sums = MetricSums(self.args.device)
         self._train_sums = MetricSums(self.args.device)
-        self._num_train_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self._num_train_tokens = torch.zeros((), dtype=wide_dtype(self.args.device), device=self.args.device)
         coef = self.args.router_aux_loss_coef
         self.router = RouterLoss.of(self.model, coef, self.balances_experts)
         self._longest = self._longest_sequence()
@@ -158,7 +159,7 @@ class PackedTrainer(RecoveringTrainer):
         self.max_tokens_per_row = self.args.max_tokens_per_row or memory.row_budget(
             self.bytes_per_token, device, 3 * trainable
         )
-        free = memory.available_bytes(device)
+        free = free_bytes(device)
         most = None if free is None else max(free - 3 * trainable, free // 10)
         self.checkpoint_above = 0 if self.args.checkpoint_policy == "always" else _tokens(most, self.bytes_per_token)
 
@@ -220,7 +221,7 @@ class PackedTrainer(RecoveringTrainer):
         with (
             self.accelerator.autocast(),
             self.forward_policy.active(),
-            memory.offloading(self.args.activation_offloading),
+            memory.offloading(self.args.activation_offloading, self.model),
         ):
             for number, row in enumerate(rows):
                 padding = id(row) not in real
@@ -294,7 +295,7 @@ class PackedTrainer(RecoveringTrainer):
     def _sum_over_processes(self, values: list[float]) -> list[float]:
         if self.args.world_size == 1:
             return values
-        result: list[float] = self._reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device)).tolist()
+        result: list[float] = self._reduce(put(values, self.args.device, torch.float64)).tolist()
         return result
 
     def _rows_everywhere(self, rows: int) -> int:

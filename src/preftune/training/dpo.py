@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from preftune.data import PrepareReport, prepare
 from preftune.errors import ConfigError, DataError, ModelError, TrainingError
+from preftune.kernels.device import put
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.objectives import Objective, ObjectiveResult, PairLogps
@@ -341,13 +342,13 @@ class DPOTrainer(PackedTrainer):
             return None, None
         if COLUMNS[0] not in examples[0]:
             return self._live[id(row)]
-        values = torch.tensor([[e[column] for column in COLUMNS] for e in examples], dtype=like.dtype)
-        if bool(values.isnan().any()):
+        known = np.array([[e[column] for column in COLUMNS] for e in examples])
+        if np.isnan(known).any():
             raise TrainingError(
                 "a pair's reference log-probs were not computed before training",
                 remedy="set reference_store: false, and report this: the data order was foreseen wrongly",
             )
-        values = values.to(like.device, non_blocking=True)
+        values = put(known, like.device, like.dtype)
         return values[:, 0], values[:, 1]
 
     def pair_logps(
@@ -361,7 +362,7 @@ class DPOTrainer(PackedTrainer):
         ref_chosen, ref_rejected = self._reference_sums(row, examples, chosen)
 
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=chosen.dtype).to(device, non_blocking=True)
+            return put(values, device, chosen.dtype)
 
         weights = [e["weight"] for e in examples if "weight" in e]
         margins = [e["margin"] for e in examples] if "margins" in self.objective.requires else []
@@ -426,7 +427,7 @@ class DPOTrainer(PackedTrainer):
         rewards = torch.stack(self.objective.rewards(logps), 1).detach()
         metrics = pair_metrics(row, scores, logps, rewards)
         if self.running_delta is not None:
-            metrics["bco_delta"] = (rewards.new_tensor(self.running_delta.state.delta), 1.0)
+            metrics["bco_delta"] = (self.running_delta.state.delta, 1.0)
             self.running_delta.note(row, rewards)
         if parts and len(self.objective.names) > 1:
             metrics |= {f"loss/{name}": (part.detach().sum(), float(logps.num_pairs)) for name, part in parts.items()}

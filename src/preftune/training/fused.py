@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune.errors import ConfigError
+from preftune.kernels.device import wide_dtype
 from preftune.kernels.head import TokenScores
 from preftune.models.grouped import Parts, adapter_parameters, add_copies, grouped
 from preftune.packing import PackedRow, build_row, plan_rows
@@ -82,7 +83,7 @@ class FusedTrainer(DPOTrainer):
         self._parts = Parts()
         # Configurations whose loss or gradient was not finite: they stand still, and the others go on unharmed.
         self.lost: set[int] = set()
-        self._loss_sums = torch.zeros(len(self.settings), dtype=torch.float64, device=self.args.device)
+        self._loss_sums = torch.zeros(len(self.settings), dtype=wide_dtype(self.args.device), device=self.args.device)
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ def _second_pass(
     with (
         trainer.accelerator.autocast(),
         trainer.forward_policy.active(),
-        memory.offloading(trainer.args.activation_offloading),
+        memory.offloading(trainer.args.activation_offloading, trainer.model),
     ):
         for number, row in enumerate(rows):
             logps = trainer.score_row(model, row, batch, totals, with_stats=False)[1]

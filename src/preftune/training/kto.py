@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 
 from preftune.data.unpaired import prepare_unpaired
+from preftune.kernels.device import put, widened
 from preftune.kernels.head import TokenScores
 from preftune.objectives import PairLogps, UnpairedLogps, check_kto_weights, kl_baseline_from_sum
 from preftune.packing import Branch, PackedRow, Tree, build_row
@@ -162,7 +163,7 @@ class KTOTrainer(DPOTrainer):
                 if not any(numbers is earlier for earlier in numbered[:place]):
                     sums.append(torch.tensor([float(ratios.sum()), len(numbers)], dtype=torch.float64))
         total, number = self._sum_over_processes(torch.stack(sums).sum(0).tolist())
-        return kl_baseline_from_sum(torch.tensor(total, dtype=torch.float64, device=self.args.device), int(number))
+        return kl_baseline_from_sum(put(total, self.args.device, torch.float64), int(number))
 
     def _exchanged_ratios(self, examples: list[Example]) -> Tensor:
         """Log-ratios of the exchanged completions of some examples, ``(examples,)``, without graph."""
@@ -171,8 +172,7 @@ class KTOTrainer(DPOTrainer):
         with torch.no_grad(), self.accelerator.autocast(), self.forward_policy.active():
             policy = _sums(row, self.forward_policy(row)[0].logps)
         if COLUMNS[1] in examples[0]:
-            known = torch.tensor([e[COLUMNS[1]] for e in examples], dtype=policy.dtype)
-            return policy - known.to(policy.device)
+            return policy - put([e[COLUMNS[1]] for e in examples], policy.device, policy.dtype)
         assert self.reference is not None
         return policy - _sums(row, self.reference.row_logps(row))
 
@@ -207,12 +207,12 @@ class KTOTrainer(DPOTrainer):
         policy = _sums(row, scores.logps)
         reference = self._reference_sums(row, examples, policy)[0]
         weights = [e["weight"] for e in examples if "weight" in e]
-        desirable = torch.tensor([e["label"] > 0 for e in examples], device=policy.device)
+        desirable = put([e["label"] > 0 for e in examples], policy.device)
         logps = UnpairedLogps(
             logps=policy,
             ref_logps=reference,
             labels=desirable,
-            weights=policy.new_tensor(weights) if weights else None,
+            weights=put(weights, policy.device, policy.dtype) if weights else None,
         )
         if not self._checked_first_step and self.model.training:
             self._check_policy_is_reference(logps, examples)
@@ -221,7 +221,7 @@ class KTOTrainer(DPOTrainer):
             rewards = self.args.beta * logps.logratios
             metrics = self._metrics(logps, rewards) | _token_metrics(row, scores, desirable)
             predictions = torch.stack([rewards, desirable.to(rewards.dtype)], 1)
-            lengths = logps.logps.new_tensor([len(e["chosen_ids"]) for e in examples])
+            lengths = put([len(e["chosen_ids"]) for e in examples], logps.logps.device, logps.logps.dtype)
             watched = of_answers(logps.logratios, rewards, desirable, lengths)
         return RowTerms(loss, float(len(examples)), metrics, predictions, watched)
 
@@ -236,7 +236,7 @@ class KTOTrainer(DPOTrainer):
         return terms
 
     def _check_policy_is_reference(self, logps: UnpairedLogps, examples: list[Example]) -> None:
-        lengths = logps.logps.new_tensor([len(e["chosen_ids"]) for e in examples])
+        lengths = put([len(e["chosen_ids"]) for e in examples], logps.logps.device, logps.logps.dtype)
         self._check_first_step(
             PairLogps(
                 chosen_logps=logps.logps,
@@ -269,15 +269,15 @@ class _WithMargins(MetricSums):
 
 def _sums(row: PackedRow, logps: Tensor) -> Tensor:
     """Per-example sums ``(examples,)``, in fp64: log-ratios are small differences of large sums."""
-    logps = logps if logps.device.type == "mps" else logps.double()
-    slots = torch.from_numpy(row.target_slot // 2).to(logps.device)
+    logps = widened(logps)
+    slots = put(row.target_slot // 2, logps.device)
     return logps.new_zeros(len(row.examples)).index_add(0, slots, logps)
 
 
 def _token_metrics(row: PackedRow, scores: TokenScores, desirable: Tensor) -> dict[str, Term]:
     if scores.entropy is None or scores.mean_logit is None:
         return {}
-    chosen = desirable[torch.from_numpy(row.target_slot // 2).to(desirable.device)]
+    chosen = desirable[put(row.target_slot // 2, desirable.device)]
     return {
         "entropy": (scores.entropy.sum(), float(len(row.target_slot))),
         "logits/chosen": ((scores.mean_logit * chosen).sum(), chosen.sum()),

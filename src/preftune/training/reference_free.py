@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from preftune.data import prepare
 from preftune.errors import ConfigError
+from preftune.kernels.device import put, widened
 from preftune.kernels.head import TokenScores
 from preftune.objectives import PairLogps
 from preftune.objectives.numerics import log_odds, per_token
@@ -132,11 +134,12 @@ class ReferenceFreeTrainer(DPOTrainer):
         self, row: PackedRow, scores: TokenScores, examples: list[Example], totals: list[float]
     ) -> PairLogps:
         """Sums and token counts of a row's pairs."""
-        logps = scores.logps if scores.logps.device.type == "mps" else scores.logps.double()
-        slots = torch.from_numpy(row.target_slot).to(logps.device)
+        logps = widened(scores.logps)
+        slots = put(row.target_slot, logps.device)
         size = _SLOTS * len(examples)
         chosen, rejected, prompt = logps.new_zeros(size).index_add(0, slots, logps).view(-1, _SLOTS).unbind(1)
-        num_chosen, num_rejected, num_prompt = torch.bincount(slots, minlength=size).view(-1, _SLOTS).unbind(1)
+        counts = np.bincount(row.target_slot, minlength=size).reshape(-1, _SLOTS)
+        num_chosen, num_rejected, num_prompt = put(counts, logps.device).unbind(1)
         weights = [e["weight"] for e in examples if "weight" in e]
         return PairLogps(
             chosen_logps=chosen,
@@ -145,7 +148,7 @@ class ReferenceFreeTrainer(DPOTrainer):
             rejected_lengths=num_rejected,
             chosen_sum_logps=chosen + prompt,
             chosen_scored=num_chosen + num_prompt,
-            weights=chosen.new_tensor(weights) if weights else None,
+            weights=put(weights, chosen.device, chosen.dtype) if weights else None,
             mean_chosen_scored=totals[1] / totals[0],
         )
 
@@ -222,7 +225,7 @@ def _token_metrics(row: PackedRow, scores: TokenScores) -> dict[str, Term]:
     """Means over completion tokens; prompts and padding, which TRL's mean logits include, are left out."""
     if scores.entropy is None or scores.mean_logit is None or scores.top1 is None:
         return {}
-    slots = torch.from_numpy(row.target_slot % _SLOTS).to(scores.entropy.device)
+    slots = put(row.target_slot % _SLOTS, scores.entropy.device)
     is_chosen, is_rejected = slots == 0, slots == 1
     num_chosen, num_rejected = is_chosen.sum(), is_rejected.sum()
     return {
