@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from preftune.kernels.device import free_bytes
 from preftune.kernels.head import working_bytes
 from preftune.models.head import base_model
 from preftune.training import memory
@@ -98,4 +99,6 @@ def _head_bytes(trainer: PackedTrainer, row_tokens: int) -> int:
     share = 1.0 if lengths is None else float(lengths.completion.sum()) / max(float(lengths.row.sum()), 1.0)
     itemsize = 2 if trainer.args.bf16 or trainer.args.fp16 else weight.element_size()
     trained = weight.numel() if weight.requires_grad else 0
-    return working_bytes(round(min(share, 1.0) * row_tokens), weight.shape[0], itemsize, trained)
+    device = trainer.args.device
+    scored = round(min(share, 1.0) * row_tokens)
+    return working_bytes(scored, weight.shape[0], itemsize, trained, device, free_bytes(device))

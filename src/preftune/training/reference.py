@@ -9,6 +9,7 @@ run along.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from preftune.errors import TrainingError
+from preftune.errors import SetupError, TrainingError
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
@@ -29,6 +31,7 @@ from preftune.references.fingerprint import model_weights_key, sequence_keys, tr
 from preftune.references.live import Shadow, using_adapter
 from preftune.references.store import ReferenceStore
 from preftune.training.batch import Example, as_arrays
+from preftune.training.recovery import ran_out_of_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,6 +116,7 @@ class Reference:
         self._reload = reload
         self._show_progress = show_progress
         self._key: str | None = None
+        self._budget: int | None = None
 
     # ---- fixed references -----------------------------------------------------------------------------------------
 
@@ -196,7 +200,8 @@ class Reference:
         trees = [_trees(pair, 0, alone) for pair, alone in zip(pairs, single, strict=True)]
         lengths = [sum(tree.num_tokens for tree in each) for each in trees]
         found: dict[bytes, Floats] = {}
-        for numbers in self._plan(lengths, max_tokens):
+
+        def score(numbers: list[int]) -> None:
             in_row = [tree for k, n in enumerate(numbers) for tree in _trees(pairs[n], 2 * k, single[n])]
             row = build_row(in_row, numbers)
             logps = self.row_logps(row).float().cpu().numpy()
@@ -205,8 +210,48 @@ class Reference:
                 found[keys[n][0]] = logps[slots == 2 * k]
                 if not single[n]:
                     found[keys[n][1]] = logps[slots == 2 * k + 1]
+
+        left = list(range(len(pairs)))
+        while left:
+            for numbers in self._plan([lengths[n] for n in left], self._most_tokens(max_tokens)):
+                row_numbers = [left[n] for n in numbers]
+                if not self._fits(score, row_numbers, sum(lengths[n] for n in row_numbers)):
+                    break
+            left = [n for n in left if keys[n][0] not in found]
         self.num_scored += len(pairs)
         return found
+
+    def _most_tokens(self, asked: int) -> int:
+        """Token budget of a row: what is asked for, unless memory has run out with less."""
+        return asked if self._budget is None else min(asked, self._budget)
+
+    def _fits(self, score: Callable[[list[int]], None], numbers: list[int], num_tokens: int) -> bool:
+        """Score a row; where memory runs out, halve the rows that are still to come and return ``False``.
+
+        Raises:
+            SetupError: If the row holds one pair alone.
+        """
+        try:
+            score(numbers)
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            if len(numbers) == 1:
+                raise SetupError(
+                    f"memory ran out in a row of {num_tokens} tokens of the reference pass, which holds one pair",
+                    remedy="lower max_length",
+                ) from error
+        # Out of the handler, whose traceback holds the activations.
+        clear_device_cache(garbage_collection=True)
+        self._budget = max(1, num_tokens // 2)
+        warnings.warn(
+            f"memory ran out in the reference pass; its rows from now on hold up to {self._budget} tokens, and results "
+            "stay the same",
+            UserWarning,
+            stacklevel=2,
+        )
+        return False
 
     def _plan(self, lengths: list[int], max_tokens: int) -> list[list[int]]:
         """Rows of the reference pass. Padded rows hold pairs of like length, or most of them would be padding."""
