@@ -8,9 +8,9 @@ row are compared with plain attention in fp64.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -104,32 +104,30 @@ def forget() -> None:
 
 
 def _apart(attend: Attend, kind: Kind) -> str | None:
-    """Run :func:`error` in a thread of its own, which knows no autocast, no hooks and no recomputation of the caller's.
+    """What is wrong with a backend for layers of a kind, or ``None``."""
 
-    Returns:
-        What is wrong, or ``None``.
-    """
-    outcome: list[Any] = []
+    def work() -> float:
+        with _on(kind.device):
+            return error(attend, kind)
 
-    def run() -> None:
-        try:
-            with torch.cuda.device(kind.device) if kind.device.type == "cuda" else nullcontext():
-                outcome.append(error(attend, kind))
-        except BaseException as failure:  # whatever a kernel or a compiler raises
-            outcome.append(failure)
-
-    thread = threading.Thread(target=run, name="preftune-attention-check")
-    thread.start()
-    thread.join()
-    found = outcome[0]
-    if isinstance(found, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(found, BaseException) and not isinstance(found, Exception)
-    ):
-        raise found
-    if isinstance(found, Exception):
-        text = " ".join(str(found).split())
-        return f"{type(found).__name__}: {text[:200]}"
+    try:
+        found = _apart_from_caller(work)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as failure:  # whatever a kernel or a compiler raises
+        text = " ".join(str(failure).split())
+        return f"{type(failure).__name__}: {text[:200]}"
     return None if found <= LIMIT else f"its numbers are off by {found:.1e}"
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _apart_from_caller(work: Callable[[], float]) -> float:
+    """Call ``work`` in a thread of its own, which knows no autocast, no hooks and no recomputation of the caller's."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 def error(attend: Attend, kind: Kind) -> float:
