@@ -198,8 +198,8 @@ def _head_error(device: torch.device, dtype: torch.dtype, trained: bool) -> Resu
     scale = torch.randn(tokens)
     found: list[list[Tensor]] = []
     for place, kind in ((device, dtype), (torch.device("cpu"), torch.float64)):
-        h = hidden.to(place, kind).requires_grad_()
-        w = weight.to(place, kind).requires_grad_(trained)
+        h = hidden.detach().to(place, kind).requires_grad_()
+        w = weight.detach().to(place, kind).requires_grad_(trained)
         if kind == torch.float64:
             logps = torch.log_softmax(h @ w.T, -1).gather(1, targets[:, None])[:, 0]
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import statistics
 import tempfile
 import time
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from benchmarks.gpu_checks import Result, device_of, peak_memory, wait
 
 #: Median tokens of prompt and completion: HH-RLHF and UltraFeedback under a tokenizer of 128k entries.
@@ -179,7 +179,7 @@ def train(
         "until_first_step_s": round(ends[0] - built, 1),
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line][:4],
     }
-    took = [after - before for before, after in zip(ends[1:], ends[2:], strict=False)]
+    took = [after - before for before, after in itertools.pairwise(ends[1:])]
     if took:
         result["step_s"] = round(statistics.median(took), 4)
         result["pairs_per_second"] = round(batch / result["step_s"], 2)
