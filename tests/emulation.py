@@ -193,10 +193,16 @@ def _asked_by() -> str:
 
 
 class Device(TorchFunctionMode):
-    """While active, whatever is made or moved there lies on the emulated device."""
+    """While active, whatever is made there or moved there lies on the emulated device.
 
-    def __init__(self, kind: str = "cuda") -> None:
+    Args:
+        kind: Type of the device.
+        memory: Where its numbers really are; on ``meta`` there are none, and no memory is needed.
+    """
+
+    def __init__(self, kind: str = "cuda", memory: str = "cpu") -> None:
         super().__init__()
+        self.memory = memory
         self.place = torch.device(kind, 0)
         self.log = Log()
 
@@ -228,7 +234,7 @@ class Device(TorchFunctionMode):
             if len(args) > 1 and isinstance(args[1], FarTensor):
                 return self._arrived(tensor.to(args[1].dtype), (), kwargs)
         if self._is_far(kwargs.get("device")) and not isinstance(tensor, FarTensor):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = self.memory
             made = func(*args, **kwargs)
             if self.place.type == "mps" and made.dtype == torch.float64:
                 raise TypeError("Cannot convert a MPS Tensor to float64 dtype")

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -19,7 +17,7 @@ from preftune.kernels.attention import AttentionSpec, reference, sdpa
 from preftune.kernels.device import put, put_together, wide_dtype, widened
 from preftune.kernels.head import keep_bytes_on, tile_elements, token_scores, working_bytes
 from preftune.packing import RowLayout, TreeSpan
-from tests.emulation import TF32, tf32
+from tests.emulation import TF32, Device, FarTensor, tf32
 
 CUDA = torch.device("cuda", 0)
 GIB = 1 << 30
@@ -47,7 +45,8 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.live = self.peak = 0
-        self._seen: dict[int, int] = {}
+        self._holders: Counter[int] = Counter()
+        self._bytes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -55,21 +54,25 @@ class Watch(TorchDispatchMode):
         if name.rstrip("_") not in _FREE and not name.startswith(("empty", "new_empty")):
             self.kernels[name] += 1
         for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, Tensor):
-                self._hold(tensor)
+            if isinstance(tensor, FarTensor):
+                self.hold(tensor)
         return out
 
-    def _hold(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def hold(self, tensor: FarTensor) -> None:
+        """Count the memory of a tensor for as long as the tensor lives, once for all views of it."""
+        storage = tensor.near.untyped_storage()
         key = storage._cdata
-        if key not in self._seen:
-            self._seen[key] = storage.nbytes()
+        if not self._holders[key]:
+            self._bytes[key] = storage.nbytes()
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._release, key)
+        self._holders[key] += 1
+        weakref.finalize(tensor, self._release, key)
 
     def _release(self, key: int) -> None:
-        self.live -= self._seen.pop(key, 0)
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            self.live -= self._bytes.pop(key)
 
 
 @pytest.fixture
@@ -82,10 +85,10 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 def scored(tokens: int, vocab: int, size: int, trained: bool) -> Watch:
     """Forward and backward of a head in bf16 with fp32 weights, without any memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        hidden = torch.empty(tokens, size, dtype=torch.bfloat16, device=CUDA, requires_grad=True)
-        weight = torch.empty(vocab, size, device=CUDA, requires_grad=trained)
-        targets = torch.zeros(tokens, dtype=torch.long, device=CUDA)
+    with Device("cuda", "meta") as device:
+        hidden = torch.empty(tokens, size, dtype=torch.bfloat16, device=device.place).requires_grad_()
+        weight = torch.empty(vocab, size, device=device.place).requires_grad_(trained)
+        targets = torch.zeros(tokens, dtype=torch.long, device=device.place)
         with Watch() as watch:
             logps = token_scores(hidden, weight, None, targets, compute_dtype=torch.bfloat16).logps
             logps.sum().backward()
@@ -109,7 +112,8 @@ def test_a_cpu_sized_tile_would_take_thousands(free: dict[str, int], monkeypatch
 @pytest.mark.parametrize(("vocab", "size"), [(151_936, 4096), (128_256, 4096), (128_256, 2048)])
 def test_8192_tokens_take_at_most_6_gib(free: dict[str, int], vocab: int, size: int) -> None:
     watch = scored(8192, vocab, size, True)
-    assert watch.peak <= 6 * GIB, watch.peak / GIB
+    # At least what is kept and the gradient in fp32: the count is no constant.
+    assert 2 * 8192 * vocab + 4 * vocab * size <= watch.peak <= 6 * GIB, watch.peak / GIB
 
 
 @pytest.mark.parametrize("gib", [2, 8, 24, 80])
@@ -171,7 +175,7 @@ def test_head_and_attention_under_tf32_are_as_exact_as_their_inputs() -> None:
         grads = torch.autograd.grad(got.sum(), [hidden, weight])
     wanted = torch.autograd.grad(expected.sum(), [hidden, weight])
     for mine, theirs in zip([got, *grads], [expected, *wanted], strict=True):
-        error = float((mine.double() - theirs).norm() / theirs.norm())
+        error = float((mine.detach().double() - theirs.detach()).norm() / theirs.detach().norm())
         assert 1e-6 < error < 2e-3  # seen, and no more than ten bits leave
     layout = RowLayout((TreeSpan(0, 5, (4, 7)),))
     query, key, value = (torch.randn(1, 2, 16, 8, dtype=torch.float64) for _ in range(3))
