@@ -120,6 +120,9 @@ def _copied(func: Any, args: Any, kwargs: Any, far: FarTensor) -> Any:
     return FarTensor.of(func(args[0].near, *args[1:], **kwargs), far.place, log)
 
 
+_TO = Tensor.to
+
+
 def _near(tensor: FarTensor, what: str) -> Tensor:
     tensor.log.wait(what)
     return tensor.near
@@ -136,7 +139,7 @@ def _moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rest[0] = rest[0].dtype
     dtypes = [each for each in (*rest, kwargs.get("dtype")) if isinstance(each, torch.dtype)]
     with torch._C.DisableTorchFunctionSubclass():
-        changed = tensor.to(dtypes[0]) if dtypes else tensor
+        changed = _TO(tensor, dtypes[0]) if dtypes else tensor
         if place is not None and place.type == "cpu":
             return _near(changed, "copy to the host")  # type: ignore[arg-type]
     return changed
@@ -219,13 +222,6 @@ class Device(TorchFunctionMode):
             pinned = tensor.clone()
             pinned.pinned = True  # type: ignore[attr-defined]
             return pinned
-        if name == "backward" and tensor is not None:
-            with self:  # hooks on saved tensors are called from it
-                names = ("gradient", "retain_graph", "create_graph")
-                given = {**dict(zip(names, args[1:], strict=False)), **kwargs}
-                return torch.autograd.backward(
-                    tensor, given.get("gradient"), given.get("retain_graph"), bool(given.get("create_graph"))
-                )
         pin = kwargs.pop("pin_memory", False)
         if name in ("to", "cuda") and tensor is not None and not isinstance(tensor, FarTensor):
             places = [each for each in (*args[1:], kwargs.get("device")) if self._is_far(each)]
@@ -305,16 +301,33 @@ def accelerator(monkeypatch: Any, kind: str = "cuda") -> Iterator[Device]:
         made.pinned = pin_memory  # type: ignore[attr-defined]
         return made
 
+    def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(tensor, FarTensor):
+            return _moved(tensor, *args, **kwargs)
+        if any(map(device._is_far, (*args, kwargs.get("device")))):
+            return device._arrived(tensor, args, kwargs)
+        return _TO(tensor, *args, **kwargs)
+
+    # Modes and subclasses look operations up by name.
+    moved.__name__ = "to"
     # Hooks on saved tensors run below the mode.
     monkeypatch.setattr(torch, "empty", pinnable_empty)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8))
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+    monkeypatch.setattr(Tensor, "to", moved)
+    for module in (torch.cuda, torch.mps):
+        monkeypatch.setattr(module, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8))
+        monkeypatch.setattr(module, "set_rng_state", lambda *_: None)
     monkeypatch.setattr(check, "_apart_from_caller", lambda work: work())
     monkeypatch.setattr(check, "_on", lambda place: nullcontext())
     check.forget()
-    with device:
-        yield device
-    check.forget()
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    # Module.to cannot point a parameter at a tensor of another class.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with device:
+            yield device
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+        check.forget()
 
 
 def varlen_kernel(
