@@ -260,13 +260,13 @@ class Device(TorchFunctionMode):
         seen: dict[int, Any] = {}
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
-                if parameter is not None:
+                if parameter is not None and not isinstance(parameter.data, FarTensor):
                     if id(parameter) not in seen:
                         far = FarTensor.of(parameter.detach().clone(), self.place, self.log)
                         seen[id(parameter)] = nn.Parameter(far, parameter.requires_grad)
                     module._parameters[name] = seen[id(parameter)]
             for name, buffer in list(module._buffers.items()):
-                if buffer is not None:
+                if buffer is not None and not isinstance(buffer, FarTensor):
                     module._buffers[name] = FarTensor.of(buffer.detach().clone(), self.place, self.log)
         return model
 
@@ -319,14 +319,22 @@ def accelerator(monkeypatch: Any, kind: str = "cuda") -> Iterator[Device]:
     monkeypatch.setattr(check, "_apart_from_caller", lambda work: work())
     monkeypatch.setattr(check, "_on", lambda place: nullcontext())
     check.forget()
-    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
-    # Module.to cannot point a parameter at a tensor of another class.
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    module_to = nn.Module.to
+
+    def moved_module(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        rest = [each for each in args if not device._is_far(each)]
+        if len(rest) == len(args) and not device._is_far(kwargs.get("device")):
+            return module_to(module, *args, **kwargs)
+        kwargs.pop("device", None)
+        device.move(module)
+        return module_to(module, *rest, **kwargs) if rest or kwargs.get("dtype") else module
+
+    # Which cannot point a parameter at a tensor of another class.
+    monkeypatch.setattr(nn.Module, "to", moved_module)
     try:
         with device:
             yield device
     finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
         check.forget()
 
 
