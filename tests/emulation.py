@@ -42,12 +42,12 @@ class FarTensor(Tensor):
 
     near: Tensor
     place: torch.device
-    log: Log
+    record: Log
 
     @staticmethod
     def of(near: Tensor, place: torch.device, log: Log) -> FarTensor:
         made: FarTensor = Tensor._make_subclass(FarTensor, near.detach())
-        made.near, made.place, made.log = near.detach(), place, log
+        made.near, made.place, made.record = near.detach(), place, log
         return made
 
     @property
@@ -69,20 +69,22 @@ class FarTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
-            return FarTensor.of(args[0].near, args[0].place, args[0].log)
+            return FarTensor.of(args[0].near, args[0].place, args[0].record)
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             args[0].near = args[1].near
         special = _SPECIAL.get(getattr(func, "__name__", ""))
         if special is not None and args and isinstance(args[0], FarTensor):
             return special(*args, **kwargs)
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         flat = tree_flatten((args, kwargs))[0]
         far = next(each for each in flat if isinstance(each, FarTensor))
-        log = far.log
+        log = far.record
         mixed = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, FarTensor)]
         if func in _COPIES:
             return _copied(func, args, kwargs, far)
@@ -103,7 +105,7 @@ class FarTensor(Tensor):
 
 
 def _copied(func: Any, args: Any, kwargs: Any, far: FarTensor) -> Any:
-    log = far.log
+    log = far.record
     if func is torch.ops.aten.copy_.default:
         target, source = args[:2]
         if not isinstance(source, FarTensor) and source.dim():
@@ -124,7 +126,7 @@ _TO = Tensor.to
 
 
 def _near(tensor: FarTensor, what: str) -> Tensor:
-    tensor.log.wait(what)
+    tensor.record.wait(what)
     return tensor.near
 
 
@@ -151,7 +153,7 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "tolist": lambda tensor: _near(tensor, "tolist").tolist(),
     "numpy": lambda tensor, **_: _near(tensor, "numpy").numpy(),
     "cuda": lambda tensor, *_, **__: tensor,
-    "new_tensor": lambda far, data, **_: far.log.placed(torch.tensor(data, dtype=far.dtype), far.place),
+    "new_tensor": lambda far, data, **_: far.record.placed(torch.tensor(data, dtype=far.dtype), far.place),
 }
 
 
@@ -357,6 +359,9 @@ def varlen_kernel(
 
 class TF32(TorchDispatchMode):
     """Rounds the inputs of fp32 products to ten bits, as a CUDA device does that is told to be fast."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     _products = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
 

@@ -154,6 +154,11 @@ def test_the_trial_leaves_no_trace_in_what_the_caller_does() -> None:
 # ---- selection on an accelerator ------------------------------------------------------------------------------------
 
 
+def plain_attention(inputs: list[Tensor]) -> Tensor:
+    query, key, value = inputs
+    return reference.attend(query, key, value, LAYOUT, AttentionSpec(0.25))
+
+
 def on_device(device: Any, size: int, dtype: torch.dtype, context: RowContext, spec: AttentionSpec) -> Tensor:
     far = [each.to(device.place) for each in tensors(size, dtype=dtype)]
     return attend(far[0], far[1], far[2], context, spec)
@@ -198,7 +203,7 @@ def test_without_a_compiler_fp32_takes_sdpa_and_unusual_layers_the_plain_path(
         assert context.used == {"sdpa"}
         on_device(device, 16, torch.float32, context, AttentionSpec(0.25, softcap=2.0))
         assert context.used == {"sdpa", "reference"}
-        expected = reference.attend(*tensors(), LAYOUT, AttentionSpec(0.25))
+        expected = plain_attention(tensors())
         torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -42,7 +42,7 @@ class Watch(TorchDispatchMode):
     """Counts kernels, and the bytes that live tensors hold at most."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: Counter[str] = Counter()
         self.live = self.peak = 0
         self._holders: Counter[int] = Counter()
@@ -89,7 +89,8 @@ def scored(tokens: int, vocab: int, size: int, trained: bool) -> Watch:
         hidden = torch.empty(tokens, size, dtype=torch.bfloat16, device=device.place).requires_grad_()
         weight = torch.empty(vocab, size, device=device.place).requires_grad_(trained)
         targets = torch.zeros(tokens, dtype=torch.long, device=device.place)
-        with Watch() as watch:
+        watch = Watch()
+        with watch:
             logps = token_scores(hidden, weight, None, targets, compute_dtype=torch.bfloat16).logps
             logps.sum().backward()
     return watch

@@ -100,7 +100,7 @@ def test_a_run_ends_with_the_numbers_of_the_cpu_and_never_waits_within_a_step(
         waits = dict(device.log.waits)
         used = trainer.forward_policy.backends_used
     assert used == {"varlen" if run == "bf16" else "sdpa"}
-    allowed = (*PER_STEP, *PER_LINE, *ONCE)
+    allowed: tuple[str, ...] = (*PER_STEP, *PER_LINE, *ONCE)
     expected_by_kind = {"carried.py": run == "bco", "kto.py": run == "kto"}
     allowed += tuple(name for name, told in expected_by_kind.items() if told)
     assert not {where for where in waits if not any(each in where for each in allowed)}
@@ -122,7 +122,8 @@ def test_mps_knows_no_float64(world: Path, tmp_path: Path, monkeypatch: pytest.M
     spec = AttentionSpec(0.25)
     with monkeypatch.context() as patch, accelerator(patch, "mps") as device:
         row = RowContext(RowLayout((TreeSpan(0, 5, (4, 7)),)))
-        attend(*(torch.randn(1, heads, 16, 8).to(device.place) for heads in (4, 2, 2)), row, spec)  # type: ignore[misc]
+        query, key, value = (torch.randn(1, heads, 16, 8).to(device.place) for heads in (4, 2, 2))
+        attend(query, key, value, row, spec)
     assert row.used == {"sdpa"}
     for scenario in ("dpo", "kto", "orpo", "bco"):
         with monkeypatch.context() as patch, accelerator(patch, "mps") as device:
