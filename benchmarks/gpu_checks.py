@@ -1,7 +1,8 @@
 """Whether the kernels are right on this accelerator, and how fast they are alone.
 
 Errors are relative, against plain computation in fp64: output and gradients. In bf16 a right kernel of attention is off
-by up to 4e-2 in its worst token. Without an accelerator (``--dry``) other functions stand in for the kernels, so that the checks themselves run.
+by up to 4e-2 in its worst token. Without an accelerator (``--dry``) other functions stand in for the kernels, so that
+the checks themselves run.
 """
 
 from __future__ import annotations

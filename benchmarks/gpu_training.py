@@ -170,7 +170,7 @@ def train(
             **more,
         )
         if "not shared" in name:
-            trainer.example_trees = _unshared
+            trainer.task.trees = _unshared
         built = time.perf_counter()
         trainer.train()
         wait(device)
@@ -186,7 +186,7 @@ def train(
         result["operations_per_second"] = step_operations(rows, shape, lora) / steps / result["step_s"]
     if library_name == "preftune":
         result |= {"path": trainer.verdict.reason, "packed": trainer.verdict.ok}
-        result |= {"backends": sorted(trainer.forward_policy.backends_used), "row_tokens": trainer.max_tokens_per_row}
+        result |= {"backends": sorted(trainer.step.forward.backends_used), "row_tokens": trainer.max_tokens_per_row}
     trainer.model = None
     del trainer, model, more
     gc.collect()
