@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 TEST_ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo real test check format bench learning noise parity differential faults reliability audit guards fuzz coverage advisories clean
+.PHONY: help setup demo real test check format bench gpu learning noise parity differential faults reliability audit guards fuzz coverage advisories clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -51,6 +51,10 @@ format: setup  ## apply the formatter and the safe fixes
 
 bench: setup  ## pairs per second and peak memory: TRL, the padded baseline, preftune
 	@$(BIN)/python -m benchmarks.run
+
+gpu: setup  ## kernels against fp64, then training beside TRL on a GPU, 8 minutes; writes docs/benchmarks.md
+	@$(BIN)/python -m benchmarks.gpu
+	@$(BIN)/python -m benchmarks.render
 
 learning: setup  ## true reward before and after for every method, on a toy; writes docs/learning.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning

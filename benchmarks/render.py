@@ -11,7 +11,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import summary
+from benchmarks import gpu_document, summary
 
 HERE = Path(__file__).resolve().parent
 INTRODUCTION = """\
@@ -89,10 +89,13 @@ def main(argv: list[str] | None = None) -> int:
         print("nothing to render: run benchmarks/run.py first", file=sys.stderr)
         return 1
     # Results of other kinds lie beside those of the speed benchmark.
-    reports = [report for file in files if "preset" in (report := json.loads(file.read_text()))]
+    found = [json.loads(file.read_text()) for file in files]
+    reports = [report for report in found if "preset" in report]
+    on_gpu = [report for report in found if report.get("kind") == "gpu" and not report["dry"]]
     parts = [INTRODUCTION.strip(), *map(section, reports)]
-    if not any(report["machine"]["accelerator"] for report in reports):
-        parts.append("## GPU\n\nNot measured: no accelerator was at hand when these results were taken.")
+    parts += [gpu_document.section(each, machine_text(each["machine"]) if "machine" in each else "") for each in on_gpu]
+    if not on_gpu and not any(report["machine"]["accelerator"] for report in reports):
+        parts.append(gpu_document.UNMEASURED)
     args.out.write_text("\n\n".join(parts) + "\n")
     print(f"wrote {args.out}")
     return 0

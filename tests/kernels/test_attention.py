@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 from preftune.errors import ConfigError
 from preftune.kernels.attention import AttentionSpec, RowContext, attend, cpu, flex, reference, sdpa, varlen
 from preftune.packing import RowLayout, TreeSpan
+from tests.emulation import varlen_kernel
 
 LAYOUTS: dict[str, list[tuple[int, tuple[int, ...]]]] = {
     "pair": [(5, (4, 7))],
@@ -126,31 +129,13 @@ def test_sdpa_backend(layout: str, spec: str) -> None:
     check(sdpa.attend, layout_of(layout), spec_of(spec, 4, 16), 2, torch.float64, 1e-10)
 
 
-def emulated_kernel(
-    query: Tensor, key: Tensor, value: Tensor, plan: varlen.VarlenPlan, scale: float, window: int | None
-) -> Tensor:
-    """Variable-length attention as documented: per sequence, causal, the last query aligned with the last key."""
-    pieces = []
-    groups = query.shape[1] // key.shape[1]
-    bounds = zip(
-        plan.cu_query.tolist(), plan.cu_query[1:].tolist(), plan.cu_key.tolist(), plan.cu_key[1:].tolist(), strict=False
-    )
-    for q0, q1, k0, k1 in bounds:
-        q, k, v = query[q0:q1], key[k0:k1].repeat_interleave(groups, 1), value[k0:k1].repeat_interleave(groups, 1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        q_pos, k_pos = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None], torch.arange(k1 - k0)
-        visible = (k_pos <= q_pos) & (True if window is None else k_pos > q_pos - window)
-        pieces.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -math.inf).softmax(-1), v))
-    return torch.cat(pieces)
-
-
 @pytest.mark.parametrize("spec", ["plain", "window"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_varlen_gathers_and_offsets(layout: str, spec: str) -> None:
     """Everything of the CUDA backend but the kernel, which stands in here by its documented semantics."""
 
     def function(q: Tensor, k: Tensor, v: Tensor, rows: RowLayout, asked: AttentionSpec) -> Tensor:
-        return varlen.attend(q, k, v, rows, asked, kernel=emulated_kernel)
+        return varlen.attend(q, k, v, rows, asked, kernel=varlen_kernel)
 
     check(function, layout_of(layout), spec_of(spec, 4, 16), 2, torch.float64, 1e-10)
 
@@ -200,3 +185,35 @@ def test_mask_of_the_row_is_that_of_the_separate_sequences() -> None:
             for place, q in enumerate(sequence):
                 expected[q, sequence[: place + 1]] = True
     assert (mask == expected).all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100, 400])
+@pytest.mark.parametrize("seed", range(12))
+def test_block_mask_from_the_layout_is_that_of_all_pairs_of_tokens(seed: int, window: int | None) -> None:
+    """Against FlexAttention's own builder, full blocks and the lists for the backward included."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    draw = random.Random(seed)
+    spans: list[TreeSpan] = []
+    for _ in range(draw.randint(1, 8)):
+        longest = draw.choice([3, 40, 200, 500])
+        start = sum(span.num_tokens for span in spans)
+        branches = tuple(draw.randint(1, longest) for _ in range(draw.randint(1, 3)))
+        spans.append(TreeSpan(start, draw.choice([0, 1, draw.randint(0, longest)]), branches))
+    layout, cpu = RowLayout(tuple(spans)), torch.device("cpu")
+    size = layout.num_tokens
+    made = flex.make_mask(layout, window, cpu)
+    expected = create_block_mask(flex.mask_function(layout, window, cpu), None, None, size, size, device="cpu")
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks"):
+        assert torch.equal(getattr(made, name), getattr(expected, name)), name
+    assert torch.equal(made.to_dense(), expected.to_dense())
+
+
+def test_block_mask_of_a_long_row_takes_little_memory() -> None:
+    """A row of 131,072 tokens: 17 GB as a mask of tokens."""
+    layout = RowLayout(tuple(TreeSpan(256 * n, 128, (64, 64)) for n in range(512)))
+    tracemalloc.start()
+    flex.make_mask(layout, None, torch.device("cpu"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from preftune.kernels.attention import check, check_kernel, cpu, reference, sdpa
-from preftune.kernels.attention.select import Request
+from preftune.kernels.attention.check import Request
+from preftune.kernels.attention.select import function_of
 from preftune.models.probe import probe
 from tests.models import broken
 from tests.models.tiny import tiny_model
@@ -180,7 +181,7 @@ def test_the_probe_checks_the_kernels_that_served() -> None:
 
 def test_the_tolerance_of_kernels_lies_between_rounding_and_faults() -> None:
     errors = [
-        max(check.kernel_errors(replace(PLAIN, backend=backend, dtype=torch.bfloat16, num_heads=heads)))
+        max(check.kernel_errors(replace(PLAIN, dtype=torch.bfloat16, num_heads=heads), function_of(backend)))
         for heads in (2, 4, 8)
         for backend in ("cpu", "sdpa", "reference")
     ]

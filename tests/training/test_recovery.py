@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from preftune.errors import SetupError, TrainingError
-from preftune.training.recovery import ran_out_of_memory
+from preftune.references.memory import ran_out_of_memory
 from tests.faults.steps import LACKS, LARGE_STEPS, fail_in_backward, poison, weights
 from tests.faults.worlds import build, make_trainer
 

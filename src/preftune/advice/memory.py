@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from preftune.advice.case import Lengths
 from preftune.advice.machines import Machine
 from preftune.advice.shapes import Shape
@@ -118,7 +120,10 @@ def estimate_memory(shape: Shape, plan: Plan, machine: Machine) -> dict[str, Any
     tokens = row_tokens(shape, plan, machine)
     scored = min(tokens, round(tokens * plan.completion / max(plan.pair_tokens, 1)))
     itemsize = 2 if plan.half or shape.weight_bytes < 3 * shape.num_parameters else 4
-    head = working_bytes(scored, shape.vocab, itemsize, shape.head_elements if shape.head_trains else 0)
+    device = torch.device("cpu" if _is_processor(machine) else "cuda")
+    free = max(machine.memory - shape.weight_bytes - 3 * shape.trainable_bytes, 0)
+    trained = shape.head_elements if shape.head_trains else 0
+    head = working_bytes(scored, shape.vocab, itemsize, trained, device, free)
     parts = {
         "weights": shape.weight_bytes,
         "reference": plan.separate_reference,

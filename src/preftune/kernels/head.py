@@ -7,6 +7,9 @@ the head:
   in the forward, where the tile's probabilities are at hand, and only scaled in the backward: no recomputation;
 * trainable: the probabilities in the compute dtype, while they fit a memory budget; else the tile is recomputed.
 
+Every tile reads the whole head, and a trained head's gradient is as large as the head: on an accelerator tiles are as
+large as its memory allows, on a CPU as its caches do.
+
 Legend: N scored tokens, H hidden size, V vocabulary.
 """
 
@@ -18,10 +21,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Elements of one tile of logits. About 16 MiB in fp32: large enough for the matmul, small enough for the caches.
+from preftune.kernels.device import free_bytes
+
+#: Elements of one tile of logits on a CPU. About 16 MiB in fp32: large enough for the matmul, small enough for the
+#: caches.
 TILE_ELEMENTS = 1 << 22
-#: Probabilities of a trainable head are kept for the backward up to this many bytes per row, else recomputed.
+#: The same on an accelerator with enough free memory: beyond it reading the head costs less than the products.
+MOST_TILE_ELEMENTS = 1 << 28
+#: The same on an accelerator that does not say how much memory is free, and where runs are to be repeated bit by bit.
+PLAIN_TILE_ELEMENTS = 1 << 26
+#: Memory of one tile at its peak, per element: logits and probabilities, in half precision and in fp32.
+_BYTES_PER_ELEMENT = 12
+#: Probabilities of a trainable head are kept for the backward up to this many bytes per row, else recomputed. On an
+#: accelerator up to a quarter of the free memory.
 KEEP_BYTES = 1 << 28
+_CPU = torch.device("cpu")
+#: Share of the free memory that a tile may take, and kept probabilities may.
+_SHARE = 0.25
+
+
+def tile_elements(device: torch.device, free: int | None) -> int:
+    """Elements of one tile of logits.
+
+    Args:
+        device: Where the head lies.
+        free: Free memory of the device in bytes, or ``None`` where it is unknown.
+    """
+    if device.type == "cpu":
+        return TILE_ELEMENTS
+    if free is None:
+        return PLAIN_TILE_ELEMENTS
+    return max(TILE_ELEMENTS, min(MOST_TILE_ELEMENTS, int(free * _SHARE) // _BYTES_PER_ELEMENT))
+
+
+def keep_bytes_on(device: torch.device, free: int | None) -> int:
+    """Bytes of probabilities that a trained head may keep for its backward; arguments as :func:`tile_elements`."""
+    return KEEP_BYTES if device.type == "cpu" or free is None else int(free * _SHARE)
+
+
+def _free(device: torch.device) -> int | None:
+    # Another size of the tiles rounds otherwise: runs that are to be equal must not depend on what memory is free.
+    if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+        return None
+    return free_bytes(device)
 
 
 @dataclass(frozen=True)
@@ -107,16 +149,19 @@ def token_scores(
         with_stats: Also return entropy, mean logit and top-1.
         with_log_sum_sq: Also return ``log_sum_sq``.
         with_tail: Also return ``tail``.
-        keep_bytes: Memory budget for kept probabilities; by default :data:`KEEP_BYTES`.
+        keep_bytes: Memory budget for kept probabilities; by default :func:`keep_bytes_on` the device.
 
     Returns:
         The scores; differentiable in ``logps`` with respect to ``hidden``, ``weight`` and ``bias``.
     """
     dtype = compute_dtype or hidden.dtype
-    keep = KEEP_BYTES if keep_bytes is None else keep_bytes
+    device = hidden.device
+    free = _free(device)
+    keep = keep_bytes_on(device, free) if keep_bytes is None else keep_bytes
+    budget = _Budget(keep, tile_elements(device, free))
     wanted = _Wanted(with_stats, with_log_sum_sq, with_tail)
     out: tuple[Any, ...] = _TokenScores.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, transform, dtype, wanted, keep, torch.is_grad_enabled()
+        hidden, weight, bias, targets, transform, dtype, wanted, budget, torch.is_grad_enabled()
     )
     return TokenScores(*out)
 
@@ -148,6 +193,19 @@ class _Wanted:
         return self.stats or self.log_sum_sq or self.tail
 
 
+@dataclass(frozen=True)
+class _Budget:
+    """Memory for a call: bytes of kept probabilities, elements of one tile of logits."""
+
+    keep_bytes: int
+    tile_elements: int
+
+    def tiles(self, num_tokens: int, vocab: int, whole: bool = False) -> list[slice]:
+        # A power of two: filled-up numbers of targets then give tiles of few shapes.
+        size = num_tokens if whole else 1 << (max(1, self.tile_elements // vocab).bit_length() - 1)
+        return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, max(size, 1))]
+
+
 def _tile_stats(logits: Tensor, logp: Tensor, targets: Tensor, wanted: _Wanted) -> tuple[Tensor | None, ...]:
     entropy = mean_logit = top1 = log_sum_sq = tail = None
     if wanted.stats:
@@ -174,7 +232,7 @@ class _TokenScores(torch.autograd.Function):
         transform: HeadTransform,
         dtype: torch.dtype,
         wanted: _Wanted,
-        keep_bytes: int,
+        budget: _Budget,
         with_grad: bool,
     ) -> tuple[Tensor | None, ...]:
         # Inputs count as needing gradients under no_grad too, where nothing is to be kept for a backward.
@@ -182,14 +240,14 @@ class _TokenScores(torch.autograd.Function):
         frozen_grad = with_grad and ctx.needs_input_grad[0] and not train_head
         h, w = hidden.to(dtype), weight.to(dtype)
         num_tokens, vocab = h.shape[0], w.shape[0]
-        keep = train_head and num_tokens * vocab * dtype.itemsize <= keep_bytes and transform.softcap is None
+        keep = train_head and num_tokens * vocab * dtype.itemsize <= budget.keep_bytes and transform.softcap is None
         wide = torch.promote_types(dtype, torch.float32)
         logps = torch.empty(num_tokens, dtype=wide, device=h.device)
         lse = torch.empty_like(logps)
         direction = torch.empty_like(h) if frozen_grad else None
         probs = torch.empty(num_tokens, vocab, dtype=dtype, device=h.device) if keep else None
         stats: list[tuple[Tensor | None, ...]] = []
-        for part in _tiles(num_tokens, vocab):
+        for part in budget.tiles(num_tokens, vocab):
             logits, logp = _tile_logp(h[part], w, bias, transform, wide)
             chosen = targets[part].unsqueeze(1)
             logps[part] = logp.gather(1, chosen).squeeze(1)
@@ -202,8 +260,10 @@ class _TokenScores(torch.autograd.Function):
                 grad = logp.exp_().neg_()
                 grad.scatter_(1, chosen, -torch.expm1(logps[part]).unsqueeze(1))
                 direction[part] = transform.backward_(grad, logits).to(dtype) @ w
-        ctx.save_for_backward(h, w, bias, targets, logps, lse, direction, probs)
-        ctx.transform, ctx.dtypes = transform, (hidden.dtype, weight.dtype)
+        ctx.save_for_backward(h, w, bias, targets, logps, lse, direction)
+        # Not among the saved tensors: the backward writes over them, and what moves those to the host would move these.
+        ctx.probs = probs
+        ctx.transform, ctx.dtypes, ctx.budget = transform, (hidden.dtype, weight.dtype), budget
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*stats, strict=True)]
         extras = columns or [None] * 5
         ctx.mark_non_differentiable(*(extra for extra in extras if extra is not None))
@@ -211,7 +271,9 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        h, w, bias, targets, logps, lse, direction, probs = ctx.saved_tensors
+        h, w, bias, targets, logps, lse, direction = ctx.saved_tensors
+        # A second backward through the same graph computes them again.
+        probs, ctx.probs = ctx.probs, None
         hidden_dtype, weight_dtype = ctx.dtypes
         if direction is not None:
             return ((direction * grad_logps.unsqueeze(1)).to(hidden_dtype), *[None] * 8)
@@ -219,13 +281,13 @@ class _TokenScores(torch.autograd.Function):
         # Accumulated over tiles in at least fp32: a half-precision sum over many tiles would lose its small terms.
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias, dtype=logps.dtype) if ctx.needs_input_grad[2] else None
-        for part in _tiles(*_shape(h, w), whole=probs is not None):
+        for part in ctx.budget.tiles(h.shape[0], w.shape[0], whole=probs is not None):
             # d logp / d logits = onehot - p; the target's own entry comes from its exact log-prob, since 1 - p loses
             # all digits in half precision where p is near one.
             scale = grad_logps[part].unsqueeze(1)
             own = -torch.expm1(logps[part]).unsqueeze(1) * scale
             if probs is not None:
-                grad = probs[part] * -scale.to(probs.dtype)
+                grad = probs.mul_(-scale.to(probs.dtype))
                 grad.scatter_(1, targets[part].unsqueeze(1), own.to(grad.dtype))
                 grad = ctx.transform.backward_(grad, grad)
             else:
@@ -252,17 +314,22 @@ class _TokenScores(torch.autograd.Function):
 
 def _add_outer(total: Tensor | None, grad: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     if total is None:
+        if grad.device.type == "cuda" and grad.dtype != dtype and dtype == torch.float32:
+            return torch.mm(grad.t(), h, out_dtype=dtype)
         return (grad.t() @ h).to(dtype)
     if grad.dtype == total.dtype:
         return total.addmm_(grad.t(), h)
     return total.add_(grad.t() @ h)
 
 
-def _shape(h: Tensor, w: Tensor) -> tuple[int, int]:
-    return h.shape[0], w.shape[0]
-
-
-def working_bytes(num_tokens: int, vocab: int, itemsize: int, trained_elements: int = 0) -> int:
+def working_bytes(
+    num_tokens: int,
+    vocab: int,
+    itemsize: int,
+    trained_elements: int = 0,
+    device: torch.device = _CPU,
+    free: int | None = None,
+) -> int:
     """Memory that scoring a row takes at its peak: tiles of fp32 logits and what a trained head keeps.
 
     Args:
@@ -271,13 +338,15 @@ def working_bytes(num_tokens: int, vocab: int, itemsize: int, trained_elements: 
         itemsize: Bytes of an element of the compute dtype.
         trained_elements: Elements of the head's matrix where it is trained; its own gradient is formed in fp32 before
             it is added.
+        device: Where the head lies.
+        free: Free memory of the device, which tiles adapt to.
 
     Returns:
         Bytes.
     """
-    tiles = 3 * 4 * min(TILE_ELEMENTS, max(num_tokens, 1) * vocab)
+    tiles = _BYTES_PER_ELEMENT * min(tile_elements(device, free), max(num_tokens, 1) * vocab)
     kept = itemsize * num_tokens * vocab if trained_elements else 0
-    return tiles + (kept if kept <= KEEP_BYTES else 0) + 4 * trained_elements
+    return tiles + (kept if kept <= keep_bytes_on(device, free) else 0) + 4 * trained_elements
 
 
 def _linear(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -289,9 +358,3 @@ def _tile_logp(
 ) -> tuple[Tensor, Tensor]:
     logits = transform.apply(_linear(h, w, bias))
     return logits, torch.log_softmax(logits, -1, dtype=wide)
-
-
-def _tiles(num_tokens: int, vocab: int, whole: bool = False) -> list[slice]:
-    # A power of two: filled-up numbers of targets then give tiles of few shapes.
-    size = num_tokens if whole else 1 << (max(1, TILE_ELEMENTS // vocab).bit_length() - 1)
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, max(size, 1))]

@@ -18,16 +18,20 @@ from torch import Tensor, nn
 
 from preftune.errors import ModelError
 from preftune.kernels.attention import RowContext
+from preftune.kernels.device import put_together
 from preftune.kernels.head import HeadTransform, TokenScores, scores_from_logits, token_scores
 from preftune.models.attention import KEYWORD, attention_configs, packed_attention
 from preftune.models.compiled import CompiledLayers
 from preftune.models.head import HeadProbe, base_model, find_head, head_parameters, probe_head, replaced_head
 from preftune.packing import PackedRow, plan_rows
 
-#: Packed rows, and the tokens that the head scores, are filled up to a multiple of this in half precision on the CPU.
-#: For every shape of a matmul oneDNN compiles and keeps a kernel, a megabyte and a few milliseconds each; rows of any
-#: length and any number of targets would need new ones always, and memory would grow with the data.
+#: Packed rows, and the tokens that the head scores, are filled up to a multiple of this, in half precision on the CPU
+#: and always on an accelerator. For every shape of a matmul oneDNN compiles and keeps a kernel, a megabyte and a few
+#: milliseconds each; an accelerator's allocator keeps blocks of the sizes it has seen. Rows of any length and any
+#: number of targets would need new ones always, and memory would grow with the data.
 ROW_MULTIPLE = 64
+#: On an accelerator long rows are filled up further, by less than this share of their length: few shapes serve all.
+_FILLED_SHARE = 32
 
 
 @dataclass
@@ -40,7 +44,7 @@ class RowForward:
         backend: Attention backend of the packed path.
         head: What was found out about the head.
         pad_token_id: Fills padded batches; masked out everywhere.
-        row_multiple: What half-precision rows and their targets are filled up to a multiple of on the CPU.
+        row_multiple: What rows and their targets are filled up to a multiple of; 1 leaves them as they are.
         compiled: Compiled parts of the model's layers, to be used in their place.
         alone: Whether every example needs a row of its own, since others beside it would change its numbers.
         backends_used: Attention backends that have served so far.
@@ -101,11 +105,16 @@ class RowForward:
             Scores in the order of the row's targets, and the model's output object (whose logits are placeholders).
         """
         device = next(self.model.parameters()).device
-        inputs, source = self._packed_inputs(row, device) if self.packed else self._padded_inputs(row, device)
+        arrays, source = self._packed_arrays(row, device) if self.packed else self._padded_arrays(row)
         num_targets = len(row.target_ids)
         filler = self._filler(num_targets, device)
-        source_index = _put(np.pad(source, (0, filler)), device)
-        targets = _put(np.pad(row.target_ids, (0, filler)), device)
+        placed = put_together(
+            [np.pad(source, (0, filler)), np.pad(row.target_ids, (0, filler)), *(a.ravel() for a in arrays.values())],
+            device,
+        )
+        source_index, targets = placed[:2]
+        inputs = {name: t.view(arrays[name].shape) for name, t in zip(arrays, placed[2:], strict=True)}
+        options_of_row = {KEYWORD: self.last_context} if self.packed else {}
         options = {"with_stats": with_stats, "with_log_sum_sq": with_log_sum_sq, "with_tail": with_tail}
         found: list[TokenScores] = []
         head = find_head(self.model)
@@ -127,7 +136,7 @@ class RowForward:
 
         replace = replaced_head(head, score) if self.head.called else nullcontext()
         with replace:
-            output = (wrapped or self.model)(**inputs, use_cache=False, **(extra or {}))
+            output = (wrapped or self.model)(**inputs, **options_of_row, use_cache=False, **(extra or {}))
         if found:
             return found[0].first(num_targets), output
         logits = output.logits.reshape(-1, output.logits.shape[-1])
@@ -135,24 +144,22 @@ class RowForward:
             logits = logits.index_select(0, source_index)
         return scores_from_logits(logits, targets, **options).first(num_targets), output
 
-    def _packed_inputs(self, row: PackedRow, device: torch.device) -> tuple[dict[str, Any], Any]:
+    def _packed_arrays(self, row: PackedRow, device: torch.device) -> tuple[dict[str, Any], Any]:
         filler = self._filler(row.num_tokens, device)
-        context = RowContext(row.layout.extended(filler), self.backend, used=self.backends_used)
+        self.last_context = RowContext(row.layout.extended(filler), self.backend, used=self.backends_used)
         ids = np.pad(row.input_ids, (0, filler), constant_values=self.pad_token_id)
-        positions = np.concatenate([row.position_ids, np.arange(filler)])
-        inputs = {
-            "input_ids": _put(ids, device).unsqueeze(0),
-            "position_ids": _put(positions, device).unsqueeze(0),
-            KEYWORD: context,
-        }
-        self.last_context = context
-        return inputs, row.source
+        # A model may have learned few positions.
+        positions = np.concatenate([row.position_ids, np.arange(filler) % ROW_MULTIPLE])
+        return {"input_ids": ids[None], "position_ids": positions[None]}, row.source
 
     def _filler(self, length: int, device: torch.device) -> int:
+        if device.type != "cpu":
+            share = 1 << max(length.bit_length() - _FILLED_SHARE.bit_length(), 0)
+            return -length % (max(self.row_multiple, share) if self.row_multiple > 1 else 1)
         half = torch.is_autocast_enabled("cpu") or next(self.model.parameters()).dtype.itemsize == 2
-        return -length % self.row_multiple if device.type == "cpu" and half else 0
+        return -length % self.row_multiple if half else 0
 
-    def _padded_inputs(self, row: PackedRow, device: torch.device) -> tuple[dict[str, Any], Any]:
+    def _padded_arrays(self, row: PackedRow) -> tuple[dict[str, Any], Any]:
         sequences, sources = unfold(row)
         longest = max(map(len, sequences))
         ids = np.full((len(sequences), longest), self.pad_token_id, dtype=np.int64)
@@ -160,8 +167,7 @@ class RowForward:
         for number, sequence in enumerate(sequences):
             ids[number, : len(sequence)] = sequence
             mask[number, : len(sequence)] = 1
-        inputs = {"input_ids": _put(ids, device), "attention_mask": _put(mask, device)}
-        return inputs, sources[:, 0] * longest + sources[:, 1]
+        return {"input_ids": ids, "attention_mask": mask}, sources[:, 0] * longest + sources[:, 1]
 
 
 def unfold(row: PackedRow) -> tuple[list[Any], Any]:
@@ -194,11 +200,3 @@ def _fused_scores(
     if weight.device != hidden.device:
         raise ModelError("the language-model head lies on another device than the hidden states it receives")
     return token_scores(hidden, weight, bias, targets, transform, compute_dtype=dtype, **options)
-
-
-def _put(array: Any, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        # Pinned, so that the copy overlaps with whatever the device still computes.
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune.errors import ModelError
+from preftune.kernels.device import put
 from preftune.models.head import find_head
 
 
@@ -116,7 +117,7 @@ def _forward(layer: Any, names: tuple[str, ...], parts: Parts, x: Tensor, *args:
         raise ModelError(f"{type(layer).__name__} does not see the row as it was packed")
     down = torch.stack([layer.lora_A[name].weight for name in names])
     up = torch.stack([layer.lora_B[name].weight for name in names])
-    scaling = down.new_tensor([layer.scaling[name] for name in names]).view(-1, 1, 1)
+    scaling = put([layer.scaling[name] for name in names], down.device, down.dtype).view(-1, 1, 1)
     each = layer._cast_input_dtype(flat[:used], down.dtype).view(len(names), used // len(names), -1)
     added = (each @ down.transpose(1, 2) * scaling @ up.transpose(1, 2)).reshape(used, -1)
     if used < len(flat):

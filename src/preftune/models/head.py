@@ -136,7 +136,7 @@ def probe_head(model: nn.Module) -> HeadProbe:
     called = len(shapes) == 1 and tuple(shapes[0][:-1]) == (1, 3)
     if not called or logits.shape != (1, 3, vocab):
         return HeadProbe(called, None)
-    return HeadProbe(called, fit_transform(grid.double(), logits[0].double()))
+    return HeadProbe(called, fit_transform(grid.cpu().double(), logits[0].cpu().double()))
 
 
 def fit_transform(grid: Tensor, logits: Tensor) -> HeadTransform | None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune.kernels.attention import check_kernel
+from preftune.kernels.device import put
 from preftune.models.attention import attention_configs
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict
@@ -116,6 +117,7 @@ class _Probe:
         self.packed = packed
         self.padded = replace(packed, packed=False)
         self.autocast = autocast
+        self.device = next(model.parameters()).device
         self.windows: set[int] = set()
 
     def run(self, seed: int) -> float:
@@ -139,8 +141,8 @@ class _Probe:
 
     def _check_graph(self, row: PackedRow, expected: list[Tensor]) -> None:
         """What reaches a branch's log-probs: nothing foreign, nothing later, and all that reaches them otherwise."""
-        where = _where(row)
-        if any((row.position_ids[own] != np.arange(len(own))).any() for own in where):
+        where = _where(row, self.device)
+        if any((row.position_ids[own.cpu().numpy()] != np.arange(len(own))).any() for own in where):
             raise _Fault("is given wrong positions on packed rows (a token's differs from its place in its sequence)")
         middle, later = _middles(row, where)
         with torch.enable_grad(), self.packed.active(), _embedded(self.base) as leaves:
@@ -220,17 +222,16 @@ class _Probe:
     def _in_row(self, row: PackedRow, *, with_grad: bool = True) -> _Seen:
         # Without autocast, attention is asked for in fp32, which on an accelerator is another kernel, compiled for a
         # minute: there the plain one shows what the model does around it.
-        device = next(self.model.parameters()).device.type
-        plain = device != "cpu" and next(self.model.parameters()).dtype == torch.float32
+        plain = self.device.type != "cpu" and next(self.model.parameters()).dtype == torch.float32
         forward = replace(self.packed, backend="reference") if plain else self.packed
         with torch.set_grad_enabled(with_grad), forward.active(), _embedded(self.base) as leaves:
             logps, states = _forward(forward, row)
             grads = [_grad(logps, leaves[0], np.ones(len(row.target_ids)))[0, : row.num_tokens]] if with_grad else []
-        where = _where(row)
+        where = _where(row, logps.device)
         return _Seen([*([state[0][own] for own in where] for state in states), _by_branch(logps, row)], grads)
 
     def _separate(self, row: PackedRow, *, jitter: bool = False) -> _Seen:
-        lengths = [len(own) for own in _where(row)]
+        lengths = [span.prefix + length for span in row.layout.spans for length in span.branches]
         with torch.enable_grad(), _embedded(self.base, jitter) as leaves:
             logps, states = _forward(self.padded, row)
             grad = _grad(logps, leaves[0], np.ones(len(row.target_ids)))
@@ -253,8 +254,7 @@ class _Probe:
 
     def try_training(self, seed: int) -> None:
         """Run a row as in training, where an attention may turn out to have dropout; no random number is used up."""
-        device = next(self.model.parameters()).device
-        devices = [device] if device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         row, _ = _probe_row(self.base, seed)
         with torch.random.fork_rng(devices), torch.no_grad(), self.autocast(), self.packed.active():
             self.model.train()
@@ -284,7 +284,7 @@ def _grad(logps: Tensor, leaf: Tensor, targets: Any) -> Tensor:
 
 
 def _by_branch(logps: Tensor, row: PackedRow) -> list[Tensor]:
-    numbers = torch.from_numpy(row.target_branch).to(logps.device)
+    numbers = put(row.target_branch, logps.device)
     return [logps.detach()[numbers == n] for n in range(int(row.target_branch.max()) + 1)]
 
 
@@ -292,7 +292,7 @@ def _summed(grads: list[Tensor], row: PackedRow) -> Tensor:
     """Gradients of separate sequences, added up where the row holds their tokens."""
     wide = torch.promote_types(grads[0].dtype, torch.float32)
     total = torch.zeros(row.num_tokens, grads[0].shape[-1], dtype=wide, device=grads[0].device)
-    for grad, own in zip(grads, _where(row), strict=True):
+    for grad, own in zip(grads, _where(row, total.device), strict=True):
         total[own] += grad.to(wide)
     return total
 
@@ -319,13 +319,13 @@ def _distance(got: Tensor, expected: Tensor) -> float:
     return float(((got - expected).norm(dim=1) / scale).square().mean().sqrt())
 
 
-def _where(row: PackedRow) -> list[Tensor]:
+def _where(row: PackedRow, device: torch.device) -> list[Tensor]:
     """Row positions of every sequence ``prefix + branch``."""
     found = []
     for span in row.layout.spans:
-        prefix = torch.arange(span.start, span.start + span.prefix)
+        prefix = np.arange(span.start, span.start + span.prefix)
         for start, length in zip(span.branch_starts(), span.branches, strict=True):
-            found.append(torch.cat([prefix, torch.arange(start, start + length)]))
+            found.append(put(np.concatenate([prefix, np.arange(start, start + length)]), device))
     return found
 
 

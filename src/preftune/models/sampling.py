@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from preftune.errors import ConfigError, DataError
+from preftune.kernels.device import put, widened
 from preftune.kernels.head import scores_from_logits
 
 # (prompt ids, completion ids)
@@ -287,7 +288,7 @@ def _sample_batch(
     tokens = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     padded = bool((mask == 0).any())
-    draws = torch.from_numpy(uniforms).to(device)
+    draws = put(uniforms, device)
     end_ids = torch.tensor(sorted(eos), device=device)
     alive = torch.arange(len(prompts), device=device)
     results: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
@@ -299,7 +300,7 @@ def _sample_batch(
             extra = {"attention_mask": mask, "position_ids": positions}
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
         cache = output.past_key_values
-        chosen, logps = _choose(output.logits[:, -1].double(), draws[alive, step], temperature)
+        chosen, logps = _choose(widened(output.logits[:, -1]), draws[alive, step], temperature)
         for row, token, logp in zip(alive.tolist(), chosen.tolist(), logps.tolist(), strict=True):
             results[row][0].append(token)
             results[row][1].append(logp)

@@ -15,6 +15,7 @@ from torch import Tensor
 from preftune.errors import ConfigError
 from preftune.objectives.batch import PairLogps
 from preftune.objectives.knobs import BETA
+from preftune.objectives.numerics import scalar
 
 
 def apo_zero(batch: PairLogps, *, beta: float) -> Tensor:
@@ -104,7 +105,7 @@ def constant(value: float | Tensor, name: str, like: Tensor) -> Tensor:
         ConfigError: There is more than one element.
     """
     # With the dtype at once: a Python number would come by way of fp32.
-    number = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
+    number = scalar(value, like).detach()
     if number.numel() != 1:
         raise ConfigError(
             "must be one number for the whole step", where=name, value=tuple(number.shape), allowed="a scalar"

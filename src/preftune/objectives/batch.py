@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from preftune.errors import DataError
+from preftune.objectives.numerics import scalar
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,9 +72,9 @@ class PairLogps:
                 where=f"PairLogps.{missing}",
                 remedy="give both, or neither for a reference-free method",
             )
-        dtype = _prepare(self, _PAIR_LOGPS, _PAIR_COLUMNS)
+        _prepare(self, _PAIR_LOGPS, _PAIR_COLUMNS)
         if self.mean_chosen_scored is not None:
-            mean = torch.as_tensor(self.mean_chosen_scored, dtype=dtype, device=self.chosen_logps.device)
+            mean = scalar(self.mean_chosen_scored, self.chosen_logps)
             if mean.ndim != 0:
                 raise DataError(
                     "the mean number of scored tokens must be one number",

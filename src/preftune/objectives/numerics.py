@@ -14,6 +14,22 @@ MAX_EXPONENT = 32.0
 _ZERO_EXPONENT = 1e-12
 
 
+def scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number as a tensor of the dtype and device of ``like``, without waiting for the device.
+
+    Args:
+        value: A number, which is written on the device instead of copied there, or a tensor.
+        like: Tensor whose dtype and device to take.
+
+    Example:
+        >>> scalar(0.1, torch.zeros(2, dtype=torch.float64))
+        tensor(0.1000, dtype=torch.float64)
+    """
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype)
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
+
+
 def guarded_exp(x: Tensor) -> Tensor:
     """Return exp(x), continued as its tangent above ``MAX_EXPONENT``.
 

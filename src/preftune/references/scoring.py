@@ -7,17 +7,21 @@ of a prompt. Equal prompts of one item are computed once.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
+from preftune.errors import SetupError
 from preftune.kernels.head import TokenScores
 from preftune.packing import Branch, PackedRow, Tree, build_row
 from preftune.references.fingerprint import sequence_keys
+from preftune.references.memory import ran_out_of_memory
 from preftune.references.store import ReferenceStore
 
 Ids = npt.NDArray[np.int64]
@@ -56,6 +60,7 @@ class SequenceScorer:
         store: Where log-probs are kept; ``None`` keeps nothing.
         weights_key: Gives the content key of the model.
         around: Makes the region that a pass over several rows runs in.
+        name: What it is called in messages.
 
     Attributes:
         num_scored: Items computed so far.
@@ -70,6 +75,7 @@ class SequenceScorer:
         store: ReferenceStore | None = None,
         weights_key: Callable[[], str] = str,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        name: str = "scoring",
     ) -> None:
         self.num_scored = 0
         self.num_found = 0
@@ -78,6 +84,9 @@ class SequenceScorer:
         self._store = store
         self._weights_key = weights_key
         self._around = around
+        self._name = name
+        #: Token budget of rows since memory has run out, or ``None``.
+        self._most_tokens: int | None = None
 
     def values(
         self,
@@ -133,8 +142,7 @@ class SequenceScorer:
         packing = self._packing()
         with self._around():
             try:
-                for numbers in _plan(packing, items, max_tokens):
-                    values = self._row([items[n] for n in numbers], tail)
+                for numbers, values in self._rows(packing, items, max_tokens, tail):
                     fresh |= values
                     yield values
                     progress(len(numbers))
@@ -145,6 +153,51 @@ class SequenceScorer:
                 # Also after Ctrl-C: what is computed stays computed.
                 self._keep(fresh)
         self.num_scored += len(items)
+
+    def _rows(
+        self, packing: Packing, items: Sequence[Item], max_tokens: int, tail: bool
+    ) -> Iterator[tuple[list[int], dict[bytes, Floats]]]:
+        """Items by row and their values, in shorter rows from where memory runs out."""
+        left = list(range(len(items)))
+        while left:
+            most = max_tokens if self._most_tokens is None else min(max_tokens, self._most_tokens)
+            done: set[int] = set()
+            for places in _plan(packing, [items[n] for n in left], most):
+                numbers = [left[place] for place in places]
+                values = self._fitting([items[n] for n in numbers], tail)
+                if values is None:
+                    break
+                done.update(numbers)
+                yield numbers, values
+            left = [n for n in left if n not in done]
+
+    def _fitting(self, items: Sequence[Item], tail: bool) -> dict[bytes, Floats] | None:
+        """Score a row; where memory runs out, halve the rows that are still to come and return ``None``.
+
+        Raises:
+            SetupError: The row holds one example alone.
+        """
+        try:
+            return self._row(items, tail)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            num_tokens = sum(tree.num_tokens for item in items for tree in item_trees(item, 0))
+            if len(items) == 1:
+                raise SetupError(
+                    f"memory ran out in a row of {num_tokens} tokens of {self._name}, which holds one example",
+                    remedy="lower max_length",
+                ) from error
+        # Out of the handler, whose traceback holds the activations.
+        clear_device_cache(garbage_collection=True)
+        self._most_tokens = max(1, num_tokens // 2)
+        warnings.warn(
+            f"memory ran out in {self._name}; its rows from now on hold up to {self._most_tokens} tokens, and results "
+            "stay the same",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
 
     def _keep(self, fresh: dict[bytes, Floats]) -> None:
         if self._store is not None and fresh:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from preftune.errors import TrainingError
 from preftune.files import replace_text, replacing
+from preftune.kernels.device import widened
 from preftune.objectives import BCOState
 from preftune.packing import PackedRow
 from preftune.training.reference import Reference
@@ -48,14 +49,14 @@ class RunningDelta:
 
     def note(self, row: PackedRow, rewards: Tensor) -> None:
         """Take note of a row's rewards, of any shape; a row that is run again counts once."""
-        self._rows[id(row)] = (rewards.detach().double().sum(), rewards.numel())
+        self._rows[id(row)] = (widened(rewards.detach()).sum(), rewards.numel())
 
     def finish(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Move on by the rewards of a step; ``reduce`` sums a tensor over all processes."""
         total = torch.stack([reward for reward, _ in self._rows.values()]).sum()
         count = sum(number for _, number in self._rows.values())
         self._rows.clear()
-        summed, number = reduce(torch.stack([total, total.new_tensor(float(count))])).tolist()
+        summed, number = reduce(torch.stack([total, total.new_full((), float(count))])).tolist()
         self.state = self.state.update(reward_sum=summed, num_rewards=int(number))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune.errors import ConfigError
+from preftune.kernels.device import wide_dtype
 from preftune.kernels.head import TokenScores
 from preftune.models.grouped import Parts, adapter_parameters, add_copies, grouped
 from preftune.packing import PackedRow, plan_rows
@@ -66,7 +67,7 @@ class FusedTask(PairTask):
         for objective in self._objectives:
             if not objective.separable or objective.uses_running_delta:
                 raise ConfigError("joins the pairs of a step", where="loss_type", value=", ".join(objective.names))
-        self.loss_sums = torch.zeros(len(settings), dtype=torch.float64, device=args.device)
+        self.loss_sums = torch.zeros(len(settings), dtype=wide_dtype(args.device), device=args.device)
         self._training = False
 
     def before_rows(self, rows: Sequence[PackedRow], batch: Batch, scoring: Scoring, *, training: bool) -> None:
@@ -235,7 +236,7 @@ class FusedTrainer(DPOTrainer):
     def load_process_state(self, state: dict[str, Any]) -> None:
         """Go on with the sums of a checkpoint, or of the step's beginning."""
         super().load_process_state(state)
-        self.task.loss_sums = state["fused_losses"].to(self.args.device)
+        self.task.loss_sums = state["fused_losses"].to(self.args.device, wide_dtype(self.args.device))
 
     # ---- results ----------------------------------------------------------------------------------------------------
 

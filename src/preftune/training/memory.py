@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from preftune.kernels.device import free_bytes
 from preftune.models.forward import RowForward
 from preftune.models.head import base_model
 from preftune.packing import build_row, pair_trees
@@ -30,19 +31,13 @@ def most_tokens(device: torch.device) -> int:
 
 
 def reference_budget(max_tokens_per_row: int, device: torch.device) -> int:
-    """Tokens of a row of the reference pass: without a graph a row costs a fraction of a training row's memory."""
-    return 4 * min(max_tokens_per_row, most_tokens(device))
+    """Tokens of a row of the reference pass.
 
-
-def available_bytes(device: torch.device) -> int | None:
-    """Free memory of the device, or ``None`` where it is unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu":
-        import psutil
-
-        return int(psutil.virtual_memory().available)
-    return None
+    Without a graph a row costs a fraction of a training row's memory. On a CPU, whose training rows are short, longer
+    ones are faster; an accelerator is busy with a training row, and gains nothing from a longer one.
+    """
+    longest = min(max_tokens_per_row, most_tokens(device))
+    return 4 * longest if device.type == "cpu" else longest
 
 
 def activation_bytes_per_token(forward: RowForward, autocast: Any) -> float:
@@ -87,9 +82,29 @@ def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
             layer.gradient_checkpointing = flag
 
 
-def offloading(on: bool) -> Any:
-    """Context that keeps saved activations in host memory."""
-    return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()) if on else nullcontext()
+def offloading(on: bool, model: nn.Module) -> Any:
+    """Context that keeps saved activations in host memory; parameters, and casts of them, stay where they are."""
+    if not on:
+        return nullcontext()
+    parameters = list(model.parameters())
+    storages = {p.untyped_storage().data_ptr() for p in parameters}
+    # Autocast's copies of weights are storages of their own. What looks like one, either way round, is left alone: an
+    # activation that does so by chance only takes memory.
+    shapes = {shape for p in parameters for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tuple(tensor.shape) in shapes or tensor.untyped_storage().data_ptr() in storages:
+            return tensor.device, tensor
+        pinned = tensor.device.type == "cuda"
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=pinned)
+        host.copy_(tensor, non_blocking=pinned)
+        return tensor.device, host
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def row_budget(per_token: float, device: torch.device, reserved: int) -> int:
@@ -101,7 +116,7 @@ def row_budget(per_token: float, device: torch.device, reserved: int) -> int:
         reserved: Bytes that gradients and optimizer state are still going to take.
     """
     most = most_tokens(device)
-    free = available_bytes(device)
+    free = free_bytes(device)
     if free is None or per_token <= 0:
         return most
     fits = int(max(free - reserved, free // 10) * _ACTIVATION_SHARE / per_token)
@@ -110,7 +125,7 @@ def row_budget(per_token: float, device: torch.device, reserved: int) -> int:
 
 def tokens_that_fit(per_token: float, device: torch.device, reserved: int) -> int:
     """Tokens whose activations fit into the free memory; see :func:`row_budget` for the arguments."""
-    free = available_bytes(device)
+    free = free_bytes(device)
     return 1 << 62 if free is None or per_token <= 0 else int(max(free - reserved, free // 10) / per_token)
 
 
@@ -126,5 +141,5 @@ def estimate(
         optimizer=sum(2 * p.numel() * p.element_size() for p in trainable),
         activations=int(per_token * row_tokens),
         head=head_bytes,
-        available=available_bytes(device),
+        available=free_bytes(device),
     )

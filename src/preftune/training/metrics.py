@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from preftune.kernels.device import wide_dtype
+
 #: Sum and weight of one metric over some examples or tokens; their ratio is the metric.
 Term = tuple[Tensor | float, Tensor | float]
 
@@ -27,32 +29,35 @@ class MetricSums:
     ) -> None:
         self._device = device
         self._derive = derive
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Term] = {}
 
     def add(self, terms: Mapping[str, Term]) -> None:
-        """Add ``{name: (sum, weight)}`` without waiting for the device."""
+        """Add ``{name: (sum, weight)}``. Numbers stay on the host, tensors on the device: neither waits for it."""
         for name, (total, weight) in terms.items():
-            pair = torch.stack(
-                [
-                    torch.as_tensor(total, dtype=torch.float64, device=self._device),
-                    torch.as_tensor(weight, dtype=torch.float64, device=self._device),
-                ]
-            )
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            before = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (before[0] + self._summand(total), before[1] + self._summand(weight))
 
-    def state(self) -> dict[str, Tensor]:
-        """The sums so far, ``(2,)`` each: total and weight. They are never changed in place."""
+    def state(self) -> dict[str, Term]:
+        """The sums so far: total and weight. They are never changed in place."""
         return dict(self._sums)
 
-    def load_state(self, sums: Mapping[str, Tensor]) -> None:
+    def load_state(self, sums: Mapping[str, Term]) -> None:
         """Go on with sums from :meth:`state`."""
-        self._sums = {name: pair.to(self._device) for name, pair in sums.items()}
+        self._sums = {name: (self._summand(total), self._summand(weight)) for name, (total, weight) in sums.items()}
+
+    def _summand(self, value: Tensor | float) -> Tensor | float:
+        if not isinstance(value, Tensor):
+            return float(value)
+        return value.detach().to(self._device, wide_dtype(self._device))
 
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over all processes since the last call; ``reduce`` sums a tensor over them."""
         names = sorted(self._sums)
         if not names:
             return {}
-        sums = reduce(torch.stack([self._sums[name] for name in names])).tolist()
+        numbers = [number for name in names for number in self._sums[name]]
+        whole = wide_dtype(self._device)
+        tensors = [n if isinstance(n, Tensor) else torch.full((), n, dtype=whole, device=self._device) for n in numbers]
+        sums = reduce(torch.stack(tensors).view(-1, 2)).tolist()
         self._sums.clear()
         return self._derive({name: total / weight for name, (total, weight) in zip(names, sums, strict=True) if weight})

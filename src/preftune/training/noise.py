@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from preftune.kernels.device import put
 from preftune.models.head import base_model
 from preftune.packing import PackedRow, RowLayout
 
@@ -37,7 +38,7 @@ class EmbeddingNoise:
         lengths = _packed_lengths(row.layout)[None] if packed else _sequence_lengths(row.layout)[:, None]
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            length = torch.from_numpy(lengths).to(output.device)
+            length = put(lengths, output.device)
             if packed:  # Rows may be filled up behind their last token.
                 length = nn.functional.pad(length, (0, output.shape[1] - length.shape[1]), value=1.0)
             bound = self.alpha / (length * output.shape[-1]).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from preftune.kernels.device import free_bytes
 from preftune.kernels.head import working_bytes
 from preftune.models.head import base_model
 from preftune.training import memory
@@ -89,4 +90,6 @@ def _head_bytes(run: Run, row_tokens: int) -> int:
     share = 1.0 if lengths is None else float(lengths.completion.sum()) / max(float(lengths.row.sum()), 1.0)
     itemsize = 2 if run.args.bf16 or run.args.fp16 else weight.element_size()
     trained = weight.numel() if weight.requires_grad else 0
-    return working_bytes(round(min(share, 1.0) * row_tokens), weight.shape[0], itemsize, trained)
+    device = run.args.device
+    scored = round(min(share, 1.0) * row_tokens)
+    return working_bytes(scored, weight.shape[0], itemsize, trained, device, free_bytes(device))

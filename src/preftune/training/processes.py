@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from preftune.kernels.device import put
 from preftune.training.config import PackedConfig
 from preftune.training.metrics import MetricSums
 
@@ -43,7 +44,7 @@ class Processes:
         """Each value summed over all processes."""
         if self.number == 1:
             return values
-        result: list[float] = self.reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        result: list[float] = self.reduce(put(values, self.device, torch.float64)).tolist()
         return result
 
     def all_well(self, well: bool) -> bool:

@@ -1,22 +1,12 @@
-"""Memory that runs out in a row: how it is noticed, and how much shorter rows become."""
+"""Memory that runs out in a row of a training step: how much shorter rows become."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 
-import torch
-from accelerate.utils.memory import should_reduce_batch_size
-
 from preftune.errors import SetupError
 from preftune.packing import PackedRow
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on whatever device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
 
 
 def shorter_budget(

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from preftune.errors import TrainingError
+from preftune.kernels.device import put
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
@@ -88,6 +89,7 @@ class Reference:
             self._ready,
             store=store,
             weights_key=lambda: self.weights_key,
+            name="the reference pass",
         )
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -252,13 +254,13 @@ class Reference:
         """
         if COLUMNS[0] not in examples[0]:
             return self._live[id(row)]
-        values = torch.tensor([[e[column] for column in COLUMNS] for e in examples], dtype=like.dtype)
-        if bool(values.isnan().any()):
+        known = np.array([[e[column] for column in COLUMNS] for e in examples])
+        if np.isnan(known).any():
             raise TrainingError(
                 "a pair's reference log-probs were not computed before training",
                 remedy="set reference_store: false, and report this: the data order was foreseen wrongly",
             )
-        values = values.to(like.device, non_blocking=True)
+        values = put(known, like.device, like.dtype)
         return values[:, 0], values[:, 1]
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from preftune.kernels.device import put, widened
 from preftune.kernels.head import TokenScores
 from preftune.objectives import PairLogps, ld_token_weights, wpo_weight
 from preftune.packing import PackedRow
@@ -27,15 +28,19 @@ def sequence_sums(row: PackedRow, logps: Tensor, ld_alpha: float | None = None) 
         ld_alpha: Weight of the tokens beyond the shorter sequence's length (LD-DPO, 2409.06411); ``None`` for plain
             sums.
     """
-    logps = logps if logps.device.type == "mps" else logps.double()
-    slots = torch.from_numpy(row.target_slot).to(logps.device)
+    logps = widened(logps)
+    slots = put(row.target_slot, logps.device)
     if ld_alpha is not None:
-        lengths = torch.bincount(slots, minlength=2 * len(row.examples)).view(-1, 2)
-        shared = lengths.min(1).values[slots // 2]
-        ranks = torch.from_numpy(_scored_ranks(row)).to(logps.device)
-        logps = logps * ld_token_weights(ranks, shared, ld_alpha).to(logps.dtype)
+        shared = _lengths(row).min(1)[row.target_slot // 2]
+        weights = ld_token_weights(torch.from_numpy(_scored_ranks(row)), torch.from_numpy(shared), ld_alpha)
+        logps = logps * put(weights.to(torch.float64).numpy(), logps.device)
     sums = logps.new_zeros(2 * len(row.examples)).index_add(0, slots, logps)
     return sums[0::2], sums[1::2]
+
+
+def _lengths(row: PackedRow) -> npt.NDArray[np.int64]:
+    """Scored tokens of every sequence, ``(pairs, 2)``."""
+    return np.bincount(row.target_slot, minlength=2 * len(row.examples)).reshape(-1, 2)
 
 
 def _scored_ranks(row: PackedRow) -> npt.NDArray[np.int64]:
@@ -69,9 +74,8 @@ def wpo_weights(row: PackedRow, scores: TokenScores) -> Tensor:
     """Weights of the row's pairs ``(pairs,)`` by how likely the policy is to write them (WPO, 2406.11827)."""
     assert scores.log_sum_sq is not None
     chosen, rejected = sequence_sums(row, scores.logps.detach() - scores.log_sum_sq)
-    slots = torch.from_numpy(row.target_slot).to(chosen.device)
-    lengths = torch.bincount(slots, minlength=2 * len(row.examples)).to(chosen.dtype)
-    return wpo_weight(chosen, rejected, lengths[0::2], lengths[1::2])
+    lengths = put(_lengths(row).astype(np.float64), chosen.device)
+    return wpo_weight(chosen, rejected, lengths[:, 0], lengths[:, 1])
 
 
 def pair_metrics(row: PackedRow, scores: TokenScores, logps: PairLogps, rewards: Tensor) -> dict[str, Term]:
@@ -103,7 +107,7 @@ def token_metrics(row: PackedRow, scores: TokenScores, slots: int) -> dict[str, 
     """
     if scores.entropy is None or scores.mean_logit is None or scores.top1 is None:
         return {}
-    place = torch.from_numpy(row.target_slot % slots).to(scores.entropy.device)
+    place = put(row.target_slot % slots, scores.entropy.device)
     is_chosen, is_rejected = place == 0, place == 1
     num_chosen, num_rejected = is_chosen.sum(), is_rejected.sum()
     return {

@@ -17,17 +17,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
+from preftune.kernels.device import put, wide_dtype
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict
 from preftune.models.head import base_model
 from preftune.objectives import PairLogps
 from preftune.packing import PackedRow, build_row
+from preftune.references.memory import ran_out_of_memory
 from preftune.training import memory
 from preftune.training.batch import Batch, Examples
 from preftune.training.checkpoints import rng
@@ -36,7 +39,7 @@ from preftune.training.guards.evidence import Watch
 from preftune.training.metrics import MetricSums
 from preftune.training.noise import EmbeddingNoise
 from preftune.training.processes import Processes
-from preftune.training.recovery import ran_out_of_memory, shorter_budget
+from preftune.training.recovery import shorter_budget
 from preftune.training.router import RouterLoss
 from preftune.training.task import RowTerms, Task, Trees
 from preftune.training.tasks.pairs import PairTask
@@ -95,7 +98,7 @@ class Step:
         self.watch = Watch(args.device, on=False)
         self.sums = MetricSums(args.device, task.derived)
         self.held_out = MetricSums(args.device, task.derived)
-        self.num_tokens = torch.zeros((), dtype=torch.float64, device=args.device)
+        self.num_tokens = torch.zeros((), dtype=wide_dtype(args.device), device=args.device)
         self.max_tokens_per_row = self.checkpoint_above = 1 << 62
         self.with_stats = False
         self.batch, self.number = Batch(), 0
@@ -160,7 +163,7 @@ class Step:
         """Go on with the sums of :meth:`state`."""
         self.sums.load_state(state["metrics"])
         # A copy: what is kept of a step may be needed again.
-        self.num_tokens = state["num_tokens"].to(self.args.device, copy=True)
+        self.num_tokens = state["num_tokens"].to(self.args.device, wide_dtype(self.args.device), copy=True)
         self.watch.load_state(state["watch"])
 
     # ---- rows -------------------------------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ class Step:
         loss = torch.zeros((), device=self.args.device)
         # Rows that repeat an earlier one only keep sharded processes in step and weigh nothing.
         real = {id(row) for row in rows}
-        with self.computing(), memory.offloading(self.args.activation_offloading):
+        with self.computing(), memory.offloading(self.args.activation_offloading, self.forward.model):
             for number, row in enumerate(rows):
                 padding = id(row) not in real
                 real.discard(id(row))
@@ -293,7 +296,7 @@ class Step:
             terms = task.terms(row, scores, logps, None)
             self.sums.add(terms.metrics)
             self.watch.add_train(terms.pairs)
-        with self.computing(), memory.offloading(self.args.activation_offloading):
+        with self.computing(), memory.offloading(self.args.activation_offloading, self.forward.model):
             for number, row in enumerate(rows):
                 scores = self.score(model, row, with_stats=False)[0]
                 logps = task.pair_logps(row, scores, examples[number], totals)
@@ -344,7 +347,7 @@ class Step:
         self.watch.add_heldout(watched, order, batch.examples)
         if not found:
             return None
-        return torch.cat(found)[torch.tensor(order, device=found[0].device).argsort()]
+        return torch.cat(found)[put(np.argsort(order), found[0].device)]
 
     def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss of a batch, with graph."""

@@ -1,9 +1,19 @@
-"""Whether the backend that serves a layer computes what the layer asks for, values and gradients."""
+"""Whether a backend computes what a layer asks for, values and gradients: tried on a small row of random tensors.
+
+Kernels that are compiled on the spot need a compiler and a card that it knows; kernels that come with torch differ from
+release to release in signature, in the head sizes they take and in how a causal mask is aligned where there are fewer
+queries than keys. Some of that raises, some gives wrong numbers without an error, some is seen in the backward alone.
+So kernels of an accelerator are tried before they are used, and the start-up probe tries whatever serves a model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,64 +22,200 @@ from preftune.kernels.attention import reference
 from preftune.kernels.attention.reference import AttentionSpec
 
 if TYPE_CHECKING:
-    from preftune.kernels.attention.select import Request
+    from preftune.packing import RowLayout
 
-#: Largest error of a token's result, relative to the size of all. Half precision shows up to .02 here; a key too many
-#: or too few, a dropped cap or sink, a wrong head show .3 and more.
+Attend = Callable[[Tensor, Tensor, Tensor, "RowLayout", AttentionSpec], Tensor]
+
+#: Largest error of a token's result, relative to the size of all. Half precision shows up to .04 here; a wrong window,
+#: a dropped cap or sink, a wrong head show 1 and more.
 TOLERANCE = 0.1
+#: Prefix and branches of the row's trees. Some are longer than a block of FlexAttention's mask and than the tiles of
+#: kernels, some are a token long.
+_LENGTHS = ((5, (4, 7)), (1, (2, 6)), (0, (9,)), (130, (70, 65)), (17, (2, 90)))
+#: Windows are cut to this length, so that sequences as short as these fill them.
+_WINDOW = 12
 
 
-def check_kernel(request: Request) -> str | None:
-    """Run a request's backend on a short row of random tensors; what is wrong with it, or ``None``."""
+@dataclass(frozen=True)
+class Request:
+    """What a layer asks a backend for, shapes and all.
+
+    Attributes:
+        backend: Name of the backend.
+        device: Where.
+        dtype: Of query, key and value.
+        num_heads: Query heads.
+        num_key_heads: Heads of keys and values.
+        head_dim: Size of queries and keys.
+        value_dim: Size of values.
+        scale: Factor on the scores.
+        window: Sliding window, or ``None``.
+        softcap: Soft cap, or ``None``.
+        sinks: Whether there are attention sinks.
+    """
+
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_key_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+    @classmethod
+    def of(cls, backend: str, query: Tensor, value: Tensor, spec: AttentionSpec) -> Request:
+        """What a layer with these tensors, ``(1, heads, T, size)`` each, asks for."""
+        return cls(
+            backend,
+            query.device,
+            query.dtype,
+            query.shape[1],
+            value.shape[1],
+            query.shape[3],
+            value.shape[3],
+            float(spec.scale),
+            spec.window,
+            spec.softcap,
+            spec.sinks is not None,
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.dtype}".removeprefix("torch."),
+            f"{self.num_heads}:{self.num_key_heads} heads of {self.head_dim}",
+        ]
+        parts += [f"{name} {value:g}" for name, value in (("window", self.window), ("cap", self.softcap)) if value]
+        return ", ".join([*parts, *(["sinks"] if self.sinks else [])])
+
+
+_found: dict[Request, str | None] = {}
+_told: set[tuple[str, str]] = set()
+
+
+def works(request: Request, attend: Attend) -> bool:
+    """Whether a backend serves layers that ask for this; tried once, with a warning where it does not.
+
+    Args:
+        request: What the layer asks for.
+        attend: The backend's function.
+    """
+    key = _short(request)
+    if key not in _found:
+        fault = _found[key] = _fault(key, attend)
+        if fault is not None and (request.backend, fault) not in _told:
+            _told.add((request.backend, fault))
+            warnings.warn(
+                f"attention backend '{request.backend}' does not work on {request.device} and is not used: "
+                f"it {fault} ({request})",
+                UserWarning,
+                stacklevel=2,
+            )
+    return _found[key] is None
+
+
+def fault_of(request: Request, attend: Attend) -> str | None:
+    """What is wrong with a backend, or ``None``; what :func:`works` has found is not tried again.
+
+    Args:
+        request: What a layer has asked for.
+        attend: The backend's function.
+    """
+    key = _short(request)
+    fault = _found[key] if key in _found else _fault(key, attend)
+    return None if fault is None else f"the {request.backend} kernel {fault} ({request})"
+
+
+def forget() -> None:
+    """Try every backend anew, such as after a compiler was installed."""
+    _found.clear()
+    _told.clear()
+
+
+def _short(request: Request) -> Request:
+    return request if request.window is None else replace(request, window=min(request.window, _WINDOW))
+
+
+def _fault(request: Request, attend: Attend) -> str | None:
+    """What a backend does wrong, or ``None``."""
+
+    def work() -> tuple[float, float]:
+        with _on(request.device):
+            return kernel_errors(request, attend)
+
     try:
-        values, gradients = kernel_errors(request)
-    except Exception as error:
-        what = f"fails with {type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    else:
-        if values <= TOLERANCE and gradients <= TOLERANCE:
-            return None
-        what = f"computes other {'gradients' if values <= TOLERANCE else 'values'} than asked for"
-    return f"the {request.backend} kernel {what} ({request})"
+        values, gradients = _apart_from_caller(work)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as failure:  # whatever a kernel or a compiler raises
+        return f"fails with {type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+    if values <= TOLERANCE and gradients <= TOLERANCE:
+        return None
+    return f"computes other {'gradients' if values <= TOLERANCE else 'values'} than asked for"
 
 
-def kernel_errors(request: Request) -> tuple[float, float]:
-    """Errors of a request's backend against the reference in fp64, of its values and of its gradients.
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _apart_from_caller(work: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """Call ``work`` in a thread of its own, which knows no autocast, no hooks and no recomputation of the caller's."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def kernel_errors(request: Request, attend: Attend) -> tuple[float, float]:
+    """Errors of a backend against the reference in fp64, of its values and of its gradients.
 
     The inputs are scaled so that each part of the request matters: scores vary by a few units, or as far as the soft
-    cap bends them, and sinks weigh as much as keys. A window matters where it is shorter than twelve tokens.
+    cap bends them, and sinks weigh as much as keys.
+
+    Args:
+        request: What is asked for; long windows are cut.
+        attend: The backend's function.
 
     Returns:
         The largest error of a token and head, relative to the root mean square of all; infinite where not finite.
     """
-    from preftune.kernels.attention.select import RowContext, attend
     from preftune.packing import RowLayout, TreeSpan
 
-    layout = RowLayout((TreeSpan(0, 5, (4, 7)), TreeSpan(16, 1, (2, 6)), TreeSpan(25, 0, (3,))))
+    request = _short(request)
+    spans: list[TreeSpan] = []
+    for prefix, branches in _LENGTHS:
+        spans.append(TreeSpan(sum(span.num_tokens for span in spans), prefix, branches))
+    layout = RowLayout(tuple(spans))
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int, size: int, std: float = 1.0) -> Tensor:
-        values = std * torch.randn(1, heads, layout.num_tokens, size, generator=generator)
-        return values.to(request.device, request.dtype).requires_grad_(True)
+        # As a model's projections leave them: tokens before heads in memory.
+        values = std * torch.randn(1, layout.num_tokens, heads, size, generator=generator)
+        return values.to(request.dtype).transpose(1, 2)
 
     # A cap changes a score s by about s^3 / (3 cap^2): that much is to be of the order of one.
     spread = 2.0 if request.softcap is None else (2.0 * request.softcap**2) ** (1 / 3)
     query = draw(request.num_heads, request.head_dim, spread / (abs(request.scale) * request.head_dim**0.5))
-    key, value = draw(request.num_key_heads, request.head_dim), draw(request.num_key_heads, request.value_dim)
-    sinks = torch.randn(request.num_heads, generator=generator).to(request.device, request.dtype) + 1
-    spec = AttentionSpec(request.scale, request.window, request.softcap, sinks if request.sinks else None)
-    with torch.enable_grad(), torch.autocast(request.device.type, enabled=False):
-        got = attend(query, key, value, RowContext(layout, request.backend), spec)
-        direction = torch.randn(got.shape, generator=generator).to(got)
-        grads = torch.autograd.grad(got, (query, key, value), direction)
-    wide = [each.detach().cpu().double().requires_grad_(True) for each in (query, key, value)]
-    wide_query, wide_key, wide_value = wide
-    spec = replace(spec, sinks=sinks.cpu().double() if request.sinks else None)
-    expected = reference.attend(wide_query, wide_key, wide_value, layout, spec)
-    expected_grads = torch.autograd.grad(expected, wide, direction.cpu().double())
-    return _error(got, expected), max(_error(*each) for each in zip(grads, expected_grads, strict=True))
+    inputs = [query, draw(request.num_key_heads, request.head_dim), draw(request.num_key_heads, request.value_dim)]
+    direction = draw(request.num_heads, request.value_dim).transpose(1, 2)
+    sinks = (torch.randn(request.num_heads, generator=generator) + 1).to(request.dtype)
+
+    def run(function: Attend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(device, dtype).requires_grad_(True) for tensor in inputs]
+        asked = sinks.to(device, dtype) if request.sinks else None
+        spec = AttentionSpec(request.scale, request.window, request.softcap, asked)
+        out = function(leaves[0], leaves[1], leaves[2], layout, spec)
+        return [out.detach(), *torch.autograd.grad(out, leaves, direction.to(device, dtype))]
+
+    with torch.enable_grad():
+        got = run(attend, request.device, request.dtype)
+        expected = run(reference.attend, torch.device("cpu"), torch.float64)
+    values, *gradients = (_error(*each) for each in zip(got, expected, strict=True))
+    return values, max(gradients)
 
 
 def _error(got: Tensor, expected: Tensor) -> float:
-    difference, expected = (got.detach().cpu().double() - expected.detach()).norm(dim=-1), expected.detach()
+    difference = (got.cpu().double() - expected).norm(dim=-1)
     worst = float(difference.max() / expected.norm(dim=-1).square().mean().sqrt().clamp_min(1e-30))
     return worst if worst == worst else float("inf")

@@ -43,7 +43,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, spec: A
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
     num_queries, num_keys = query.shape[2], key.shape[2]
-    grouped = query.shape[1] != key.shape[1]
+    groups = query.shape[1] // key.shape[1]
+    # With a mask, accelerators have no fused kernel for grouped heads.
+    grouped = groups > 1 and query.device.type == "cpu"
+    if groups > 1 and not grouped:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     causal = num_queries == num_keys and not spec.windowed(num_keys)
     mask = None if causal else _mask(num_queries, num_keys, spec.window, query.device)
     return scaled_dot_product_attention(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from preftune.errors import ConfigError
-from preftune.kernels.attention import cpu, flex, reference, sdpa, varlen
+from preftune.kernels.attention import check, cpu, flex, reference, sdpa, varlen
+from preftune.kernels.attention.check import Attend, Request
 from preftune.kernels.attention.reference import AttentionSpec
 
 if TYPE_CHECKING:
@@ -18,45 +19,6 @@ if TYPE_CHECKING:
 _BACKENDS: dict[str, Any] = {"varlen": varlen, "cpu": cpu, "flex": flex, "sdpa": sdpa}
 #: Names that a user may ask for.
 BACKEND_NAMES = ("auto", *_BACKENDS, "reference")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a layer asked a backend for, shapes and all.
-
-    Attributes:
-        backend: Name of the backend that served.
-        device: Where.
-        dtype: Of query, key and value.
-        num_heads: Query heads.
-        num_key_heads: Heads of keys and values.
-        head_dim: Size of queries and keys.
-        value_dim: Size of values.
-        scale: Factor on the scores.
-        window: Sliding window, or ``None``.
-        softcap: Soft cap, or ``None``.
-        sinks: Whether there are attention sinks.
-    """
-
-    backend: str
-    device: torch.device
-    dtype: torch.dtype
-    num_heads: int
-    num_key_heads: int
-    head_dim: int
-    value_dim: int
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: bool
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.dtype}".removeprefix("torch."),
-            f"{self.num_heads}:{self.num_key_heads} heads of {self.head_dim}",
-        ]
-        parts += [f"{name} {value:g}" for name, value in (("window", self.window), ("cap", self.softcap)) if value]
-        return ", ".join([*parts, *(["sinks"] if self.sinks else [])])
 
 
 @dataclass
@@ -126,15 +88,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: RowContext, spec:
             remedy="use attention_backend: auto",
         )
     context.used.add(name)
-    context.requests.add(_request(name, query, key, value, spec))
+    context.requests.add(Request.of(name, query, value, spec))
     # Some models take views of what they get, as from the attention functions of transformers.
     return _called(name, query, key, value, context, spec).contiguous()
 
 
-def _request(name: str, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Request:
-    sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
-    scale, sinks = float(spec.scale), spec.sinks is not None
-    return Request(name, query.device, query.dtype, *sizes, scale, spec.window, spec.softcap, sinks)
+def function_of(name: str) -> Attend:
+    """A backend's function by its name."""
+    found: Attend = reference.attend if name == "reference" else _BACKENDS[name].attend
+    return found
+
+
+def check_kernel(request: Request) -> str | None:
+    """What is wrong with the backend that served a request, values or gradients; ``None`` for nothing."""
+    return check.fault_of(request, function_of(request.backend))
 
 
 def _called(name: str, query: Tensor, key: Tensor, value: Tensor, context: RowContext, spec: AttentionSpec) -> Tensor:
@@ -143,7 +110,4 @@ def _called(name: str, query: Tensor, key: Tensor, value: Tensor, context: RowCo
         return varlen.attend(query, key, value, layout, spec, context.varlen_plan(query.device))
     if name == "flex":
         return flex.attend(query, key, value, layout, spec, context.block_mask(spec.window, query.device))
-    if name == "reference":
-        return reference.attend(query, key, value, layout, spec)
-    out: Tensor = _BACKENDS[name].attend(query, key, value, layout, spec)
-    return out
+    return function_of(name)(query, key, value, layout, spec)

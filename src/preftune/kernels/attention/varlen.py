@@ -9,8 +9,8 @@ Queries stay in row order. Keys and values are gathered so that every branch has
 Each sequence then is causal attention with the last query aligned to the last key. The gather's backward is two gathers
 and an addition where a token is used at most twice, so that it needs no atomics and is deterministic.
 
-``torch.nn.attention.varlen.varlen_attn`` changed its signature between releases; what is installed is detected, and the
-alignment of its causal mask is checked once per device against the plain reference before it is relied on.
+``torch.nn.attention.varlen.varlen_attn`` changed its signature between releases; what is installed is detected, and
+:mod:`preftune.kernels.attention.check` tries it before it is relied on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preftune.kernels.attention import reference
+from preftune.kernels.attention import check
 from preftune.kernels.attention.reference import AttentionSpec
+from preftune.kernels.device import put_together
 
 if TYPE_CHECKING:
     from preftune.packing import RowLayout
@@ -73,15 +74,14 @@ def make_plan(layout: RowLayout, device: torch.device) -> VarlenPlan:
     first = by_token[begin]
     second = np.where(uses > 1, by_token[np.minimum(begin + 1, len(order) - 1)], -1) if uses.max() <= 2 else None
 
-    def put(array: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.as_tensor(np.ascontiguousarray(array), dtype=dtype).to(device, non_blocking=True)
-
+    offsets = [np.concatenate([[0], np.cumsum(lengths)]) for lengths in (query_lengths, key_lengths)]
+    placed = put_together([order, first, *offsets, *([] if second is None else [second])], device)
     return VarlenPlan(
-        gather=put(order),
-        first=put(first),
-        second=None if second is None else put(second),
-        cu_query=put(np.concatenate([[0], np.cumsum(query_lengths)]), torch.int32),
-        cu_key=put(np.concatenate([[0], np.cumsum(key_lengths)]), torch.int32),
+        gather=placed[0],
+        first=placed[1],
+        second=None if second is None else placed[4],
+        cu_query=placed[2].to(torch.int32),
+        cu_key=placed[3].to(torch.int32),
         max_query=max(query_lengths),
         max_key=max(key_lengths),
     )
@@ -95,7 +95,8 @@ def supports(query: Tensor, value: Tensor, layout: RowLayout, spec: AttentionSpe
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1]
         and query.shape[-1] <= 256
-        and usable(query.device, query.dtype)
+        and query.shape[-1] % 8 == 0
+        and check.works(check.Request.of("varlen", query, value, spec), attend)
     )
 
 
@@ -159,31 +160,6 @@ def _parameters() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-@cache
-def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``varlen_attn`` exists and agrees with the reference on this device, with and without a window.
-
-    Releases differ in how a causal mask is aligned where there are fewer queries than keys; a wrong alignment gives
-    wrong numbers without an error, so it is measured rather than believed.
-    """
-    from preftune.packing import RowLayout, TreeSpan
-
-    try:
-        layout = RowLayout((TreeSpan(0, 5, (4, 7)), TreeSpan(16, 3, (2, 6))))
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        shape = (1, 2, layout.num_tokens, 64)
-        query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
-        for window in (None, 4):
-            spec = AttentionSpec(scale=0.125, window=window)
-            expected = reference.attend(query.float(), key.float(), value.float(), layout, spec)
-            got = attend(query, key, value, layout, spec).float()
-            if not torch.allclose(got, expected, atol=3e-2, rtol=3e-2):
-                return False
-    except (ImportError, NotImplementedError, RuntimeError, TypeError):
-        return False
-    return True
 
 
 class _Gather(torch.autograd.Function):

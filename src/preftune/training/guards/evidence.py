@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from preftune.kernels.device import put, widened
 from preftune.objectives import PairLogps
 
 Array = npt.NDArray[np.float64]
@@ -246,7 +247,7 @@ class Watch:
         present = [part for part in parts if part is not None]
         if not self.on or len(present) < len(parts) or not present:
             return
-        inverse = torch.tensor(order, device=present[0].device).argsort()
+        inverse = put(np.argsort(order), present[0].device)
         self._heldout.append(torch.cat(present)[inverse])
         self._groups.extend(zlib.crc32(np.asarray(example["prompt_ids"]).tobytes()) for example in examples)
 
@@ -257,7 +258,7 @@ class Watch:
         if self.on:
             # Every process takes part, those without pairs as well.
             sums = torch.zeros(size, device=self._device) if self._window is None else self._window
-            values = reduce(sums.to(torch.float64) if sums.device.type != "mps" else sums).tolist()
+            values = reduce(widened(sums)).tolist()
             moments = Moments.from_list(values)
         norms = [float(norm) for norm in self._grad_norms]
         self._window, self._grad_norms = None, []
@@ -271,7 +272,7 @@ class Watch:
         """
         if not self.on:
             return None
-        local = torch.cat(self._heldout).double().cpu().numpy() if self._heldout else np.zeros((0, len(COLUMNS)))
+        local = torch.cat(self._heldout).cpu().double().numpy() if self._heldout else np.zeros((0, len(COLUMNS)))
         parts = gather((local, np.asarray(self._groups, dtype=np.int64)))
         self._heldout, self._groups = [], []
         values = np.concatenate([part[0] for part in parts])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from preftune.data import PrepareReport
 from preftune.data.unpaired import prepare_unpaired
+from preftune.kernels.device import put, widened
 from preftune.kernels.head import TokenScores
 from preftune.objectives import UnpairedLogps, check_kto_weights, kl_baseline_from_sum
 from preftune.packing import Branch, PackedRow, Tree
@@ -115,14 +116,13 @@ class AnswerTask(PreferenceTask):
                 if counts:
                     sums.append(torch.tensor([float(ratios.sum()), len(ratios)], dtype=torch.float64))
         total, number = scoring.sum_over_processes(torch.stack(sums).sum(0).tolist())
-        return kl_baseline_from_sum(torch.tensor(total, dtype=torch.float64, device=scoring.device), int(number))
+        return kl_baseline_from_sum(put(total, scoring.device, torch.float64), int(number))
 
     def _exchanged_ratios(self, row: PackedRow, logps: Tensor, examples: Examples) -> Tensor:
         """Log-ratios of the exchanged completions of some examples, ``(examples,)``, without graph."""
         policy = _sums(row, logps)
         if COLUMNS[1] in examples[0]:
-            known = torch.tensor([e[COLUMNS[1]] for e in examples], dtype=policy.dtype)
-            return policy - known.to(policy.device)
+            return policy - put([e[COLUMNS[1]] for e in examples], policy.device, policy.dtype)
         assert self.reference is not None
         return policy - _sums(row, self.reference.row_logps(row))
 
@@ -136,14 +136,14 @@ class AnswerTask(PreferenceTask):
         """Objective and TRL's metrics of one row; the baseline, which joins the examples of a step, is a constant."""
         policy = _sums(row, scores.logps)
         weights = weights_of(examples)
-        desirable = torch.tensor([e["label"] > 0 for e in examples], device=policy.device)
+        desirable = put([e["label"] > 0 for e in examples], policy.device)
         logps = UnpairedLogps(
             logps=policy,
             ref_logps=self.reference_sums(row, examples, policy)[0],
             labels=desirable,
-            weights=policy.new_tensor(weights) if weights else None,
+            weights=put(weights, policy.device, policy.dtype) if weights else None,
         )
-        lengths = policy.new_tensor([num_scored(e, "chosen")[0] for e in examples])
+        lengths = put([num_scored(e, "chosen")[0] for e in examples], policy.device, policy.dtype)
         self.check_agreement(logps.logratios, lengths)
         loss = self.objective(logps, kl=self._kl if self._block is not None else None).loss.sum()
         with torch.no_grad():
@@ -182,15 +182,15 @@ def _exchanged_trees(example: Example, number: int) -> tuple[Tree, ...]:
 
 def _sums(row: PackedRow, logps: Tensor) -> Tensor:
     """Per-example sums ``(examples,)``, in fp64: log-ratios are small differences of large sums."""
-    logps = logps if logps.device.type == "mps" else logps.double()
-    slots = torch.from_numpy(row.target_slot // 2).to(logps.device)
+    logps = widened(logps)
+    slots = put(row.target_slot // 2, logps.device)
     return logps.new_zeros(len(row.examples)).index_add(0, slots, logps)
 
 
 def _token_metrics(row: PackedRow, scores: TokenScores, desirable: Tensor) -> dict[str, Term]:
     if scores.entropy is None or scores.mean_logit is None:
         return {}
-    chosen = desirable[torch.from_numpy(row.target_slot // 2).to(desirable.device)]
+    chosen = desirable[put(row.target_slot // 2, desirable.device)]
     return {
         "entropy": (scores.entropy.sum(), float(len(row.target_slot))),
         "logits/chosen": ((scores.mean_logit * chosen).sum(), chosen.sum()),

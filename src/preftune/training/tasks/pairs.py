@@ -11,6 +11,7 @@ from torch import Tensor
 
 from preftune.data import PrepareReport, prepare
 from preftune.errors import DataError
+from preftune.kernels.device import put
 from preftune.kernels.head import TokenScores
 from preftune.objectives import ObjectiveResult, PairLogps
 from preftune.packing import PackedRow, Tree, pair_trees
@@ -136,7 +137,7 @@ class PairTask(Pairs):
         ref_chosen, ref_rejected = self.reference_sums(row, examples, chosen)
 
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=chosen.dtype).to(device, non_blocking=True)
+            return put(values, device, chosen.dtype)
 
         weights = weights_of(examples)
         margins = [e["margin"] for e in examples] if "margins" in self.objective.requires else []
@@ -175,7 +176,7 @@ class PairTask(Pairs):
         rewards = torch.stack(self.objective.rewards(logps), 1).detach()
         metrics = pair_metrics(row, scores, logps, rewards)
         if self.running_delta is not None:
-            metrics["bco_delta"] = (rewards.new_tensor(self.running_delta.state.delta), 1.0)
+            metrics["bco_delta"] = (self.running_delta.state.delta, 1.0)
             self.running_delta.note(row, rewards)
         if parts and len(self.objective.names) > 1:
             metrics |= {f"loss/{name}": (part.detach().sum(), float(logps.num_pairs)) for name, part in parts.items()}

@@ -13,9 +13,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from preftune.kernels.device import put, widened
 from preftune.kernels.head import TokenScores
 from preftune.objectives import PairLogps
 from preftune.objectives.numerics import log_odds, per_token
@@ -73,11 +75,12 @@ class ContrastTask(Pairs):
 
     def _pair_logps(self, row: PackedRow, scores: TokenScores, examples: Examples, totals: Totals) -> PairLogps:
         """Sums and token counts of a row's pairs."""
-        logps = scores.logps if scores.logps.device.type == "mps" else scores.logps.double()
-        slots = torch.from_numpy(row.target_slot).to(logps.device)
+        logps = widened(scores.logps)
+        slots = put(row.target_slot, logps.device)
         size = _SLOTS * len(examples)
         chosen, rejected, prompt = logps.new_zeros(size).index_add(0, slots, logps).view(-1, _SLOTS).unbind(1)
-        num_chosen, num_rejected, num_prompt = torch.bincount(slots, minlength=size).view(-1, _SLOTS).unbind(1)
+        counts = np.bincount(row.target_slot, minlength=size).reshape(-1, _SLOTS)
+        num_chosen, num_rejected, num_prompt = put(counts, logps.device).unbind(1)
         weights = weights_of(examples)
         return PairLogps(
             chosen_logps=chosen,
@@ -86,7 +89,7 @@ class ContrastTask(Pairs):
             rejected_lengths=num_rejected,
             chosen_sum_logps=chosen + prompt,
             chosen_scored=num_chosen + num_prompt,
-            weights=chosen.new_tensor(weights) if weights else None,
+            weights=put(weights, chosen.device, chosen.dtype) if weights else None,
             mean_chosen_scored=totals[1] / totals[0],
         )
 
