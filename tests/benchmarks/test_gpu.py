@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from benchmarks import gpu, gpu_document, gpu_training, render
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """The command sets variables for its process."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def test_results_are_on_disk_after_every_section_and_a_failure_is_one(tmp_path: Path) -> None:
