@@ -156,9 +156,11 @@ def peft_config_from(config: ModelConfig) -> PeftConfig | None:
     from peft import LoraConfig
 
     modules = config.lora_target_modules
-    if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
-        # Text is a regular expression for whole paths to PEFT; a bare name means every module that is called so.
-        modules = [modules]
+    if isinstance(modules, str) and re.fullmatch(r"[\w.]+([,\s]+[\w.]+)*[,\s]*", modules):
+        # Text is a regular expression for whole paths to PEFT; names alone mean every module that is called so.
+        modules = re.findall(r"[\w.]+", modules)
+    elif isinstance(modules, list):
+        modules = [name for each in modules for name in re.findall(r"[^,\s]+", each)]
     keywords: dict[str, Any] = {
         "task_type": config.lora_task_type,
         "r": config.lora_r,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from preftune.errors import ConfigError, DataError, ModelError, SetupError, TrainingError
+from preftune.training.adapters import idle_adapters
 from preftune.training.config import PackedConfig
 
 #: Schedules that transformers builds without looking at ``lr_scheduler_kwargs``.
@@ -56,6 +57,24 @@ def check_arguments(model: Any, ref_model: Any, data_collator: Any, train_datase
             where="ref_model",
             remedy="leave ref_model out: the initial policy is the reference",
         )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a training that would change nothing.
+
+    Raises:
+        ModelError: Every parameter that takes part is frozen.
+    """
+    idle = idle_adapters(model)
+    if any(p.requires_grad and idle.isdisjoint(name.split(".")) for name, p in model.named_parameters()):
+        return
+    if getattr(model, "peft_config", None):
+        what = "the adapter was loaded for inference: none of its parameters is trained"
+        remedy = "load it with PeftModel.from_pretrained(base, folder, is_trainable=True)"
+    else:
+        what = "every parameter is frozen, so that nothing is trained"
+        remedy = "call model.requires_grad_(True), or pass peft_config to train an adapter"
+    raise ModelError(what, where="model", remedy=remedy)
 
 
 def check_devices(args: PackedConfig) -> None:

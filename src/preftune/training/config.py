@@ -37,6 +37,13 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 }
 
 
+#: Settings that transformers renamed, and TRL's scripts go on to write.
+_FORMER_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
 def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     """Refuse a value that is none of the allowed ones."""
     if value not in allowed:
@@ -237,6 +244,10 @@ class PackedConfig(TrainingArguments):
             # Its fused loss puts another forward in the model's place, with a head that cannot be reached.
             kernels = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **kernels}
+        for old, new in _FORMER_NAMES.items():
+            # Both are the same setting here, and the former one has a default: no reason for a warning.
+            if getattr(self, new, True) is None:
+                setattr(self, new, getattr(self, old))
         _check_json(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
         # transformers has made an object of it.

@@ -8,6 +8,7 @@ from typing import Any
 from preftune.errors import ConfigError, ModelError
 from preftune.models.head import base_model
 from preftune.training import setup
+from preftune.training.adapters import as_peft_model
 from preftune.training.preference_config import ReferenceConfig
 
 
@@ -89,6 +90,7 @@ def explicit_reference(ref_model: Any, policy: Any, tokenizer: Any, args: Refere
         )
     if isinstance(ref_model, str):
         ref_model = _loaded(ref_model, policy, args)
+    ref_model = as_peft_model(ref_model, trained=False)
     rows = base_model(ref_model).get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         raise ModelError(

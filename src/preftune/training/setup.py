@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from preftune.data import DataOptions
-from preftune.errors import ConfigError, ModelError
+from preftune.errors import ConfigError, ModelError, flat
 from preftune.models.compiled import COMPILE_BACKENDS, CompiledLayers
 from preftune.models.loading import read_chat_template
 from preftune.models.trust import TOKENIZER_FILES, load_adapter, pinned
+from preftune.training.adapters import as_peft_model
 from preftune.training.config import PackedConfig
 
 
@@ -213,6 +214,7 @@ def _first_line(error: BaseException) -> str:
 def wrap_peft(model: Any, peft_config: Any, args: PackedConfig) -> Any:
     """Put an adapter on the model where one is asked for."""
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    model = as_peft_model(model)
     if peft_config is not None:
         from peft import PeftConfig, PeftModel, get_peft_model
 
@@ -229,7 +231,11 @@ def wrap_peft(model: Any, peft_config: Any, args: PackedConfig) -> Any:
                 where="peft_config",
                 remedy="leave peft_config out to go on training that adapter, or merge it first",
             )
-        model = get_peft_model(model, peft_config)
+        try:
+            model = get_peft_model(model, peft_config)
+        except ValueError as error:
+            remedy = 'see model.named_modules() for the names; several are a list, such as ["q_proj", "v_proj"]'
+            raise ModelError(flat(error), where="peft_config", remedy=remedy) from error
     if any(getattr(each, "is_prompt_learning", False) for each in getattr(model, "peft_config", {}).values()):
         raise ModelError(
             "prompt learning is not supported: it puts virtual tokens before every sequence",

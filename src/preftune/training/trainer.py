@@ -25,7 +25,6 @@ from preftune.packing import PackedRow
 from preftune.threads import tell_if_spinning
 from preftune.training import card, carried, checks, setup
 from preftune.training.batch import Batch, Examples, Totals, collate
-from preftune.training.carried import RunningDelta
 from preftune.training.checkpoints import CheckpointedTrainer
 from preftune.training.config import PackedConfig
 from preftune.training.explicit import explicit_reference
@@ -34,6 +33,7 @@ from preftune.training.figures import completed, evaluate, line_is_due
 from preftune.training.generations import Generations
 from preftune.training.guards.evidence import Watch
 from preftune.training.guards.hooks import make_guards, watch_line
+from preftune.training.habits import Habits, MadeWith
 from preftune.training.noise import EmbeddingNoise
 from preftune.training.plan import TrainingPlan
 from preftune.training.planning import describe
@@ -42,6 +42,7 @@ from preftune.training.processes import Processes
 from preftune.training.reference import Reference
 from preftune.training.reference_pass import SyncReference, agreement, make_reference, with_reference
 from preftune.training.skipping import blamed_rows, forget_skip, is_finite, say_skipped, skip_step
+from preftune.training.start import check_start, method_settings
 from preftune.training.step import Step
 from preftune.training.step_setup import Paths, make_step
 from preftune.training.task import RowTerms, Task
@@ -49,7 +50,7 @@ from preftune.training.visits import visited_rows
 from preftune.training.workers import limit_collectives
 
 
-class TaskTrainer(TaskFeeding, CheckpointedTrainer):
+class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
     """Runs a task.
 
     Args:
@@ -125,6 +126,7 @@ class TaskTrainer(TaskFeeding, CheckpointedTrainer):
         self._make_step()
         setup.add_tags(self.model, ("preftune", task.name))
         self.ref_model = ref_model
+        self.made_with = MadeWith(self.model, method_settings(self.args))
         if task.needs_reference and isinstance(args, ReferenceConfig):
             task.reference = self._make_reference(args, ref_model)
         self.generations: Generations | None = None
@@ -161,36 +163,6 @@ class TaskTrainer(TaskFeeding, CheckpointedTrainer):
     def plan(self) -> TrainingPlan:
         """What :meth:`train` is going to do."""
         return describe(self)
-
-    # ---- what checkpoints and scripts look at -----------------------------------------------------------------------
-
-    @property
-    def reference(self) -> Reference | None:
-        """What the policy is compared with."""
-        return self.task.reference
-
-    @property
-    def running_delta(self) -> RunningDelta | None:
-        """BCO's reward shift."""
-        return self.task.running_delta
-
-    @property
-    def max_tokens_per_row(self) -> int:
-        """Token budget of a row."""
-        return self.step.max_tokens_per_row
-
-    @max_tokens_per_row.setter
-    def max_tokens_per_row(self, value: int) -> None:
-        self.step.max_tokens_per_row = value
-
-    @property
-    def checkpoint_above(self) -> int:
-        """Longest row that is run without recomputing activations."""
-        return self.step.checkpoint_above
-
-    @checkpoint_above.setter
-    def checkpoint_above(self, value: int) -> None:
-        self.step.checkpoint_above = value
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -236,15 +208,16 @@ class TaskTrainer(TaskFeeding, CheckpointedTrainer):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; see transformers' ``Trainer.train``."""
         # Before a reference pass that may take long.
+        check_start(self, trial)
         self.check_resume(resume_from_checkpoint)
         self.prepare_reference()
         if self.generations is not None:
             self.generations.keep_reference()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, trial, *args, **kwargs)
         finally:
             if self.reference is not None and self.state.global_step:
                 self.reference.policy_moved = True
@@ -325,10 +298,21 @@ class TaskTrainer(TaskFeeding, CheckpointedTrainer):
                 metrics.update(self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}"))
             return metrics
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared(eval_dataset, self.processing_class, metric_key_prefix)
-            if self.reference is not None and self.reference.store is not None:
-                eval_dataset = with_reference(self.step, eval_dataset, metric_key_prefix)
+            eval_dataset = self._evaluable(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """Evaluate on ``test_dataset``, raw or tokenised, with its rewards as predictions where they are wanted."""
+        self.prepare_reference()
+        return super().predict(self._evaluable(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
+
+    def _evaluable(self, dataset: Any, name: str) -> Any:
+        """Prepared examples of raw rows, with what a fixed reference makes of them."""
+        own = (self.train_dataset, *self._evaluated().values())
+        if not any(dataset is each for each in own):
+            dataset = self._prepared(dataset, self.processing_class, name)
+        fixed = self.reference is not None and self.reference.store is not None
+        return with_reference(self.step, dataset, name) if fixed else dataset
 
     def evaluation_loop(
         self,

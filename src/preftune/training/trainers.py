@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import number_of_arguments
 
 from preftune.errors import ConfigError
 from preftune.training.preference_config import DPOConfig, KTOConfig, ReferenceConfig
@@ -33,7 +35,10 @@ class _NamedTrainer(TaskTrainer):
         """Go on with the arguments of a constructor, settings completed."""
         own = {name: value for name, value in given.items() if name not in ("self", "__class__", "args")}
         name = self.task_class.name.upper()
-        args = given["args"] or self.task_class.config_class(default_output_dir(given["model"], name))
+        kind = self.task_class.config_class
+        args = kind(default_output_dir(given["model"], name)) if given["args"] is None else given["args"]
+        if not isinstance(args, kind):
+            raise _wrong_settings(args, kind)
         super().__init__(self.make_task(args), args=args, **own)
 
 
@@ -197,8 +202,7 @@ class SFTTrainer(_NamedTrainer):
         formatting_func: Callable[[Any], str] | None = None,
     ) -> None:
         if args is not None and not isinstance(args, SFTConfig):
-            # What ``to_dict`` gives is for showing: a token in it is masked.
-            args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
+            args = _completed(args)
         _refuse_logits(
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
@@ -237,6 +241,21 @@ def _refuse_logits(**given: Any) -> None:
             raise ConfigError("not available: logits are never built", where=name, remedy=f"leave {name} out")
 
 
+def _wrong_settings(args: Any, kind: type[Any]) -> ConfigError:
+    given = f"{type(args).__module__.partition('.')[0]}.{type(args).__name__}"
+    remedy = f"from preftune import {kind.__name__}, and make the settings with it"
+    return ConfigError("settings of another kind", where="args", value=given, allowed=kind.__name__, remedy=remedy)
+
+
+def _completed(args: Any) -> SFTConfig:
+    """Settings of transformers with the defaults of ``SFTConfig``; settings of another trainer are refused."""
+    known = {each.name for each in fields(SFTConfig)}
+    if not isinstance(args, TrainingArguments) or not known.issuperset(each.name for each in fields(args)):
+        raise _wrong_settings(args, SFTConfig)
+    # What ``to_dict`` gives is for showing: a token in it is masked.
+    return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # type: ignore[no-untyped-call]
+
+
 def _one_model(model: Any, model_init: Callable[[], Any] | None) -> Any:
     if (model is None) == (model_init is None):
         raise ConfigError(
@@ -244,7 +263,13 @@ def _one_model(model: Any, model_init: Callable[[], Any] | None) -> Any:
             where="model" if model is None else "model_init",
             remedy="pass either model or model_init",
         )
-    return model if model_init is None else model_init()
+    if model_init is None:
+        return model
+    # transformers hands such a function the trial of a search; there is none.
+    made: Any = model_init(*[None] * number_of_arguments(model_init))  # type: ignore[no-untyped-call]
+    if made is None:
+        raise ConfigError("returned no model", where="model_init", remedy="return the model that is to be trained")
+    return made
 
 
 __all__ = ["CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "SFTTrainer"]
