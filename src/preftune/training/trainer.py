@@ -28,6 +28,7 @@ from preftune.training.batch import Batch, Examples, Totals, collate
 from preftune.training.carried import RunningDelta
 from preftune.training.checkpoints import CheckpointedTrainer
 from preftune.training.config import PackedConfig
+from preftune.training.engines import check_engine
 from preftune.training.explicit import explicit_reference
 from preftune.training.feeding import TaskFeeding
 from preftune.training.figures import completed, evaluate, line_is_due
@@ -91,6 +92,7 @@ class TaskTrainer(TaskFeeding, CheckpointedTrainer):
         **kwargs: Any,
     ) -> None:
         checks.refuse_overrides(type(self))
+        check_engine(args, model)
         checks.check_arguments(model, ref_model, data_collator, train_dataset)
         self.task = task
         self.example_columns = task.columns
