@@ -118,18 +118,16 @@ class RowForward:
         options = {"with_stats": with_stats, "with_log_sum_sq": with_log_sum_sq, "with_tail": with_tail}
         found: list[TokenScores] = []
         head = find_head(self.model)
-        parameters = head_parameters(head)
         transform = self.head.transform
-        fused = self.head.called and transform is not None and parameters is not None
         original = head.forward
 
         def score(hidden: Tensor) -> Tensor:
             picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, source_index)
-            if not fused:
+            # Read here and not before: a sharded head is a plain, whole tensor only within the wrapped forward.
+            parameters = head_parameters(head)
+            if transform is None or parameters is None:
                 logits: Tensor = original(picked.unsqueeze(0))
                 return logits
-            assert parameters is not None
-            assert transform is not None
             found.append(_fused_scores(picked, parameters, targets, transform, options))
             # Distributed wrappers follow the graph from the model's outputs, so the result has to pass through them.
             return found[0].logps.view(1, -1, 1)

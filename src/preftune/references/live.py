@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @contextmanager
@@ -30,18 +32,22 @@ class Shadow:
     fine-tuning, the adapter as it was before training (a fresh one computes nothing, a trained one is the SFT model),
     and a reference that follows the policy. Frozen parameters are shared, and swapping exchanges pointers, not data.
 
+    Where FSDP2 replaces the parameters by shards, the shadow is sharded the same way, and data are exchanged, since
+    FSDP2 keeps pointers of its own.
+
     Args:
         model: The policy, in the state that the reference is to have.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._model = model
+        self._parameters = trained_parameters(model)
         self._values = [p.detach().clone() for p in self._parameters]
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the shadow takes."""
-        return sum(value.numel() * value.element_size() for value in self._values)
+        """Memory that the shadow takes in this process."""
+        return sum(value.numel() * value.element_size() for value in map(shard_of, self._values))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -53,9 +59,54 @@ class Shadow:
             self._swap()
 
     def _swap(self) -> None:
+        self._settle()
         for index, parameter in enumerate(self._parameters):
-            parameter.data, self._values[index] = self._values[index], parameter.data
+            if isinstance(parameter, DTensor):
+                mine, policys = shard_of(self._values[index]), shard_of(parameter.detach())
+                kept = policys.clone()
+                policys.copy_(mine)
+                mine.copy_(kept)
+            else:
+                parameter.data, self._values[index] = self._values[index], parameter.data
+
+    def _settle(self) -> None:
+        """Be laid out as the parameters are, which FSDP2 has perhaps replaced since."""
+        if not isinstance(self._model, FSDPModule):
+            return
+        self._parameters = trained_parameters(self._model)
+        self._values = [like(value, p) for value, p in zip(self._values, self._parameters, strict=True)]
 
     def state(self) -> list[Tensor]:
         """The shadow's own tensors, in the order of the trainable parameters; changing them changes the shadow."""
+        self._settle()
         return self._values
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A model's trainable parameters, those of FSDP2 as shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Some stay whole after a forward: they would be shown whole, and used again although their shards changed.
+            module.reshard()
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor sharded and placed as a parameter is; itself where it already is."""
+    if isinstance(parameter, DTensor) == isinstance(value, DTensor):
+        return value
+    if isinstance(parameter, DTensor):
+        whole = value.to(parameter.device, parameter.dtype)
+        # Every process has the whole value and keeps its part; nothing is sent.
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return whole_of(value)
+
+
+def whole_of(value: Tensor) -> Tensor:
+    """All of a tensor; of a sharded one gathered from all processes, which all have to ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_of(value: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory."""
+    return value.to_local() if isinstance(value, DTensor) else value

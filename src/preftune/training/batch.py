@@ -25,10 +25,13 @@ class Batch:
     Attributes:
         examples: One mapping per example.
         sizes: How many of them the data loader grouped together each time.
+        weightless: Whether they are another process's, and only stand in where this one has none: they keep it in step
+            and count for nothing.
     """
 
     examples: list[Example] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    weightless: bool = False
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -43,7 +46,8 @@ class Batch:
     def groups(self) -> list[list[int]]:
         """Numbers of the examples in every group of the data loader."""
         starts = itertools.accumulate(self.sizes, initial=0)
-        return [list(range(start, start + size)) for start, size in zip(starts, self.sizes, strict=False)]
+        groups = [list(range(start, start + size)) for start, size in zip(starts, self.sizes, strict=False)]
+        return [group for group in groups if group]
 
 
 def as_arrays(example: Example) -> Example:

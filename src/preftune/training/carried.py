@@ -20,6 +20,7 @@ from preftune.files import replace_text, replacing
 from preftune.kernels.device import widened
 from preftune.objectives import BCOState
 from preftune.packing import PackedRow
+from preftune.references.live import like, shard_of, whole_of
 from preftune.training.reference import Reference
 
 STATE_FILE = "preftune_state.json"
@@ -72,9 +73,15 @@ class Carrier(Protocol):
         """The reference, which may follow the policy."""
 
 
-def save(carrier: Carrier, folder: str) -> None:
-    """Write what is carried into a checkpoint folder, each file in one step."""
-    if carrier.running_delta is not None:
+def save(carrier: Carrier, folder: str, *, writes: bool) -> None:
+    """Write what is carried into a checkpoint folder, each file in one step.
+
+    Args:
+        carrier: What has such state.
+        folder: The checkpoint.
+        writes: Whether this process writes; the others are called too, since they may hold shards of it.
+    """
+    if writes and carrier.running_delta is not None:
         state = carrier.running_delta.state
         # JSON's shortest decimals give back the same double.
         text = json.dumps({"bco": {"total": state.total, "count": state.count}})
@@ -82,9 +89,10 @@ def save(carrier: Carrier, folder: str) -> None:
     if carrier.reference is not None and carrier.reference.follows:
         from safetensors.torch import save_file
 
-        tensors = {str(n): value.contiguous() for n, value in enumerate(carrier.reference.following())}
-        with replacing(Path(folder, REFERENCE_FILE)) as beside:
-            save_file(tensors, beside)
+        tensors = {str(n): whole_of(value).contiguous() for n, value in enumerate(carrier.reference.following())}
+        if writes:
+            with replacing(Path(folder, REFERENCE_FILE)) as beside:
+                save_file(tensors, beside)
 
 
 def load(carrier: Carrier, folder: str) -> None:
@@ -107,7 +115,7 @@ def load(carrier: Carrier, folder: str) -> None:
         try:
             tensors = load_file(Path(folder, REFERENCE_FILE))
             for number, value in enumerate(mine):
-                value.copy_(tensors[str(number)])
+                shard_of(value).copy_(shard_of(like(tensors[str(number)], value)))
         except (OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise _unusable(folder, REFERENCE_FILE, "the reference as it had followed the policy") from error
 

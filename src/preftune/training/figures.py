@@ -23,10 +23,12 @@ def line_is_due(args: PackedConfig, state: TrainerState) -> bool:
 def completed(logs: dict[str, float], step: Step, history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """A log line of training with the metrics since the last one; other lines stay as they are."""
     if "loss" in logs and "eval_loss" not in logs:
+        step.processes.agree_on_names(step.sums)
         logs.update(step.sums.pop(step.processes.reduce))
         logs["num_tokens"] = tokens_trained(step)
     elif "train_loss" in logs:
         # The last steps of a run, where no line of their own was due.
+        step.processes.agree_on_names(step.sums)
         logs = {**logs, **step.sums.pop(step.processes.reduce)}
         tokens = tokens_trained(step)
         if all(line.get("num_tokens") != tokens for line in history):
@@ -53,7 +55,7 @@ def evaluate(
     """
     predictions = []
     whole = step.task.begin_evaluation(batches, step)
-    for batch in batches:
+    for batch in step.processes.together(batches):
         found = step.evaluate(model, batch, whole or step.task.totals(batch.examples))
         if found is not None and predict:
             predictions.append(found)

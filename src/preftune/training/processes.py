@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from preftune.kernels.device import put
+from preftune.training.batch import Batch
 from preftune.training.config import PackedConfig
 from preftune.training.metrics import MetricSums
 
@@ -66,6 +67,25 @@ class Processes:
 
         found: list[Any] = gather_object([value])
         return found
+
+    def filled(self, batch: Batch) -> Batch:
+        """A batch, or where it is empty while another process has examples, one of those to stand in for it."""
+        if self.number == 1 or not self.sums([float(not batch.examples)])[0]:
+            return batch
+        offered = [each for each in self.gathered(batch.examples[0] if batch.examples else None) if each is not None]
+        return batch if batch.examples or not offered else Batch(offered[:1], [1], weightless=True)
+
+    def together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches, and empty ones in the end until every sharded process has gone through its own."""
+        if self.number == 1 or not self.sharded:
+            yield from batches
+            return
+        mine = iter(batches)
+        while True:
+            batch = next(mine, None)
+            if self.sums([float(batch is None)])[0] == self.number:
+                return
+            yield batch or Batch([], [0])
 
     def merged(self, values: dict[bytes, Any]) -> dict[bytes, Any]:
         """The mappings of all processes in one."""

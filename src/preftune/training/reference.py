@@ -26,7 +26,7 @@ from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
 from preftune.packing import PackedRow
 from preftune.references.fingerprint import model_weights_key, trained_adapter
-from preftune.references.live import Shadow, using_adapter
+from preftune.references.live import Shadow, like, shard_of, trained_parameters, using_adapter
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
 from preftune.training.batch import Example, Examples, as_arrays
@@ -198,7 +198,7 @@ class Reference:
         """Move towards the policy: ``reference <- share * policy + (1 - share) * reference`` (TR-DPO, 2404.09656)."""
         with torch.no_grad():
             for mine, policys in zip(self.following(), self._followed(), strict=True):
-                mine.lerp_(policys, share)
+                shard_of(mine).lerp_(shard_of(like(policys, mine)), share)
 
     def following(self) -> list[Tensor]:
         """The tensors of a reference that follows the policy."""
@@ -209,8 +209,8 @@ class Reference:
 
     def _followed(self) -> list[Tensor]:
         if self.separate is not None:
-            return [p.detach() for p in self.policy.model.parameters()]
-        return [p.detach() for p in self.policy.model.parameters() if p.requires_grad]
+            return [p.detach() for p in trained_parameters(self.policy.model)]
+        return [p.detach() for p in trained_parameters(self.policy.model)]
 
     @contextmanager
     def _as_reference(self) -> Iterator[RowForward]:

@@ -11,7 +11,7 @@ the accumulation or the number of processes, and memory stays that of one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -105,6 +105,7 @@ class Step:
         self.loss: Tensor | None = None
         self.terms_of: Callable[..., RowTerms] = task.row_terms
         self._num_parameters: int | None = None
+        self._num_groups = 0.0
         self._kept: tuple[dict[str, Any], Any] = ({}, None)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -125,6 +126,8 @@ class Step:
         """
         totals = self.processes.sums(self.task.totals(batch.examples))
         self.batch, self.number, self._kept = batch, number, (self.state(), self.task.kept())
+        self._num_groups = self.processes.sums([float(len(batch.groups()))])[0] if self.router else 0.0
+        batch = self.processes.filled(batch)
         state = rng.capture(self.args.device)
         while True:
             rows: list[PackedRow] = []
@@ -146,8 +149,9 @@ class Step:
             clear_device_cache(garbage_collection=True)
             self.undo()
             rng.restore(state, self.args.device)
-        self.num_tokens += float(self.task.num_tokens(batch.examples))
-        self.task.finish_step(self.processes.reduce)
+        self.num_tokens += float(self.task.num_tokens(self.batch.examples))
+        reduce = self.processes.reduce
+        self.task.finish_step((lambda own: reduce(torch.zeros_like(own))) if batch.weightless else reduce)
         return loss
 
     def undo(self) -> None:
@@ -200,8 +204,8 @@ class Step:
         if self.task.joint:
             return self._run_jointly(model, rows, batch, totals)
         loss = torch.zeros((), device=self.args.device)
-        # Rows that repeat an earlier one only keep sharded processes in step and weigh nothing.
-        real = {id(row) for row in rows}
+        # Rows that repeat an earlier one, or stand in where there is none, keep processes in step and weigh nothing.
+        real = set() if batch.weightless else {id(row) for row in rows}
         with self.computing(), memory.offloading(self.args.activation_offloading, self.forward.model):
             for number, row in enumerate(rows):
                 padding = id(row) not in real
@@ -209,7 +213,7 @@ class Step:
                 terms = self.row_terms(model, row, batch, totals, self.with_stats and not padding)
                 share = terms.total / max(totals[self.task.denominator], 1.0)
                 if terms.router is not None and self.router is not None:
-                    share = share + self.router.coef * terms.router / (len(rows) * self.processes.number)
+                    share = share + self.router.coef * terms.router / max(self._num_groups, 1.0)
                 if not padding:
                     self.sums.add(terms.metrics)
                     self.watch.add_train(terms.pairs)
@@ -263,18 +267,21 @@ class Step:
         """Each value summed over all processes."""
         return self.processes.sums(values)
 
-    def scored(self, examples: Examples, trees: Trees) -> Iterator[tuple[PackedRow, Tensor, bool]]:
-        """Rows of some trees of the examples, the policy's log-probs without graph, and whether the row counts."""
+    def scored(self, batches: Iterable[Batch], trees: Trees) -> Iterator[tuple[PackedRow, Examples, Tensor, bool]]:
+        """Rows of some trees of batches, their examples, log-probs without graph, and whether the row counts."""
         # Without a graph a row costs a fraction of a training row's memory.
         budget = memory.reference_budget(self.max_tokens_per_row, self.args.device)
-        numbered = self.forward.rows_of(self._lengths(examples, trees), budget)
-        real = len(numbered)
-        numbered += [numbered[-1]] * (self.processes.most_rows(real) - real)
-        for place, numbers in enumerate(numbered):
-            row = self._row(examples, numbers, trees)
-            with torch.no_grad(), self.computing():
-                logps = self.forward(row)[0].logps
-            yield row, logps, place < real
+        for batch in self.processes.together(batches):
+            if self.processes.sharded:
+                batch = self.processes.filled(batch)
+            numbered = self.forward.rows_of(self._lengths(batch.examples, trees), budget)
+            real = 0 if batch.weightless else len(numbered)
+            numbered += [numbered[-1]] * (self.processes.most_rows(len(numbered)) - len(numbered))
+            for place, numbers in enumerate(numbered):
+                row = self._row(batch.examples, numbers, trees)
+                with torch.no_grad(), self.computing():
+                    logps = self.forward(row)[0].logps
+                yield row, [batch.examples[n] for n in numbers], logps, place < real
 
     # ---- losses that join the examples of a step --------------------------------------------------------------------
 
@@ -285,9 +292,9 @@ class Step:
         with torch.no_grad(), self.computing():
             scored = [self.score(model, row, with_stats=True)[0] for row in rows]
             pairs = [task.pair_logps(*each, totals) for each in zip(rows, scored, examples, strict=True)]
-        # Rows that repeat an earlier one stand at the end; they only keep sharded processes in step and weigh nothing.
-        real = len({id(row) for row in rows})
-        everyone, start = self._of_all_processes(PairLogps.concat(pairs[:real]))
+        # Rows that repeat an earlier one stand at the end; they only keep processes in step and weigh nothing.
+        real = 0 if batch.weightless else len({id(row) for row in rows})
+        everyone, start = self._of_all_processes(PairLogps.concat(pairs[:real]) if real else None)
         leaves = {name: getattr(everyone, name).detach().requires_grad_(True) for name in _INPUTS}
         with torch.enable_grad():
             loss = task.losses(replace(everyone, **leaves)).loss.sum() / totals[0]
@@ -315,35 +322,43 @@ class Step:
         share: Tensor = loss.detach().to(torch.float32) / self.processes.number
         return share
 
-    def _of_all_processes(self, mine: PairLogps) -> tuple[PairLogps, int]:
+    def _of_all_processes(self, mine: PairLogps | None) -> tuple[PairLogps, int]:
         """The pairs of all processes in rank order, and where this process's begin."""
-        if self.processes.number == 1:
+        if mine is not None and self.processes.number == 1:
             return mine, 0
-        columns = {name: value.detach().cpu() for name, value in vars(mine).items() if isinstance(value, Tensor)}
+        kept = {} if mine is None else vars(mine)
+        columns = {name: value.detach().cpu() for name, value in kept.items() if isinstance(value, Tensor)}
         parts = [
-            PairLogps(**{k: v.to(self.args.device) for k, v in part.items()})
+            PairLogps(**{k: v.to(self.args.device) for k, v in part.items()}) if part else None
             for part in self.processes.gathered(columns)
         ]
-        return PairLogps.concat(parts), sum(part.num_pairs for part in parts[: self.processes.index])
+        before = sum(part.num_pairs for part in parts[: self.processes.index] if part is not None)
+        return PairLogps.concat([part for part in parts if part is not None]), before
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Batch, totals: list[float]) -> Tensor | None:
         """Add up a batch's metrics. Returns its predictions in the order of the examples."""
+        if self.processes.sharded:
+            batch = self.processes.filled(batch)
         rows = self.plan(batch)
+        real = 0 if batch.weightless else len(rows)
+        rows += [rows[-1]] * (self.processes.most_rows(len(rows)) - len(rows))
         self.task.before_rows(rows, batch, self, training=False)
         found: list[Tensor] = []
         watched: list[Tensor | None] = []
         with self.computing():
-            for row in rows:
+            for place, row in enumerate(rows):
                 terms = self.row_terms(model, row, batch, totals, stats=True)
+                if place >= real:
+                    continue
                 balance = 0.0 if self.router is None else self.router.coef * terms.metrics["aux_loss"][0]
                 self.held_out.add({**terms.metrics, "loss": (terms.total + balance * terms.weight, terms.weight)})
                 watched.append(terms.pairs)
                 if terms.predictions is not None:
                     found.append(terms.predictions)
-        order = [n for row in rows for n in row.examples]
+        order = [n for row in rows[:real] for n in row.examples]
         self.watch.add_heldout(watched, order, batch.examples)
         if not found:
             return None

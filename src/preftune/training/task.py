@@ -58,10 +58,10 @@ class Scoring(Protocol):
     def device(self) -> torch.device:
         """Where the model computes."""
 
-    def scored(self, examples: Examples, trees: Trees) -> Iterator[tuple[PackedRow, Tensor, bool]]:
-        """Rows of some trees of the examples, the policy's log-probs without graph, and whether the row counts.
+    def scored(self, batches: Iterable[Batch], trees: Trees) -> Iterator[tuple[PackedRow, Examples, Tensor, bool]]:
+        """Rows of some trees of batches, their examples, the policy's log-probs without graph, whether the row counts.
 
-        Rows that do not count repeat an earlier one, to keep sharded processes in step.
+        Rows that do not count keep sharded processes in step.
         """
 
     def sum_over_processes(self, values: list[float]) -> list[float]:

@@ -27,6 +27,7 @@ from preftune.training import card, carried, checks, setup
 from preftune.training.batch import Batch, Examples, Totals, collate
 from preftune.training.checkpoints import CheckpointedTrainer
 from preftune.training.config import PackedConfig
+from preftune.training.engines import check_engine
 from preftune.training.explicit import explicit_reference
 from preftune.training.feeding import TaskFeeding
 from preftune.training.figures import completed, evaluate, line_is_due
@@ -92,6 +93,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         **kwargs: Any,
     ) -> None:
         checks.refuse_overrides(type(self))
+        check_engine(args, model)
         checks.check_arguments(model, ref_model, data_collator, train_dataset)
         self.task = task
         self.example_columns = task.columns
@@ -229,7 +231,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
-        if not len(inputs):
+        if not inputs.sizes:
             return torch.zeros((), device=self.args.device)
         forget_skip(self.accelerator)
         if self._begins_as_reference and not self.state.global_step:
@@ -270,7 +272,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         """The step's gradient norm, which guards see at every step; a step that is not finite is skipped."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         # A loss scaler meets infinities on purpose and skips by itself; DeepSpeed owns its gradients.
-        left_alone = self.is_deepspeed_enabled or self.accelerator.scaler is not None or not len(self.step.batch)
+        left_alone = self.is_deepspeed_enabled or self.accelerator.scaler is not None or not self.step.batch.sizes
         if left_alone or is_finite(self.step, norm):
             self.num_skipped_in_a_row = 0
         else:
@@ -373,8 +375,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            carried.save(self.task, output_dir)
+        carried.save(self.task, output_dir, writes=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -110,11 +110,10 @@ class AnswerTask(PreferenceTask):
     def _baseline(self, some: Iterable[Batch], scoring: Scoring) -> Tensor:
         """KL baseline of the exchanged completions of several batches, over all processes."""
         sums = [torch.zeros(2, dtype=torch.float64)]
-        for batch in some:
-            for row, logps, counts in scoring.scored(batch.examples, _exchanged_trees):
-                ratios = self._exchanged_ratios(row, logps, [batch.examples[n] for n in row.examples])
-                if counts:
-                    sums.append(torch.tensor([float(ratios.sum()), len(ratios)], dtype=torch.float64))
+        for row, examples, logps, counts in scoring.scored(some, _exchanged_trees):
+            ratios = self._exchanged_ratios(row, logps, examples)
+            if counts:
+                sums.append(torch.tensor([float(ratios.sum()), len(ratios)], dtype=torch.float64))
         total, number = scoring.sum_over_processes(torch.stack(sums).sum(0).tolist())
         return kl_baseline_from_sum(put(total, scoring.device, torch.float64), int(number))
 

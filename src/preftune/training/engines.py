@@ -1,0 +1,90 @@
+"""Ways to train in several processes that would end late, or change a run unseen: refused before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from preftune.errors import ConfigError
+from preftune.training.config import PackedConfig
+
+_SIZES = ("tp_size", "cp_size", "sp_size", "dp_shard_size", "dp_replicate_size")
+
+
+def check_engine(args: PackedConfig, model: Any = None) -> None:
+    """Refuse what does not train right, whether settings or a launcher ask for it.
+
+    Raises:
+        ConfigError: Names the setting, and what to take instead.
+    """
+    _check_parallelism(args, model)
+    _check_fsdp(args)
+    _check_deepspeed(args)
+
+
+def _check_parallelism(args: PackedConfig, model: Any) -> None:
+    remedy = "leave it out: FSDP2 (fsdp: true) shards a model over all processes"
+    if args.parallelism_config is not None:
+        what = "tensor, context and other parallelism within a model are not supported"
+        raise ConfigError(what, where="parallelism_config", value=args.parallelism_config, remedy=remedy)
+    for size in _SIZES:
+        name = f"PARALLELISM_CONFIG_{size.upper()}"
+        if int(os.environ.get(name) or "1") > 1:
+            raise ConfigError("is not supported", where=name, value=os.environ[name], allowed="1", remedy=remedy)
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ConfigError(
+            "the model is loaded with tensor parallelism", where="model", remedy="load it without tp_plan"
+        )
+    kwargs = args.model_init_kwargs
+    for name in ("tp_plan", "tp_size", "distributed_config") if isinstance(kwargs, dict) else ():
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"{name} is not supported", where="model_init_kwargs", value=kwargs[name], remedy=remedy)
+
+
+def _check_fsdp(args: PackedConfig) -> None:
+    given: dict[str, Any] = args.fsdp_plugin_args or {}
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not given and not launched:
+        return
+    version = int(given.get("fsdp_version") or os.environ.get("FSDP_VERSION") or "1")
+    if version != 2:
+        raise ConfigError(
+            "FSDP1 is not supported",
+            where="fsdp_config: version" if given else "FSDP_VERSION",
+            value=version,
+            allowed="2",
+            remedy="set version: 2 in fsdp_config" if given else "set fsdp_version: 2 for accelerate launch",
+        )
+    kind = given.get("state_dict_type") or os.environ.get("FSDP_STATE_DICT_TYPE") or "SHARDED_STATE_DICT"
+    if "FULL" not in str(kind):
+        raise ConfigError(
+            "would leave no weights in the output folder",
+            where="fsdp_state_dict_type",
+            value=str(kind),
+            allowed="FULL_STATE_DICT",
+            remedy="set state_dict_type in fsdp_config, or fsdp_state_dict_type for accelerate launch",
+        )
+    sparing = given.get("cpu_ram_efficient_loading", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))
+    if str(sparing).lower() in ("true", "1"):
+        raise ConfigError(
+            "leaves all processes but the first without weights when the reference is computed",
+            where="fsdp_cpu_ram_efficient_loading",
+            value=True,
+            allowed="false",
+            remedy="set it to false in fsdp_config, or for accelerate launch",
+        )
+
+
+def _check_deepspeed(args: PackedConfig) -> None:
+    found = getattr(args, "hf_deepspeed_config", None)
+    stage: Any = 3 if found is not None and found.is_zero3() else None
+    if found is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if str(stage) == "3":
+        raise ConfigError(
+            "DeepSpeed ZeRO-3 is not supported",
+            where="deepspeed: zero_optimization.stage",
+            value=3,
+            allowed="1, 2",
+            remedy="take stage 2, or FSDP2 (fsdp: true) where a model does not fit",
+        )

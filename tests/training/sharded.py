@@ -1,0 +1,118 @@
+"""Runs of one or of several processes that have to end with the same weights; also started by a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import preftune
+from tests.parity import worlds
+from tests.training.uneven import different
+
+#: ``{name: (kind, rows, settings)}``, with ``lora`` and ``given`` (a reference model) among the settings.
+Case = tuple[str, int, dict[str, Any]]
+
+_STORED: dict[str, Any] = {"num_train_epochs": 2}
+_LIVE: dict[str, Any] = {**_STORED, "reference_store": False}
+_SYNC: dict[str, Any] = {**_STORED, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+FSDP2: dict[str, Case] = {
+    "stored": ("DPO", 24, _STORED),
+    "live": ("DPO", 24, _LIVE),
+    "lora-live": ("DPO", 24, {**_LIVE, "lora": True}),
+    "lora-stored": ("DPO", 24, {**_STORED, "lora": True}),
+    "synced": ("DPO", 24, _SYNC),
+    "given": ("DPO", 24, {**_LIVE, "given": True}),
+    "given-synced": ("DPO", 24, {**_SYNC, "given": True}),
+    "short-rows": ("DPO", 24, {**_LIVE, "max_tokens_per_row": 40}),
+    "kto": ("KTO", 24, _LIVE),
+    "orpo": ("ORPO", 24, _STORED),
+    "sft": ("SFT", 24, _STORED),
+}
+
+
+def let_fsdp_in() -> None:
+    """Let FSDP be used on a CPU, which accelerate does for accelerators only."""
+    original = AcceleratorState.__init__
+
+    def opened(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = opened
+
+
+def rows_of(kind: str, number: int) -> list[dict[str, Any]]:
+    """Rows for a trainer."""
+    if kind == "KTO":
+        return worlds.unpaired_rows(number)
+    pairs = worlds.pair_rows(number)
+    return [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs] if kind == "SFT" else pairs
+
+
+def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
+    """A trainer after its run; a step has as many examples for any number of processes."""
+    kind, number, settings = case
+    settings = {**worlds.DEFAULTS, "max_steps": -1, "learning_rate": 3e-3, **settings, **more}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // processes
+    given: dict[str, Any] = {}
+    if settings.pop("given", False):
+        given["ref_model"] = different(path)
+    if settings.pop("lora", False):
+        from peft import LoraConfig
+
+        torch.manual_seed(3)
+        given["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer_class, config_class = getattr(preftune, f"{kind}Trainer"), getattr(preftune, f"{kind}Config")
+    trainer = trainer_class(
+        model=path,
+        args=config_class(output_dir=str(out), **settings),
+        train_dataset=Dataset.from_list(rows_of(kind, number)),
+        eval_dataset=Dataset.from_list(rows_of(kind, 13)),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        **given,
+    )
+    trainer.train()
+    return trainer
+
+
+def evaluated(trainer: Any) -> dict[str, float]:
+    """What a trainer measures on its 13 held-out rows."""
+    timing = ("runtime", "per_second", "epoch")
+    return {name: value for name, value in trainer.evaluate().items() if not name.endswith(timing)}
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in an output folder."""
+    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
+    return load_file(folder / name)
+
+
+def run(case: Case, path: str, out: Path, **more: Any) -> None:
+    """Train, save and evaluate, into a folder."""
+    trainer = trained(case, path, out, **more)
+    trainer.save_model()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    found = {"losses": losses, "eval": evaluated(trainer)}
+    (out / f"found-{trainer.args.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    model, folder, cases, further = sys.argv[1:]
+    extra = json.loads(further)
+    if "fsdp" in extra:
+        let_fsdp_in()
+    for case_name, each in json.loads(cases).items():
+        run(tuple(each), model, Path(folder, case_name), **extra)

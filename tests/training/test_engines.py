@@ -1,0 +1,64 @@
+"""Engines that do not train right are refused before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from preftune import DPOConfig
+from preftune.errors import ConfigError
+from preftune.training.engines import check_engine
+
+_FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+
+
+def given(folder: Path, **settings: Any) -> DPOConfig:
+    return DPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "PARALLELISM_CONFIG_TP_SIZE"),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "4"}, "PARALLELISM_CONFIG_CP_SIZE"),
+        ({"PARALLELISM_CONFIG_SP_SIZE": "2"}, "PARALLELISM_CONFIG_SP_SIZE"),
+        ({**_FSDP, "FSDP_VERSION": "1"}, "FSDP1 is not supported"),
+        ({**_FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "no weights in the output folder"),
+        ({**_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "without weights"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3 is not supported"),
+    ],
+)
+def test_what_a_launcher_asks_for_is_refused(
+    environment: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = given(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        check_engine(args)
+
+
+def test_settings_are_refused(tmp_path: Path) -> None:
+    for settings in ({"tp_plan": "auto"}, {"distributed_config": {"tp_size": 2}}):
+        with pytest.raises(ConfigError, match="model_init_kwargs"):
+            check_engine(given(tmp_path, model_init_kwargs=settings))
+    args = given(tmp_path)
+    with pytest.raises(ConfigError, match="tensor parallelism"):
+        check_engine(args, SimpleNamespace(tp_size=2))
+    args.parallelism_config = SimpleNamespace(tp_size=2)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="parallelism_config"):
+        check_engine(args)
+    args = given(tmp_path, fsdp=True, fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})
+    with pytest.raises(ConfigError, match="fsdp_state_dict_type"):
+        check_engine(args)
+
+
+def test_what_trains_right_is_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_engine(given(tmp_path))
+    check_engine(given(tmp_path, fsdp=True))
+    for name, value in {**_FSDP, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    check_engine(given(tmp_path))

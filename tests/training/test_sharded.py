@@ -1,0 +1,63 @@
+"""Two processes end with one process's weights: sharded parameters, and rows that do not divide by the processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity import worlds
+from tests.training import sharded
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
+    return worlds.World(tmp_path_factory.mktemp("world"))
+
+
+def launched(cases: dict[str, sharded.Case], world: worlds.World, folder: Path, **more: Any) -> Any:
+    """Run some cases in two processes."""
+    command = [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tests.training.sharded",
+    ]  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", *command, world.path, str(folder), json.dumps(cases), json.dumps(more)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PREFTUNE_CACHE": str(folder / "cache")},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+
+
+def assert_as_one_process(case: sharded.Case, world: worlds.World, folder: Path, together: Path) -> None:
+    """One process ends with the same weights, losses and evaluation."""
+    sharded.run(case, world.path, folder)
+    one, two = sharded.saved(folder), sharded.saved(together)
+    assert set(one) == set(two)
+    for name, value in one.items():
+        assert float((two[name] - value).norm()) <= 1e-5 * float(value.norm()), name
+    alone = json.loads((folder / "found-0.json").read_text(encoding="utf-8"))
+    for rank in (0, 1):
+        found = json.loads((together / f"found-{rank}.json").read_text(encoding="utf-8"))
+        assert found["eval"] == {name: pytest.approx(v, rel=1e-4, abs=1e-5) for name, v in alone["eval"].items()}
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes with FSDP2 left of every case."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    done = launched(sharded.FSDP2, world, folder, fsdp=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", sharded.FSDP2)
+def test_fsdp2_ends_with_one_processs_weights(name: str, world: worlds.World, fsdp2: Path, tmp_path: Path) -> None:
+    assert_as_one_process(sharded.FSDP2[name], world, tmp_path, fsdp2 / name)
