@@ -97,7 +97,7 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
 
     from preftune.cli.network import go_offline_if_unreachable
     from preftune.data import DataOptions
-    from preftune.evaluation.judge import key_from
+    from preftune.evaluation.endpoint import key_from
     from preftune.evaluation.run import evaluate
     from preftune.evaluation.table import show
 
@@ -105,6 +105,7 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     config, script, model = settings.trainer, settings.script, settings.model
     # A missing key should be said now, not after an hour of scoring.
     key_from(config.judge_key_env)
+    key_from(config.sampling_key_env, "sampling_key_env")
     offline = go_offline_if_unreachable([config.model, config.ref_model, config.compare, script.dataset_name])
     if offline:
         console.print(offline, style="yellow", highlight=False)

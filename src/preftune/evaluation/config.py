@@ -35,7 +35,12 @@ class EvalConfig:
         num_prompts: Prompts to sample on; 0 samples nothing.
         samples_per_prompt: Completions per prompt.
         max_new_tokens: Most tokens of a completion.
-        generation_batch_size: Completions drawn at once.
+        generation_batch_size: Completions drawn at once; by default as many as fit into memory.
+        sampling_url: OpenAI-compatible endpoint that draws the samples, such as ``http://localhost:8000/v1``; by
+            default they are drawn here.
+        sampling_model: The evaluated model's name there.
+        sampling_ref_model: The reference's name there; without it the reference is sampled here.
+        sampling_key_env: Environment variable that holds its key; the key itself is never stored.
         num_bins: Bins of the reliability table.
         level: Nominal coverage of all intervals.
         num_resamples: Bootstrap resamples.
@@ -74,7 +79,19 @@ class EvalConfig:
     num_prompts: int = field(default=32, metadata={"help": "Prompts to sample on; 0 samples nothing."})
     samples_per_prompt: int = field(default=1, metadata={"help": "Completions per prompt."})
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of a sampled completion."})
-    generation_batch_size: int = field(default=16, metadata={"help": "Completions drawn at once."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions drawn at once; by default as many as fit."}
+    )
+    sampling_url: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint that draws the samples."}
+    )
+    sampling_model: str | None = field(default=None, metadata={"help": "Name of the model there."})
+    sampling_ref_model: str | None = field(
+        default=None, metadata={"help": "Name of the reference there; without it the reference is sampled here."}
+    )
+    sampling_key_env: str | None = field(
+        default=None, metadata={"help": "Environment variable with that endpoint's key; the key is never stored."}
+    )
     num_bins: int = field(default=10, metadata={"help": "Bins of the reliability table."})
     level: float = field(default=0.95, metadata={"help": "Nominal coverage of the intervals."})
     num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples."})
@@ -130,25 +147,32 @@ class EvalConfig:
                 allowed = ", ".join(str(choice) for choice in choices if choice)
                 raise ConfigError("not an allowed value", where=name, value=getattr(self, name), allowed=allowed)
         self._check_judge()
+        self._check_endpoint("sampling", ("sampling_ref_model",))
 
-    def _check_judge(self) -> None:
-        if self.judge_url is None:
-            for name in ("judge_model", "judge_key_env", "judge_against"):
+    def _check_endpoint(self, prefix: str, others: tuple[str, ...]) -> bool:
+        """Whether an endpoint is set; its settings have to fit."""
+        url, model = getattr(self, f"{prefix}_url"), f"{prefix}_model"
+        if url is None:
+            for name in (model, f"{prefix}_key_env", *others):
                 if getattr(self, name) is not None:
                     raise ConfigError(
-                        "has no effect without a judge", where=name, value=getattr(self, name), remedy="set judge_url"
+                        f"has no effect without {'a judge' if prefix == 'judge' else 'a server'}",
+                        where=name,
+                        value=getattr(self, name),
+                        remedy=f"set {prefix}_url",
                     )
-            return
-        if not self.judge_url.startswith(("http://", "https://")):
-            raise ConfigError(
-                "not an address", where="judge_url", value=self.judge_url, allowed="http://... or https://..."
-            )
-        if not self.judge_model:
-            raise ConfigError("no judge named", where="judge_model", remedy="set judge_model to the endpoint's model")
+            return False
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError("not an address", where=f"{prefix}_url", value=url, allowed="http://... or https://...")
+        if not getattr(self, model):
+            raise ConfigError("no model named", where=model, remedy="set it to the name of the endpoint's model")
         if not self.num_prompts:
-            raise ConfigError(
-                "nothing to judge without samples", where="num_prompts", value=0, remedy="set it to 1 or more"
-            )
+            raise ConfigError("there are no samples", where="num_prompts", value=0, remedy="set it to 1 or more")
+        return True
+
+    def _check_judge(self) -> None:
+        if not self._check_endpoint("judge", ("judge_against",)):
+            return
         if self.judge_against == "compare" and self.compare is None:
             raise ConfigError(
                 "there is no other checkpoint", where="judge_against", value="compare", remedy="set compare"
