@@ -96,7 +96,7 @@ class Server:
                     bodies[key] = self._body(prompt, int(key[-7:], 16), max_new_tokens)
         if bodies:
             self._questions.ask(
-                bodies, _read, lambda key, answer: cache.put([answer | {"key": key}]), description, "text"
+                bodies, read_answer, lambda key, answer: cache.put([answer | {"key": key}]), description, "text"
             )
         answers = [cache.get(key) or {} for key in keys]
         ends = end_tokens(scorer.model, tokenizer)
@@ -129,7 +129,18 @@ class Server:
         }
 
 
-def _read(answer: Any) -> dict[str, Any]:
+def read_answer(answer: Any) -> dict[str, Any]:
+    """What is kept of a completion.
+
+    Args:
+        answer: The answer's JSON.
+
+    Returns:
+        ``text``, ``token_ids`` and ``server_logps`` where the server tells them, and whether it ended by itself.
+
+    Raises:
+        TypeError: It is no completion; so are ``LookupError`` and ``AttributeError``.
+    """
     choice = answer["choices"][0]
     if not isinstance(choice["text"], str):
         raise TypeError("without text")

@@ -100,7 +100,7 @@ def _untie(model: Any) -> None:
     weight: Any = getattr(getattr(entry, "base_layer", entry), "weight", None)
     if not (hasattr(entry, "base_layer") or hasattr(head, "base_layer")):
         return
-    if weight is not None and getattr(below, "weight", None) is weight:
+    if weight is not None and any(each is weight for each in below.parameters(recurse=False)):
         below.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
 

@@ -188,9 +188,13 @@ class _Work:
 
     def write(self, folder: Path, target: Path) -> Export:
         """Score, merge, round and save."""
+        from preftune.training.tasks import TASKS
+
         options, tuned = self.options, self.tuned
         dtype = options.dtype or _own_dtype(self.model, tuned)
-        done = Export(target, dtype, tuned.base, tuned.verb or "dpo", notes=self.notes)
+        # Records of other programs and versions may name another.
+        verb = tuned.verb if tuned.verb in TASKS else "dpo"
+        done = Export(target, dtype, tuned.base, verb, notes=self.notes)
         if self.losses is not None:
             done.num_pairs = len(self.losses.pairs.pairs)
             self.say(f"scoring {done.num_pairs} held-out pairs")
