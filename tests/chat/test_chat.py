@@ -117,7 +117,12 @@ def test_wrong_settings_are_one_line(
 
 
 def start(run: Path, *flags: str, **keywords: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "preftune", "chat", str(run), "--dtype", "float32", *flags]
+    # A shell that runs the tests in the background has Ctrl-C ignored, and children inherit that.
+    script = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "runpy.run_module('preftune', run_name='__main__', alter_sys=True)\n"
+    )
+    command = [sys.executable, "-c", script, "chat", str(run), "--dtype", "float32", *flags]
     return subprocess.Popen(command, env={**os.environ, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}, **keywords)
 
 
