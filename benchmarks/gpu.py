@@ -172,14 +172,14 @@ def main(argv: list[str] | None = None) -> int:
     wanted = args.only.split(",") if args.only else list(SECTIONS)
     if unknown := sorted(set(wanted) - set(SECTIONS)):
         parser.error(f"--only {','.join(unknown)}: allowed are {', '.join(SECTIONS)}")
-    work = tempfile.TemporaryDirectory(prefix="preftune-gpu-")
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    os.environ |= {"PREFTUNE_CACHE": work.name, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     import torch
 
     if not args.dry and not torch.cuda.is_available():
         print("no CUDA or ROCm device is visible; --dry runs tiny shapes on the CPU", file=sys.stderr)
         return 2
+    work = tempfile.TemporaryDirectory(prefix="preftune-gpu-")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    os.environ |= {"PREFTUNE_CACHE": work.name, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     # A dry run is no measurement and must not lie among them.
     default = Path(tempfile.gettempdir()) / "preftune-gpu-dry.json" if args.dry else HERE / "results" / "gpu.json"
     report = Report(args.out or default, args.seconds, args.dry)

@@ -103,7 +103,7 @@ def check_varlen(result: Result, dry: bool, left: Callable[[], float]) -> None:
     from preftune.kernels.attention.check import Request
 
     device = device_of(dry)
-    attend = sdpa.attend if dry else varlen.attend
+    attend: Any = sdpa.attend if dry else varlen.attend
     for dtype in (torch.float32,) if dry else (torch.bfloat16, torch.float16):
         for heads, groups, size in HEADS[:3] if dry else HEADS:
             for windowed in (False, True):
@@ -157,7 +157,7 @@ def check_flex(result: Result, dry: bool, left: Callable[[], float]) -> None:
         before = counters["stats"]["unique_graphs"]
         for seed in (1, 2, 3):
             row = layout_of(5 + seed, 50, 35, seed)
-            flex.attend(*drawn(device, row, 14, 2, 64, torch.float32), row, AttentionSpec(0.125))  # type: ignore[arg-type]
+            flex.attend(*drawn(device, row, 14, 2, 64, torch.float32), row, AttentionSpec(0.125))  # type: ignore[call-arg, arg-type]
         result["compilations for three further rows"] = counters["stats"]["unique_graphs"] - before
 
 

@@ -146,10 +146,7 @@ def one_tree(folder: Path, seed: int, tally: Tally) -> None:
             tally.broken.append(f"{where}: {ended}; an edited file is lost")
         if moved or gone:
             # What was set aside is foreign where it is now.
-            now = trees.snapshot(out)
-            asides = [name for name in now if name.startswith("earlier-")]
-            foreign = {name: what for name, what in foreign.items() if now.get(name) == what}
-            foreign |= {name: now[name] for name in asides}
+            foreign = trees.followed(foreign, out)
         known = trees.snapshot(out)
         trees.plant(out, draw, STEPS) if draw.random() < 0.4 else None
         added = {name: what for name, what in trees.snapshot(out).items() if name not in known}

@@ -69,7 +69,7 @@ def test_random_folders_before_every_verb(campaign: Campaign, world: Path) -> No
             gone = trees.lost(before, out, moved=name in TRAINING and policy != "refuse")
             assert not gone, f"{name} ({policy}, killed before {at}): {gone}; {answer}"
             if policy != "refuse":
-                before = {key: what for key, what in trees.snapshot(out).items() if before.get(key) == what}
+                before = trees.followed(before, out)
         shutil.rmtree(out)
     print(dict(ended))
 

@@ -168,6 +168,17 @@ def lost(before: dict[str, str], folder: Path, *, moved: bool = False) -> list[s
     return sorted(gone)
 
 
+def followed(before: dict[str, str], folder: Path) -> dict[str, str]:
+    """The entries of an earlier :func:`snapshot` that are as they were, under the names that they have now.
+
+    A run may have set some aside, and made folders of the same names, which are its own.
+    """
+    now = snapshot(folder)
+    asides = {name: what for name, what in now.items() if name.startswith("earlier-")}
+    moved = {name.partition("/")[2] for name in asides if name not in before}
+    return {name: what for name, what in before.items() if now.get(name) == what and name not in moved} | asides
+
+
 def contents_lost(contents: list[bytes], folder: Path) -> int:
     """How many contents are in no file below a folder any more."""
     here = set(snapshot(folder).values())

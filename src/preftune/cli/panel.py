@@ -14,17 +14,17 @@ from preftune.cli.style import count, plural, share, size
 from preftune.runs.records import data_lines, facts_of
 from preftune.training.plan import MemoryEstimate, TrainingPlan
 
-#: Losses of supervised fine-tuning.
-_SFT = ("nll", "dft")
 
-
-def summary(plan: TrainingPlan, *, paired: bool, output_dir: str, notes: Sequence[str] = ()) -> Panel:
+def summary(
+    plan: TrainingPlan, *, paired: bool, output_dir: str, verb: str = "dpo", notes: Sequence[str] = ()
+) -> Panel:
     """Lay the plan out.
 
     Args:
         plan: What the trainer worked out.
         paired: Whether an example is a pair, whose prompt packing computes once.
         output_dir: Where the results go.
+        verb: The verb that trains.
         notes: Lines about settings, such as translated names.
 
     Returns:
@@ -41,7 +41,7 @@ def summary(plan: TrainingPlan, *, paired: bool, output_dir: str, notes: Sequenc
     body: list[RenderableType] = [grid]
     if told:
         body += [Text(""), *(Text(f"- {line}", style="yellow") for line in told)]
-    title = Text("preftune sft" if plan.method in _SFT else f"preftune {plan.method}")
+    title = Text(f"preftune {verb}" if plan.method == verb else f"preftune {verb}: {plan.method}")
     return Panel(Group(*body), title=title, title_align="left", expand=False, border_style="cyan")
 
 

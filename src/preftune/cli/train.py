@@ -54,7 +54,8 @@ def _run(this: Run) -> int:
             trainer, splits = build_trainer(this, settings_classes(this.verb)[1])
             plan = trainer.plan()
             paired, notes = this.verb in ("dpo", "orpo", "cpo"), this.settings.notes
-            this.console.print(summary(plan, paired=paired, output_dir=str(this.args.output_dir), notes=notes))
+            output_dir = str(this.args.output_dir)
+            this.console.print(summary(plan, paired=paired, output_dir=output_dir, verb=this.verb, notes=notes))
             show_at_start(this, trainer, plan)
             if dry_run:
                 this.console.print("dry run: nothing was trained", highlight=False)
