@@ -107,6 +107,43 @@ def test_the_card_names_method_paper_data_and_figures() -> None:
     assert "nested" not in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "template", "words"),
+    [
+        (
+            {"r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"]},
+            True,
+            (
+                "A LoRA adapter of rank 8 (alpha 16; q_proj, v_proj) for",
+                "AutoPeftModelForCausalLM",
+                "apply_chat_template",
+            ),
+        ),
+        (
+            {"r": 4, "lora_alpha": 4, "use_dora": True, "target_modules": "all-linear"},
+            False,
+            ("A DoRA adapter of rank 4 (alpha 4; all-linear) for", "AutoPeftModelForCausalLM", 'tokenizer("Hello!"'),
+        ),
+        (None, True, ("A version of org/model", "AutoModelForCausalLM.from_pretrained", "apply_chat_template")),
+    ],
+    ids=["LoRA", "DoRA", "full"],
+)
+def test_a_written_card_says_how_to_use_the_model(
+    tmp_path: Path, settings: dict[str, Any] | None, template: bool, words: tuple[str, ...]
+) -> None:
+    if settings is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    if template:
+        (tmp_path / "chat_template.jinja").write_text("x", encoding="utf-8")
+    found = dataclasses.replace(CARD, is_adapter=settings is not None, title='a "b"\n')
+    text = card.write(tmp_path, found).read_text(encoding="utf-8")
+    for word in words:
+        assert word in text
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert '"path/to/a-b-"' in code
+
+
 def test_local_paths_do_not_become_dead_links(tmp_path: Path) -> None:
     local = dataclasses.replace(CARD, base_model=str(tmp_path), datasets=["data.jsonl", "./x", str(tmp_path)])
     front = yaml.safe_load(card.render(local).split("---")[1])

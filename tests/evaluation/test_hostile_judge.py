@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from preftune.errors import ConfigError, PreftuneError, SetupError
-from preftune.evaluation.endpoint import MOST_BYTES
+from preftune.evaluation.endpoint import JUDGE, MOST_BYTES, SERVER, Endpoint, Role
 from preftune.evaluation.judge import FILE_NAME, Judge, Question, key_from
+from preftune.evaluation.questions import Questions
+from preftune.evaluation.served import read_answer
 from tests.evaluation.hostile_server import WAYS, completion, hostile, whole
 
 QUESTION = [Question("question", "first answer", "second answer")]
@@ -41,6 +43,48 @@ def test_one_clear_line_within_time_and_memory(way: str, tmp_path: Path) -> None
         assert 1 <= server.num_requests <= 2
         # The key goes to the address that was named, and nowhere else.
         assert all(b"Bearer sk-0123456789" in request for request in server.heard)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_of_samples_is_trusted_no_further(way: str) -> None:
+    with hostile(WAYS[way]) as server:
+        endpoint = Endpoint(server.url, "/completions", SERVER, key="sk-0123456789", timeout=1.0)
+        kept: dict[str, object] = {}
+        started = time.monotonic()
+        with pytest.raises(SetupError, match=r"\Asampling_url: the server ") as caught:
+            Questions(endpoint, retries=1, first_wait=0.01).ask(
+                {"k": {}}, read_answer, kept.__setitem__, "Sampling", "text"
+            )
+        assert time.monotonic() - started < 6
+        line = str(caught.value)
+        assert line.isprintable(), line
+        assert "sk-0123456789" not in line
+        assert not kept
+        assert all(b"Bearer sk-0123456789" in request for request in server.heard)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "text",
+        {"text": 7},
+        {"text": "a", "token_ids": "12"},
+        {"text": "a", "token_ids": [1, None]},
+        {"text": "a", "token_ids": [1, -1]},
+        {"text": "a", "token_ids": [True]},
+        {"text": "a", "token_ids": [1.5]},
+        {"text": "a", "logprobs": [1]},
+    ],
+)
+def test_an_answer_that_is_no_completion_is_not_kept(choice: object) -> None:
+    with hostile(whole(json.dumps({"choices": [choice]}).encode())) as server:
+        endpoint = Endpoint(server.url, "/completions", SERVER, key=None, timeout=5.0)
+        kept: dict[str, object] = {}
+        with pytest.raises(SetupError, match=r"failed 2 times at one question .*no completion"):
+            Questions(endpoint, retries=1, first_wait=0.01).ask(
+                {"k": {}}, read_answer, kept.__setitem__, "Sampling", "text"
+            )
+        assert not kept
 
 
 @pytest.mark.parametrize(
@@ -119,9 +163,10 @@ def test_a_key_is_stripped_and_never_quoted(monkeypatch: pytest.MonkeyPatch) -> 
     "key",
     ["sk-planted0001", "hf_plantedABCDEFGH12345", "0123planted4567", "Planted9Planted9Planted9", "planted key", "a=b"],
 )
-def test_a_key_in_the_place_of_its_variable_is_not_quoted(key: str) -> None:
-    with pytest.raises(ConfigError, match="judge_key_env: not the name of an environment variable") as caught:
-        key_from(key)
+@pytest.mark.parametrize("role", [JUDGE, SERVER])
+def test_a_key_in_the_place_of_its_variable_is_not_quoted(key: str, role: Role) -> None:
+    with pytest.raises(ConfigError, match=f"{role.key_env}: not the name of an environment variable") as caught:
+        key_from(key, role)
     assert key not in str(caught.value)
 
 

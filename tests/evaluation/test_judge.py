@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from preftune.errors import ConfigError, SetupError
-from preftune.evaluation.judge import FILE_NAME, Judge, Question, key_from, read_verdict
+from preftune.evaluation.endpoint import key_from
+from preftune.evaluation.judge import FILE_NAME, Judge, Question, read_verdict
 from tests.evaluation.conftest import Start
 
 QUESTIONS = [Question(f"question {n}", "long " * (n + 2), "short") for n in range(6)]

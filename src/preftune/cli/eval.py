@@ -106,7 +106,7 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
 
     from preftune.data import DataOptions
     from preftune.data.quarantine import begin as begin_quarantine
-    from preftune.evaluation.judge import key_from
+    from preftune.evaluation.endpoint import JUDGE, SERVER, key_from
     from preftune.evaluation.run import evaluate
     from preftune.evaluation.table import show
     from preftune.runs.network import go_offline_if_unreachable
@@ -114,7 +114,8 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     disable_progress_bar()
     config, script, model = settings.trainer, settings.script, settings.model
     # A missing key should be said now, not after an hour of scoring.
-    key_from(config.judge_key_env)
+    key_from(config.judge_key_env, JUDGE)
+    key_from(config.sampling_key_env, SERVER)
     offline = go_offline_if_unreachable([config.model, config.ref_model, config.compare, script.dataset_name])
     if offline:
         console.print(offline, style="yellow", highlight=False)

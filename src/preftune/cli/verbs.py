@@ -23,6 +23,8 @@ VERBS: dict[str, str] = {
     "ui": "show runs and sweeps live in the browser of this machine",
     "methods": "list the methods with formula, settings and paper",
     "recipes": "list, show or copy the published recipes",
+    "export": "merge a run into a model that others can load: safetensors, GGUF, Ollama, vLLM; and say what was lost",
+    "chat": "talk with a tuned model and its reference side by side",
     "cache": "show or clear the stored reference log-probs",
     "sweep": "search over settings: trials that share model, tokens and reference, and the sweet spot",
     "cite": "print BibTeX for the methods of a run",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from preftune.config.secrets import redact
 from preftune.errors import ConfigError
-from preftune.evaluation.endpoint import checked_variable
+from preftune.evaluation.endpoint import JUDGE, SERVER, Role, checked_variable
 
 #: Whom the judge compares the model with.
 OPPONENTS = ("reference", "chosen", "compare")
@@ -37,7 +37,12 @@ class EvalConfig:
         num_prompts: Prompts to sample on; 0 samples nothing.
         samples_per_prompt: Completions per prompt.
         max_new_tokens: Most tokens of a completion.
-        generation_batch_size: Completions drawn at once.
+        generation_batch_size: Completions drawn at once; by default as many as fit into memory.
+        sampling_url: OpenAI-compatible endpoint that draws the samples, such as ``http://localhost:8000/v1``; by
+            default they are drawn here.
+        sampling_model: The evaluated model's name there.
+        sampling_ref_model: The reference's name there; without it the reference is sampled here.
+        sampling_key_env: Environment variable that holds its key; the key itself is never stored.
         num_bins: Bins of the reliability table.
         level: Nominal coverage of all intervals.
         num_resamples: Bootstrap resamples.
@@ -76,7 +81,19 @@ class EvalConfig:
     num_prompts: int = field(default=32, metadata={"help": "Prompts to sample on; 0 samples nothing."})
     samples_per_prompt: int = field(default=1, metadata={"help": "Completions per prompt."})
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of a sampled completion."})
-    generation_batch_size: int = field(default=16, metadata={"help": "Completions drawn at once."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions drawn at once; by default as many as fit."}
+    )
+    sampling_url: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint that draws the samples."}
+    )
+    sampling_model: str | None = field(default=None, metadata={"help": "Name of the model there."})
+    sampling_ref_model: str | None = field(
+        default=None, metadata={"help": "Name of the reference there; without it the reference is sampled here."}
+    )
+    sampling_key_env: str | None = field(
+        default=None, metadata={"help": "Environment variable with that endpoint's key; the key is never stored."}
+    )
     num_bins: int = field(default=10, metadata={"help": "Bins of the reliability table."})
     level: float = field(default=0.95, metadata={"help": "Nominal coverage of the intervals."})
     num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples."})
@@ -131,28 +148,34 @@ class EvalConfig:
             if getattr(self, name) not in choices:
                 allowed = ", ".join(str(choice) for choice in choices if choice)
                 raise ConfigError("not an allowed value", where=name, value=getattr(self, name), allowed=allowed)
-        self._check_judge()
+        if self._check_endpoint(JUDGE, ("judge_against",)):
+            self._check_opponent()
+        self._check_endpoint(SERVER, ("sampling_ref_model",))
 
-    def _check_judge(self) -> None:
-        if self.judge_key_env is not None:
-            checked_variable(self.judge_key_env)
-        if self.judge_url is None:
-            for name in ("judge_model", "judge_key_env", "judge_against"):
+    def _check_endpoint(self, role: Role, others: tuple[str, ...]) -> bool:
+        """Whether an endpoint is set; its settings have to fit."""
+        url, key_env = getattr(self, role.url), getattr(self, role.key_env)
+        if key_env is not None:
+            checked_variable(key_env, role)
+        if url is None:
+            for name in (role.model, role.key_env, *others):
                 if getattr(self, name) is not None:
                     raise ConfigError(
-                        "has no effect without a judge", where=name, value=getattr(self, name), remedy="set judge_url"
+                        f"has no effect without {role.who.replace('the', 'a')}",
+                        where=name,
+                        value=getattr(self, name),
+                        remedy=f"set {role.url}",
                     )
-            return
-        if not self.judge_url.startswith(("http://", "https://")):
-            raise ConfigError(
-                "not an address", where="judge_url", value=redact(self.judge_url), allowed="http://... or https://..."
-            )
-        if not self.judge_model:
-            raise ConfigError("no judge named", where="judge_model", remedy="set judge_model to the endpoint's model")
+            return False
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError("not an address", where=role.url, value=redact(url), allowed="http://... or https://...")
+        if not getattr(self, role.model):
+            raise ConfigError("no model named", where=role.model, remedy="set it to the name of the endpoint's model")
         if not self.num_prompts:
-            raise ConfigError(
-                "nothing to judge without samples", where="num_prompts", value=0, remedy="set it to 1 or more"
-            )
+            raise ConfigError("there are no samples", where="num_prompts", value=0, remedy="set it to 1 or more")
+        return True
+
+    def _check_opponent(self) -> None:
         if self.judge_against == "compare" and self.compare is None:
             raise ConfigError(
                 "there is no other checkpoint", where="judge_against", value="compare", remedy="set compare"

@@ -9,6 +9,8 @@ import os
 import re
 import time
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from preftune.config.secrets import redact, remember, variable_name
@@ -23,6 +25,38 @@ MOST_BYTES = 8 * 1024 * 1024
 _PASSING = frozenset({408, 409, 425, 429})
 #: What is read of a refusal, to be quoted.
 _MOST_SAID = 4096
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an endpoint is for.
+
+    Attributes:
+        prefix: Begins the names of its settings: ``judge_url``, ``judge_model``, ``judge_key_env``.
+        who: What messages call it.
+    """
+
+    prefix: str
+    who: str
+
+    @property
+    def url(self) -> str:
+        """Name of the setting that its address stands in."""
+        return f"{self.prefix}_url"
+
+    @property
+    def model(self) -> str:
+        """Name of the setting that names the model there."""
+        return f"{self.prefix}_model"
+
+    @property
+    def key_env(self) -> str:
+        """Name of the setting that names the variable with its key."""
+        return f"{self.prefix}_key_env"
+
+
+JUDGE = Role("judge", "the judge")
+SERVER = Role("sampling", "the server")
 
 
 class TryAgain(Exception):
@@ -42,7 +76,9 @@ class Endpoint:
     """The address of a model, and how to ask it.
 
     Args:
-        url: Base address such as ``http://localhost:8000/v1``, or that of ``chat/completions`` itself.
+        url: Base address such as ``http://localhost:8000/v1``, or the whole one.
+        path: What comes behind the base address, such as ``/chat/completions``.
+        role: What it is for.
         key: Secret for the ``Authorization`` header, or ``None``; it is sent and nowhere kept.
         timeout: Seconds until an answer is given up, from the first byte sent to the last one received.
 
@@ -50,9 +86,10 @@ class Endpoint:
         ConfigError: The key cannot be sent.
     """
 
-    def __init__(self, url: str, key: str | None, timeout: float) -> None:
-        self.url = url if url.rstrip("/").endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
-        self._key = None if key is None else checked_key(key, "key")
+    def __init__(self, url: str, path: str, role: Role, *, key: str | None, timeout: float) -> None:
+        self.url = url if url.rstrip("/").endswith(path) else url.rstrip("/") + path
+        self.role = role
+        self._key = None if key is None else checked_key(key, "key", role)
         self._timeout = timeout
 
     def client(self) -> httpx2.AsyncClient:
@@ -65,12 +102,14 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self._key}"
         return httpx2.AsyncClient(timeout=self._timeout, headers=headers)
 
-    async def ask(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> str:
-        """The text of the answer to one request.
+    async def ask(self, client: httpx2.AsyncClient, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+        """What is wanted of the answer to one request.
 
         Args:
             client: What :meth:`client` returned.
             body: The request.
+            read: Takes it out of the answer's JSON; a ``ValueError``, ``LookupError``, ``TypeError`` or
+                ``AttributeError`` means that the answer is none.
 
         Raises:
             TryAgain: It failed in a way that may pass.
@@ -81,11 +120,11 @@ class Endpoint:
 
         try:
             # One limit over all: an endpoint that sends a byte a minute is silent for no longer than that.
-            return await asyncio.wait_for(self._ask(client, body), self._timeout)
+            answer = await asyncio.wait_for(self._ask(client, body), self._timeout)
         except asyncio.TimeoutError as error:
             raise TryAgain(f"no whole answer within {self._timeout:g} s") from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise ConfigError("not an address", where="judge_url", value=redact(self.url)) from error
+            raise ConfigError("not an address", where=self.role.url, value=redact(self.url)) from error
         except httpx2.HTTPError as error:
             raise TryAgain(self._said(f"{type(error).__name__}: {error}".rstrip(": "))) from error
         except (UnicodeError, ValueError) as error:
@@ -93,27 +132,31 @@ class Endpoint:
                 raise
             # Headers and status lines that the HTTP library cannot read.
             raise TryAgain(self._said(f"not HTTP ({type(error).__name__})")) from error
+        try:
+            return read(json.loads(answer))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise TryAgain("an answer that is no completion") from error
 
-    async def _ask(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> str:
+    async def _ask(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> bytes:
         async with client.stream("POST", self.url, json=body) as response:
             status = response.status_code
             if status in _PASSING or status >= 500:
                 raise TryAgain(f"status {status}", _retry_after(response.headers.get("retry-after")))
             if status != 200:
                 raise self._refusal(status, await _read(response, _MOST_SAID, cut=True))
-            return _content(await _read(response, MOST_BYTES))
+            return await _read(response, MOST_BYTES)
 
     def _refusal(self, status: int, answer: bytes) -> SetupError:
         said = self._said(answer.decode("utf-8", "replace"))
-        remedy = "set judge_key_env to the variable that holds the key" if status in (401, 403) else None
+        remedy = f"set {self.role.key_env} to the variable that holds the key" if status in (401, 403) else None
         remedy = "check the address; it usually ends in /v1" if status in (404, 405) else remedy
         if 300 <= status < 400:
             said, remedy = "it points elsewhere, where the key is not taken", "name the address itself"
         return SetupError(
-            f"the judge refuses (status {status}: {said})",
-            where="judge_url",
+            f"{self.role.who} refuses (status {status}: {said})",
+            where=self.role.url,
             value=redact(self.url),
-            remedy=remedy or "check judge_model and the endpoint's log",
+            remedy=remedy or f"check {self.role.model} and the endpoint's log",
         )
 
     def _said(self, text: str) -> str:
@@ -144,16 +187,6 @@ async def _read(response: httpx2.Response, most: int, *, cut: bool = False) -> b
     return bytes(found[:most])
 
 
-def _content(answer: bytes) -> str:
-    try:
-        content = json.loads(answer)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise TryAgain("an answer that is no chat completion") from error
-    if not isinstance(content, str):
-        raise TryAgain("an answer without text")
-    return content
-
-
 def _retry_after(header: str | None) -> float | None:
     """Seconds to wait, from a number or a date; ``None`` where there is neither."""
     if not header:
@@ -170,27 +203,27 @@ def _retry_after(header: str | None) -> float | None:
         return None
 
 
-def key_from(variable: str | None) -> str | None:
-    """The judge's key from an environment variable; white space around it, as mounted files end in, is left out.
+def key_from(variable: str | None, role: Role = JUDGE) -> str | None:
+    """An endpoint's key from an environment variable; white space around it, as mounted files end in, is left out.
 
     Raises:
         ConfigError: The variable is not set, or holds what cannot be a key.
     """
     if variable is None:
         return None
-    name = checked_variable(variable)
+    name = checked_variable(variable, role)
     key = os.environ.get(name, "").strip()
     if not key:
         raise ConfigError(
             "the environment variable is not set",
-            where="judge_key_env",
+            where=role.key_env,
             value=name,
-            remedy=f"export {name}=..., or leave judge_key_env out",
+            remedy=f"export {name}=..., or leave {role.key_env} out",
         )
-    return checked_key(key, f"the environment variable {name}")
+    return checked_key(key, f"the environment variable {name}", role)
 
 
-def checked_variable(variable: str) -> str:
+def checked_variable(variable: str, role: Role) -> str:
     """The name of an environment variable, never quoted where it might be the key itself.
 
     Raises:
@@ -201,19 +234,20 @@ def checked_variable(variable: str) -> str:
         remember(variable)
         raise ConfigError(
             "not the name of an environment variable",
-            where="judge_key_env",
+            where=role.key_env,
             allowed="a name such as OPENAI_API_KEY",
             remedy="if this is the key itself, export it and give the variable's name",
         )
     return name
 
 
-def checked_key(key: str, where: str) -> str:
+def checked_key(key: str, where: str, role: Role) -> str:
     """A key that an HTTP header can carry, without the white space around it.
 
     Args:
         key: The key.
         where: What to call it in the error, which never quotes it.
+        role: Whose key it is.
 
     Raises:
         ConfigError: It has characters that no header takes.
@@ -222,7 +256,7 @@ def checked_key(key: str, where: str) -> str:
     remember(stripped)
     if not re.fullmatch(r"[\x21-\x7e]*", stripped):
         raise ConfigError(
-            "the judge's key has a character that no HTTP header takes",
+            f"{role.who}'s key has a character that no HTTP header takes",
             where=where,
             allowed="letters, digits and signs of ASCII, on one line",
             remedy="copy the key again",

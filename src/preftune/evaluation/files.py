@@ -19,7 +19,7 @@ def append(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         run = active(path.parent)
         if run is not None:
-            run.grow(path.name, text.encode("utf-8"))
+            run.grow(path.name, text.encode("utf-8", "backslashreplace"))
         with path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)

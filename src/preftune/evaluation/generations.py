@@ -2,7 +2,8 @@
 
 A sample is filed under what it depends on: weights, prompt tokens, seed, number of the draw, length limit. Finished
 batches are appended to ``generations.jsonl`` in one write each, so that an interrupted run goes on with the next batch,
-and batches are cut the same way every time, so that it ends with the same samples.
+and batches are cut the same way every time, so that it ends with the same samples. A model with its adapter on and off
+is two policies in one batch.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from preftune.evaluation.files import append
 from preftune.evaluation.metrics import Summary
 from preftune.evaluation.pairs import EvalPairs, Ids
+from preftune.evaluation.progress import Progress
 from preftune.evaluation.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.evaluation.scoring import Scorer
 from preftune.files import parse_json
+from preftune.models.decoding import BASE, rows_at_once, switchable
 from preftune.stats.intervals import bootstrap_ratio
 from preftune.stats.rows import Array
 
@@ -79,7 +81,7 @@ def choose_prompts(pairs: EvalPairs, num_prompts: int, seed: int) -> list[int]:
 
 
 def generate(
-    scorer: Scorer,
+    scorers: Sequence[Scorer],
     tokenizer: Any,
     prompts: Sequence[Ids],
     cache: GenerationCache,
@@ -87,88 +89,111 @@ def generate(
     num_samples: int = 1,
     max_new_tokens: int = 128,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     description: str = "Sampling",
     show_progress: bool = False,
-) -> list[Sample]:
-    """Samples at temperature 1, from the cache where known.
+) -> list[list[Sample]]:
+    """Samples of one or several policies at temperature 1, from the cache where known.
 
     Args:
-        scorer: The model.
-        tokenizer: Its tokenizer.
+        scorers: The policies.
+        tokenizer: Their tokenizer.
         prompts: Token ids of each prompt.
         cache: Where samples are kept.
         num_samples: Completions per prompt.
         max_new_tokens: Most tokens of a completion.
         seed: Of all draws.
-        batch_size: Completions drawn at once.
+        batch_size: Completions drawn at once; by default as many as fit.
         description: Title of the progress bar.
-        show_progress: Draw a progress bar.
+        show_progress: Draw a progress bar, or where nobody watches say once how long it takes.
 
     Returns:
-        ``len(prompts) * num_samples`` samples, those of one prompt next to each other.
+        Per policy ``len(prompts) * num_samples`` samples, those of one prompt next to each other.
     """
     digests = [hashlib.blake2b(np.asarray(prompt, "<i8").tobytes(), digest_size=16).hexdigest() for prompt in prompts]
-    settings = f"{scorer.weights_key}|{seed}|{max_new_tokens}"
-    keys = [[f"{settings}|{digest}|{draw}" for draw in range(num_samples)] for digest in digests]
+    keys = [
+        [
+            [f"{scorer.weights_key}|{seed}|{max_new_tokens}|{digest}|{n}" for n in range(num_samples)]
+            for digest in digests
+        ]
+        for scorer in scorers
+    ]
     # Prompts of like length share a batch; the cut depends on the prompts alone, never on what is known already.
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), digests[number]))
-    size = max(1, batch_size // num_samples)
-    found: dict[int, list[Sample]] = {}
-    steps = range(0, len(order), size)
-    for start in tqdm(steps, desc=description, unit="batch", disable=None if show_progress else True):
-        batch = order[start : start + size]
-        known = [[cache.get(key) for key in keys[number]] for number in batch]
-        if not all(record is not None for records in known for record in records):
-            drawn = _draw(
-                scorer,
-                tokenizer,
-                [prompts[number] for number in batch],
-                [digests[number] for number in batch],
-                num_samples,
-                max_new_tokens,
-                seed,
-            )
-            for number, records in zip(batch, drawn, strict=True):
-                for key, record in zip(keys[number], records, strict=True):
-                    record["key"] = key
-            cache.put([record for records in drawn for record in records])
-        for number in batch:
-            found[number] = [_sample(number, prompts[number], cache.get(key) or {}) for key in keys[number]]
-    return [sample for number in range(len(prompts)) for sample in found[number]]
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    total = len(scorers) * len(prompts) * num_samples * max_new_tokens
+    with Progress(total, description, show_progress) as progress:
+        for policies, adapters in _together(scorers):
+            size = batch_size or rows_at_once(scorers[policies[0]].model, longest)
+            step = max(1, size // (num_samples * len(policies)))
+            for start in range(0, len(order), step):
+                batch = order[start : start + step]
+                cells = [(policy, number) for policy in policies for number in batch]
+                if all(cache.get(key) is not None for policy, number in cells for key in keys[policy][number]):
+                    progress.skip(len(cells) * num_samples * max_new_tokens)
+                    continue
+                samples = _draw(
+                    scorers[policies[0]],
+                    tokenizer,
+                    [prompts[number].tolist() for _, number in cells],
+                    [digests[number] for _, number in cells],
+                    adapters=None if adapters is None else [adapters[policies.index(policy)] for policy, _ in cells],
+                    num_samples=num_samples,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    on_tokens=progress.add,
+                )
+                names = [key for policy, number in cells for key in keys[policy][number]]
+                cache.put([_record(sample) | {"key": key} for sample, key in zip(samples, names, strict=True)])
+    return [
+        [
+            _sample(number, prompts[number], cache.get(key) or {})
+            for number in range(len(prompts))
+            for key in keys[policy][number]
+        ]
+        for policy in range(len(scorers))
+    ]
+
+
+def _together(scorers: Sequence[Scorer]) -> list[tuple[list[int], list[str] | None]]:
+    """Policies that share a batch, and the adapter of each; a policy by itself brings its own state."""
+    if len(scorers) == 2 and scorers[0].model is scorers[1].model and scorers[0].adapter_off != scorers[1].adapter_off:
+        with scorers[0].autocast():
+            name = switchable(scorers[0].model)
+        if name is not None:
+            return [([0, 1], [BASE if scorer.adapter_off else name for scorer in scorers])]
+    return [([number], None) for number in range(len(scorers))]
 
 
 def _draw(
     scorer: Scorer,
     tokenizer: Any,
-    prompts: Sequence[Ids],
+    prompts: Sequence[Sequence[int]],
     digests: Sequence[str],
-    num_samples: int,
-    max_new_tokens: int,
-    seed: int,
-) -> list[list[dict[str, Any]]]:
-    with scorer.running() as model:
-        samples = continue_prompts(
-            model,
+    *,
+    adapters: Sequence[str] | None,
+    **settings: Any,
+) -> list[Sample]:
+    with scorer.autocast() if adapters is not None else scorer.running():
+        return continue_prompts(
+            scorer.model,
             tokenizer,
-            [prompt.tolist() for prompt in prompts],
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            batch_size=len(prompts) * num_samples,
+            prompts,
+            batch_size=len(prompts) * settings["num_samples"],
             # A prompt's draws are its own, whatever else is evaluated with it.
             streams=[int(digest[:15], 16) for digest in digests],
+            adapters=adapters,
+            **settings,
         )
-    records = [
-        {
-            "text": sample.text,
-            "token_ids": sample.token_ids,
-            "logps": [float(value) for value in sample.logps],
-            "finished": sample.finished,
-        }
-        for sample in samples
-    ]
-    return [records[i : i + num_samples] for i in range(0, len(records), num_samples)]
+
+
+def _record(sample: Sample) -> dict[str, Any]:
+    return {
+        "text": sample.text,
+        "token_ids": sample.token_ids,
+        "logps": [float(value) for value in sample.logps],
+        "finished": sample.finished,
+    }
 
 
 def _sample(number: int, prompt: Ids, record: dict[str, Any]) -> Sample:

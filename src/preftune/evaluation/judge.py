@@ -6,44 +6,25 @@ arrive. A run that is interrupted, or that gives up because the endpoint fails, 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import math
 import os
-import random
 import re
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from tqdm.auto import tqdm
-
-from preftune.config.secrets import redact
-from preftune.errors import SetupError
-from preftune.evaluation.endpoint import Endpoint, TryAgain, key_from
+from preftune.evaluation.endpoint import JUDGE, Endpoint, key_from
 from preftune.evaluation.files import append
+from preftune.evaluation.questions import FIRST_WAIT, Questions
 from preftune.files import parse_json
-
-if TYPE_CHECKING:
-    import httpx2
 
 __all__ = ["FILE_NAME", "Judge", "Question", "Verdict", "key_from", "read_verdict"]
 
 FILE_NAME = "judge.jsonl"
 Verdict = Literal["first", "second", "tie"]
 
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
-#: A server that asks for a longer pause than this is not waited for.
-_LONGEST_RETRY_AFTER = 300.0
-#: Seconds that answers on their way are waited for after Ctrl-C.
-_LAST_WORDS = 1.3
-#: Seconds between two looks at whether there is a reason to stop.
-_LOOK = 0.1
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]", re.IGNORECASE)
 _MEANING: Mapping[str, Verdict] = {"A": "first", "B": "second", "C": "tie"}
 
@@ -106,7 +87,6 @@ class Judge:
         show_progress: Draw a progress bar.
 
     Attributes:
-        num_asked: Requests sent so far, retries included.
         num_found: Questions whose answer was known.
     """
 
@@ -121,21 +101,24 @@ class Judge:
         timeout: float = 60.0,
         retries: int = 5,
         max_tokens: int = 512,
-        first_wait: float = _FIRST_WAIT,
+        first_wait: float = FIRST_WAIT,
         show_progress: bool = False,
     ) -> None:
-        self._endpoint = Endpoint(url, key, timeout)
-        self.url = self._endpoint.url
+        endpoint = Endpoint(url, "/chat/completions", JUDGE, key=key, timeout=timeout)
+        self.url = endpoint.url
         self.model = model
-        self.num_asked = 0
         self.num_found = 0
+        self._questions = Questions(
+            endpoint, concurrency=concurrency, retries=retries, first_wait=first_wait, show_progress=show_progress
+        )
         self._path = None if folder is None else Path(folder) / FILE_NAME
-        self._concurrency, self._retries = concurrency, retries
-        self._max_tokens, self._first_wait, self._show = max_tokens, first_wait, show_progress
+        self._max_tokens = max_tokens
         self._known = _read(self._path)
-        self._not_before = 0.0
-        self._stopping: asyncio.Event
-        self._random = random.Random(0)
+
+    @property
+    def num_asked(self) -> int:
+        """Requests sent so far, retries included."""
+        return self._questions.num_asked
 
     def ask(self, questions: Sequence[Question], description: str = "Judging") -> list[Verdict | None]:
         """Verdicts on all questions; equal ones are asked once, known ones not at all.
@@ -155,7 +138,7 @@ class Judge:
         missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in self._known}
         self.num_found += sum(key in self._known for key in keys)
         if missing:
-            self._ask_all(missing, description)
+            self._questions.ask(missing, _content, self._keep, description, "question", num_kept=len(self._known))
         return [self._known[key]["verdict"] for key in keys]
 
     def _body(self, question: Question) -> dict[str, Any]:
@@ -166,104 +149,18 @@ class Judge:
             "max_tokens": self._max_tokens,
         }
 
-    def _ask_all(self, missing: Mapping[str, dict[str, Any]], description: str) -> None:
-        """Ask in a loop of its own, in another thread: here Ctrl-C is heard at once, and a notebook has a loop too."""
-        hurry, done, failures = threading.Event(), threading.Event(), list[BaseException]()
-
-        def work() -> None:
-            try:
-                asyncio.run(self._ask_each(missing, description, hurry))
-            except BaseException as error:
-                failures.append(error)
-            finally:
-                done.set()
-
-        # Not joined: a join that Ctrl-C interrupts takes the thread for ended.
-        threading.Thread(target=work, name="judge", daemon=True).start()
-        try:
-            done.wait()
-        except BaseException:
-            hurry.set()
-            done.wait(2 * _LAST_WORDS)
-            raise
-        if failures:
-            raise failures[0]
-
-    async def _ask_each(self, missing: Mapping[str, dict[str, Any]], description: str, hurry: threading.Event) -> None:
-        waiting = iter(missing.items())
-        self._stopping = asyncio.Event()
-        with tqdm(total=len(missing), desc=description, unit="question", disable=None if self._show else True) as bar:
-            async with self._endpoint.client() as client:
-
-                async def take() -> None:
-                    for key, body in waiting:
-                        self._keep(key, await self._insist(client, body))
-                        bar.update()
-
-                takers = [asyncio.ensure_future(take()) for _ in range(min(self._concurrency, len(missing)))]
-                await self._watch(set(takers), hurry)
-                found = await asyncio.gather(*takers, return_exceptions=True)
-        for problem in found:
-            if isinstance(problem, BaseException) and not isinstance(problem, (_Stopped, asyncio.CancelledError)):
-                raise problem
-
-    async def _watch(self, takers: set[asyncio.Future[None]], hurry: threading.Event) -> None:
-        """After Ctrl-C or a failure nothing new is begun; answers that are on their way are paid for, and kept."""
-        left, deadline = takers, math.inf
-        while left:
-            done, left = await asyncio.wait(left, timeout=_LOOK, return_when=asyncio.FIRST_EXCEPTION)
-            if hurry.is_set() or any(taker.exception() for taker in done):
-                self._stopping.set()
-            if hurry.is_set():
-                deadline = min(deadline, time.monotonic() + _LAST_WORDS)
-            if time.monotonic() > deadline:
-                for taker in left:
-                    taker.cancel()
-                return
-
     def _keep(self, key: str, text: str) -> None:
         record = {"key": key, "model": self.model, "verdict": read_verdict(text), "answer": text}
         if self._path is not None:
             append(self._path, json.dumps(record, ensure_ascii=False) + "\n")
         self._known[key] = record
 
-    async def _insist(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> str:
-        for attempt in range(self._retries + 1):
-            await self._pause(self._not_before - time.monotonic())
-            self.num_asked += 1
-            try:
-                return await self._endpoint.ask(client, body)
-            except TryAgain as failure:
-                if attempt == self._retries:
-                    raise self._given_up(f"failed {attempt + 1} times at one question ({failure})") from failure
-                if failure.after is not None and failure.after > _LONGEST_RETRY_AFTER:
-                    raise self._given_up(f"asks for a pause of {failure.after:.0f} s ({failure})") from failure
-                # Scattered, so that questions that failed together do not come back together.
-                delay = min(self._first_wait * 2**attempt, _LONGEST_WAIT) * (1 + 0.25 * self._random.random())
-                if failure.after is not None:
-                    # A rate limit holds for all questions.
-                    delay = max(delay, failure.after)
-                    self._not_before = max(self._not_before, time.monotonic() + failure.after)
-                await self._pause(delay)
-        raise AssertionError("unreachable")
 
-    async def _pause(self, seconds: float) -> None:
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), max(0.0, seconds))
-        if self._stopping.is_set():
-            raise _Stopped
-
-    def _given_up(self, why: str) -> SetupError:
-        return SetupError(
-            f"the judge {why}; {len(self._known)} answers are kept",
-            where="judge_url",
-            value=redact(self.url),
-            remedy="run the same command again to go on from there",
-        )
-
-
-class _Stopped(Exception):
-    """Another question has failed for good, or the user has had enough."""
+def _content(answer: Any) -> str:
+    content = answer["choices"][0]["message"]["content"]
+    if not isinstance(content, str):
+        raise TypeError("without text")
+    return content
 
 
 def _read(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,8 @@ from preftune.data import DataOptions
 from preftune.errors import ConfigError
 from preftune.evaluation import comparison, generations, metrics, rewardbench, tracking
 from preftune.evaluation.config import DEFAULT_BETA, EvalConfig
-from preftune.evaluation.judge import Judge, key_from
+from preftune.evaluation.endpoint import JUDGE, SERVER, key_from
+from preftune.evaluation.judge import Judge
 from preftune.evaluation.metrics import Metric, Summary
 from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
 from preftune.evaluation.players import Players, load_players, name_of
@@ -239,10 +240,7 @@ class _Evaluation:
         players, summary = self.players, self.summary
         cache = generations.GenerationCache(self.config.out)
         with self.clock.part("sampling"):
-            mine = self.generate(players.policy, numbers, cache, "Sampling (model)")
-            theirs = None
-            if players.reference is not None:
-                theirs = self.generate(players.reference, numbers, cache, "Sampling (reference)")
+            mine, theirs = self.sampled(numbers, cache)
         result.lengths["model"] = generations.lengths_of(mine, summary)
         ref_sums: Array | None = None
         if players.reference is not None and theirs is not None:
@@ -262,12 +260,48 @@ class _Evaluation:
             with self.clock.part("judging"):
                 result.judge = self.judged(mine, theirs, numbers, cache)
 
-    def generate(
-        self, scorer: Scorer, numbers: Sequence[int], cache: generations.GenerationCache, description: str
+    def sampled(
+        self, numbers: Sequence[int], cache: generations.GenerationCache
+    ) -> tuple[list[Sample], list[Sample] | None]:
+        """Samples of the model and of its reference, from a server or drawn here."""
+        config, policy, reference = self.config, self.players.policy, self.players.reference
+        here = [each for each in (policy, reference) if each is not None]
+        if config.sampling_url is None:
+            mine, *others = self.generate(here, numbers, cache, "Sampling")
+            return mine, others[0] if others else None
+        mine = self.served(policy, str(config.sampling_model), numbers, cache)
+        if reference is None:
+            return mine, None
+        if config.sampling_ref_model is not None:
+            return mine, self.served(reference, config.sampling_ref_model, numbers, cache)
+        return mine, self.generate([reference], numbers, cache, "Sampling (reference)")[0]
+
+    def served(
+        self, scorer: Scorer, name: str, numbers: Sequence[int], cache: generations.GenerationCache
     ) -> list[Sample]:
-        """Samples of one model on the chosen prompts."""
-        return generations.generate(
+        """Samples of a model that a server holds."""
+        from preftune.evaluation.served import Server
+
+        config = self.config
+        key = key_from(config.sampling_key_env, SERVER)
+        samples, notes = Server(str(config.sampling_url), name, key=key, show_progress=self.show).samples(
             scorer,
+            self.tokenizer,
+            [self.pairs.pairs[n].prompt for n in numbers],
+            cache,
+            num_samples=config.samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        )
+        self.notes += [note for note in notes if note not in self.notes]
+        return samples
+
+    def generate(
+        self, scorers: Sequence[Scorer], numbers: Sequence[int], cache: generations.GenerationCache, description: str
+    ) -> list[list[Sample]]:
+        """Samples of each model on the chosen prompts."""
+        return generations.generate(
+            scorers,
             self.tokenizer,
             [self.pairs.pairs[n].prompt for n in numbers],
             cache,
@@ -319,14 +353,14 @@ class _Evaluation:
             opponents = [self.text(self.pairs.pairs[numbers[sample.prompt_index]].chosen) for sample in mine]
         elif against == "compare":
             assert self.players.other is not None
-            others = self.generate(self.players.other, numbers, cache, "Sampling (other checkpoint)")
+            (others,) = self.generate([self.players.other], numbers, cache, "Sampling (other checkpoint)")
             opponents = [sample.text for sample in others]
         else:
             opponents = [sample.text for sample in theirs or ()]
         judge = Judge(
             str(config.judge_url),
             str(config.judge_model),
-            key=key_from(config.judge_key_env),
+            key=key_from(config.judge_key_env, JUDGE),
             folder=config.out,
             concurrency=config.judge_concurrency,
             timeout=config.judge_timeout,

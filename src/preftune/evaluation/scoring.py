@@ -39,6 +39,9 @@ class Scorer:
         max_length: Longest sequence, for position encodings that depend on it.
         like: A scorer whose verdict on packing holds for this model too, if class and configuration are the same.
         show_progress: Draw progress bars.
+
+    Attributes:
+        adapter_off: Whether it scores the model underneath the adapter.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Scorer:
         show_progress: bool = False,
     ) -> None:
         self.model = model.eval()
-        self._adapter_off = adapter_off
+        self.adapter_off = adapter_off
         self._bf16 = bf16
         self._show = show_progress
         self._key: str | None = None
@@ -81,7 +84,7 @@ class Scorer:
     def weights_key(self) -> str:
         """Content key of the model, the same that a trainer's reference has."""
         if self._key is None:
-            adapter = None if self._adapter_off else trained_adapter(self.model)
+            adapter = None if self.adapter_off else trained_adapter(self.model)
             compute = {"mixed_precision": "bf16" if self._bf16 else "no"}
             self._key = model_weights_key(self.model, compute, adapter=adapter)
         return self._key
@@ -93,7 +96,7 @@ class Scorer:
     @contextmanager
     def running(self) -> Iterator[Any]:
         """The model with its adapter on or off, as this scorer means it, without graph."""
-        off = self.model.disable_adapter() if self._adapter_off else nullcontext()
+        off = self.model.disable_adapter() if self.adapter_off else nullcontext()
         with off, torch.no_grad(), self.autocast():
             yield self.model
 

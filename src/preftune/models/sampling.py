@@ -7,7 +7,7 @@ of the model's arithmetic), and two policies sampled under one seed share their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from preftune.errors import ConfigError, DataError
-from preftune.kernels.device import put, widened
 from preftune.kernels.head import scores_from_logits
+from preftune.models.decoding import decode, tokens_that_fit
 
 # (prompt ids, completion ids)
 Tokens = tuple[Sequence[int], Sequence[int]]
 #: Most logits of one teacher-forced batch, in elements: 1 GiB in fp32. A single sequence may exceed it.
 _MOST_LOGITS = 1 << 28
-#: Most tokens of a batch, padding included: rows of like length then share one, and little of it is padding.
+#: Most tokens of a teacher-forced batch, padding included: rows of like length then share one.
 _MOST_TOKENS = 4096
 
 
@@ -117,6 +117,8 @@ def continue_prompts(
     seed: int = 0,
     batch_size: int = 256,
     streams: Sequence[int] | None = None,
+    adapters: Sequence[str] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> list[Sample]:
     """Draws completions of prompts that are tokens already; see :func:`sample_completions`.
 
@@ -131,18 +133,37 @@ def continue_prompts(
         batch_size: Most completions drawn at once.
         streams: Number of each prompt's random stream; by default its position. With a number of its own, a prompt
             keeps its samples whatever other prompts are drawn with it.
+        adapters: Name of the adapter that each prompt is continued with; see
+            :func:`~preftune.models.decoding.switchable`.
+        on_tokens: Called after every step with the tokens that are done: those drawn, and those that a completion
+            which has ended does not need any more.
 
     Returns:
         ``len(prompts) * num_samples`` samples, those of one prompt next to each other.
     """
     rows = [(index, draw) for index in range(len(prompts)) for draw in range(num_samples)]
     lengths = [len(prompts[index]) + max_new_tokens for index, _ in rows]
-    eos = _eos_ids(model, tokenizer)
+    eos = end_tokens(model, tokenizer)
     results: list[Sample | None] = [None] * len(rows)
     with _evaluating(model):
-        for batch in _batches(lengths, batch_size, _MOST_TOKENS):
-            uniforms = np.stack([_stream(seed, rows[row], streams).random(max_new_tokens) for row in batch])
-            drawn = _sample_batch(model, [list(prompts[rows[row][0]]) for row in batch], uniforms, temperature, eos)
+        for batch in _batches(lengths, batch_size, tokens_that_fit(model)):
+            steps = decode(
+                model,
+                [prompts[rows[row][0]] for row in batch],
+                np.stack([_stream(seed, rows[row], streams).random(max_new_tokens) for row in batch]),
+                temperature,
+                eos,
+                adapters=None if adapters is None else [adapters[rows[row][0]] for row in batch],
+            )
+            drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in batch]
+            for count, step in enumerate(steps, start=1):
+                ended = 0
+                for number, token, logp in step:
+                    drawn[number][0].append(token)
+                    drawn[number][1].append(logp)
+                    ended += token in eos
+                if on_tokens is not None:
+                    on_tokens(len(step) + ended * (max_new_tokens - count))
             for row, (ids, logps) in zip(batch, drawn, strict=True):
                 prompt_index = rows[row][0]
                 results[row] = Sample(
@@ -256,7 +277,8 @@ def _check_at_least(name: str, value: float, least: int) -> None:
         raise ConfigError("the value is out of range", where=name, value=value, allowed=f"at least {least}")
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's, and those that the model's generation settings list."""
     # Chat models often end a turn with a token other than the tokenizer's; their generation config lists it.
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = [configured] if isinstance(configured, int) else list(configured or [])
@@ -272,61 +294,6 @@ def _evaluating(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def _sample_batch(
-    model: Any,
-    prompts: Sequence[list[int]],
-    uniforms: np.ndarray[Any, np.dtype[np.float64]],
-    temperature: float,
-    eos: frozenset[int],
-) -> list[tuple[list[int], list[float]]]:
-    """Continues each prompt until an end token or ``uniforms.shape[1]`` tokens; rows leave the batch as they end."""
-    device = model.device
-    width = max(len(ids) for ids in prompts)
-    # Padding tokens are masked, so which id stands there does not matter.
-    tokens = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    padded = bool((mask == 0).any())
-    draws = put(uniforms, device)
-    end_ids = torch.tensor(sorted(eos), device=device)
-    alive = torch.arange(len(prompts), device=device)
-    results: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
-    cache: Any = None
-    for step in range(uniforms.shape[1]):
-        extra: dict[str, Any] = {}
-        if padded:
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            extra = {"attention_mask": mask, "position_ids": positions}
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
-        cache = output.past_key_values
-        chosen, logps = _choose(widened(output.logits[:, -1]), draws[alive, step], temperature)
-        for row, token, logp in zip(alive.tolist(), chosen.tolist(), logps.tolist(), strict=True):
-            results[row][0].append(token)
-            results[row][1].append(logp)
-        going_on = ~torch.isin(chosen, end_ids)
-        if not bool(going_on.any()):
-            break
-        if not bool(going_on.all()):
-            kept = going_on.nonzero().squeeze(1)
-            alive, chosen, mask = alive[kept], chosen[kept], mask[kept]
-            cache.batch_select_indices(kept)
-        tokens = chosen[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return results
-
-
-def _choose(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens by inverse transform, and their log-probs at temperature 1; logits are fp64 `(rows, vocabulary)`."""
-    logps = logits.log_softmax(dim=-1)
-    if temperature == 0:
-        chosen = logps.argmax(dim=-1)
-    else:
-        cumulated = (logps / temperature).softmax(dim=-1).cumsum(dim=-1)
-        # right=True: a token of probability 0 is never taken, not even for a draw of exactly 0.
-        chosen = torch.searchsorted(cumulated, (uniforms[:, None] * cumulated[:, -1:]), right=True).squeeze(1)
-        chosen = chosen.clamp(max=logits.shape[-1] - 1)
-    return chosen, logps.gather(1, chosen[:, None]).squeeze(1)
 
 
 def _completion_logits(

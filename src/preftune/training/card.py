@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Card:
         is_adapter: Whether the folder holds a LoRA adapter.
         extra_tags: Further tags for the front matter.
         has_provenance: Whether the folder also holds the record of the run.
+        adapter: Rank, scale and modules of the adapter, as its settings name them.
+        has_template: Whether the tokenizer has a chat template.
     """
 
     title: str
@@ -63,6 +66,8 @@ class Card:
     is_adapter: bool = False
     extra_tags: Sequence[str] = ()
     has_provenance: bool = True
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    has_template: bool = False
 
 
 def render(card: Card) -> str:
@@ -78,6 +83,7 @@ def render(card: Card) -> str:
         _front_matter(card),
         f"# {escape(card.title)}\n",
         _opening(card),
+        "## Use\n\n```python\n" + "\n".join(_snippet(card)) + "\n```\n",
         _section("Data", [f"- {escape(line)}" for line in [*card.data_lines]]),
         _section("Results", _table(("metric", "value"), _numbers(card.metrics))),
         _section("Settings", _table(("setting", "value"), [(name, _shown(v)) for name, v in card.settings.items()])),
@@ -135,12 +141,24 @@ def _several(given: str | Sequence[str] | None) -> list[str]:
 def write(folder: str | Path, card: Card) -> Path:
     """Write the card into a folder, in place of any template that a library left there.
 
+    What the folder itself tells, of its adapter and its chat template, is added.
+
     Returns:
         Path of the file.
     """
     target = Path(folder) / FILE_NAME
-    put_text(target, render(card))
+    adapter = _adapter(Path(folder))
+    has_template = card.has_template or (Path(folder) / "chat_template.jinja").is_file()
+    put_text(target, render(replace(card, adapter=adapter, has_template=has_template)))
     return target
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def escape(value: Any) -> str:
@@ -172,11 +190,53 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _opening(card: Card) -> str:
-    kind = "A LoRA adapter for" if card.is_adapter else "A version of"
+    kind = f"A {_kind(card)} for" if card.is_adapter else "A version of"
     how = f"tuned on {TASKS[card.verb].trains_on}"
     method = f" with {escape(', '.join(card.methods))}" if card.methods else ""
     data = f", data: {escape(', '.join(card.datasets))}" if card.datasets else ""
     return f"{kind} {escape(card.base_model)}, {how}{method}{data}.\n"
+
+
+def _kind(card: Card) -> str:
+    """``DoRA adapter of rank 16 (alpha 32; q_proj, v_proj)``."""
+    found = card.adapter
+    name = "DoRA" if found.get("use_dora") else "LoRA"
+    if not isinstance(found.get("r"), int):
+        return f"{name} adapter"
+    modules = found.get("target_modules")
+    where = ", ".join(sorted(map(str, modules))) if isinstance(modules, list) else str(modules or "")
+    details = escape("; ".join(text for text in (f"alpha {found.get('lora_alpha')}", _shown(where)) if text))
+    return f"{name} adapter of rank {found['r']} ({details})"
+
+
+def _snippet(card: Card) -> list[str]:
+    """Python that answers a question; names cannot end its strings."""
+    path = json.dumps("path/to/" + re.sub(r"[^\w.-]+", "-", card.title))
+    loader = "AutoPeftModelForCausalLM" if card.is_adapter else "AutoModelForCausalLM"
+    imports = (
+        ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+        if card.is_adapter
+        else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    )
+    text = (
+        [
+            'messages = [{"role": "user", "content": "Hello!"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+        if card.has_template
+        else ['inputs = tokenizer("Hello!", return_tensors="pt")']
+    )
+    return [
+        *imports,
+        "",
+        f"model = {loader}.from_pretrained({path})",
+        f"tokenizer = AutoTokenizer.from_pretrained({path})",
+        *text,
+        "output = model.generate(**inputs, max_new_tokens=256)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
 
 
 def _section(heading: str, lines: Sequence[str]) -> str:
