@@ -484,7 +484,7 @@ def test_settings_of_another_kind_are_refused(world: worlds.World, tmp_path: Pat
     ],
 )
 def test_target_modules_as_people_write_them(given: Any, expected: Any) -> None:
-    config = peft_config_from(ModelConfig(use_peft=True, lora_target_modules=given))
+    config: Any = peft_config_from(ModelConfig(use_peft=True, lora_target_modules=given))
     assert config is not None
     assert config.target_modules == expected
 
@@ -521,11 +521,10 @@ def test_padded_rows_that_nobody_asked_for_are_told(world: worlds.World, tmp_pat
 @pytest.mark.parametrize("given", [False, True])
 def test_a_setting_under_its_former_name_acts_without_a_word(tmp_path: Path, new_name: bool, given: bool) -> None:
     name = "activation_checkpointing" if new_name else "gradient_checkpointing"
+    options: dict[str, Any] = {name: given, f"{name}_kwargs": {"use_reentrant": False}}
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        args = preftune.DPOConfig(
-            str(tmp_path), use_cpu=True, **{name: given, f"{name}_kwargs": {"use_reentrant": False}}
-        )
+        args = preftune.DPOConfig(str(tmp_path), use_cpu=True, **options)
     assert (args.gradient_checkpointing, args.activation_checkpointing) == (given, given)
     assert args.gradient_checkpointing_kwargs == args.activation_checkpointing_kwargs == {"use_reentrant": False}
     assert preftune.DPOConfig(str(tmp_path), use_cpu=True).activation_checkpointing is True

@@ -13,6 +13,7 @@ from preftune.errors import ConfigError
 from preftune.training.carried import RunningDelta
 from preftune.training.reference import Reference
 from preftune.training.start import method_settings
+from preftune.training.task import Task
 
 #: Attributes of TRL's trainers that stand under another name in the settings.
 _RENAMED = {"loss_types": "loss_type", "precompute_ref_logps": "precompute_ref_log_probs"}
@@ -56,7 +57,7 @@ class Habits:
     """
 
     args: Any
-    task: Any
+    task: Task
     step: Any
     model: Any
     made_with: MadeWith

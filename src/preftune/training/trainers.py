@@ -253,7 +253,7 @@ def _completed(args: Any) -> SFTConfig:
     if not isinstance(args, TrainingArguments) or not known.issuperset(each.name for each in fields(args)):
         raise _wrong_settings(args, SFTConfig)
     # What ``to_dict`` gives is for showing: a token in it is masked.
-    return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # type: ignore[no-untyped-call]
+    return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
 
 
 def _one_model(model: Any, model_init: Callable[[], Any] | None) -> Any:
@@ -266,7 +266,7 @@ def _one_model(model: Any, model_init: Callable[[], Any] | None) -> Any:
     if model_init is None:
         return model
     # transformers hands such a function the trial of a search; there is none.
-    made: Any = model_init(*[None] * number_of_arguments(model_init))  # type: ignore[no-untyped-call]
+    made: Any = model_init(*[None] * number_of_arguments(model_init))
     if made is None:
         raise ConfigError("returned no model", where="model_init", remedy="return the model that is to be trained")
     return made
