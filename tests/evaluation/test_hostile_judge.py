@@ -77,7 +77,8 @@ def test_a_server_of_samples_is_trusted_no_further(way: str) -> None:
     ],
 )
 def test_an_answer_that_is_no_completion_is_not_kept(choice: object) -> None:
-    with hostile(whole(json.dumps({"choices": [choice]}).encode())) as server:
+    # The server answers once on a connection, and says so: the second attempt opens another.
+    with hostile(whole(json.dumps({"choices": [choice]}).encode(), Connection="close")) as server:
         endpoint = Endpoint(server.url, "/completions", SERVER, key=None, timeout=5.0)
         kept: dict[str, object] = {}
         with pytest.raises(SetupError, match=r"failed 2 times at one question .*no completion"):
