@@ -137,12 +137,14 @@ def train(bench: Bench, trainer: str, rows: Sequence[dict[str, Any]], fields: di
     from preftune.demo.training import clone, quiet
 
     settings = bench.settings
+    folder.mkdir(parents=True, exist_ok=True)
     shared = {
         "num_train_epochs": settings.dpo_epochs,
         "per_device_train_batch_size": settings.dpo_batch_size,
         "learning_rate": settings.dpo_learning_rate,
         "seed": bench.seed,
-        "output_dir": str(folder),
+        # A folder of its own: what an earlier training left would be set aside, with a word.
+        "output_dir": tempfile.mkdtemp(dir=folder),
     }
     # The reference-free trainers have no second model to take.
     models = {"ref_model": clone(bench.reference)} if trainer in ("DPO", "KTO") else {}

@@ -104,7 +104,7 @@ def test_a_failed_cell_is_shown_and_leaves_the_others(tmp_path: Path) -> None:
     assert render.main([str(tmp_path / "one.json"), "--out", str(tmp_path / "b.md")]) == 0
     text = (tmp_path / "b.md").read_text()
     assert "| preftune | 10.0 | 12.5 | 2.00 | - |" in text
-    assert "Not measured: no accelerator" in text
+    assert "**Unmeasured**: no accelerator" in text
 
 
 def test_a_busy_machine_is_mentioned() -> None:

@@ -48,7 +48,7 @@ def test_settings_are_refused(tmp_path: Path) -> None:
     args = given(tmp_path)
     with pytest.raises(ConfigError, match="tensor parallelism"):
         check_engine(args, SimpleNamespace(tp_size=2))
-    args.parallelism_config = SimpleNamespace(tp_size=2)  # type: ignore[assignment]
+    args.parallelism_config = SimpleNamespace(tp_size=2)
     with pytest.raises(ConfigError, match="parallelism_config"):
         check_engine(args)
     args = given(tmp_path, fsdp=True, fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})

@@ -35,8 +35,8 @@ def _check_parallelism(args: PackedConfig, model: Any) -> None:
         raise ConfigError(
             "the model is loaded with tensor parallelism", where="model", remedy="load it without tp_plan"
         )
-    kwargs = args.model_init_kwargs
-    for name in ("tp_plan", "tp_size", "distributed_config") if isinstance(kwargs, dict) else ():
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    for name in ("tp_plan", "tp_size", "distributed_config"):
         if kwargs.get(name) is not None:
             raise ConfigError(f"{name} is not supported", where="model_init_kwargs", value=kwargs[name], remedy=remedy)
 
