@@ -21,7 +21,7 @@ PAIRS = (*MODEL, "--dataset_name", "pairs.jsonl")
     [
         ("orpo", (), "preftune orpo", "2403.07691"),
         ("cpo", (), "preftune cpo", "2401.08417"),
-        ("cpo", ("--loss_type", "simpo", "--beta", "2", "--cpo_alpha", "0"), "preftune simpo", "2405.14734"),
+        ("cpo", ("--loss_type", "simpo", "--beta", "2", "--cpo_alpha", "0"), "preftune cpo: simpo", "2405.14734"),
         ("kto", (), "preftune kto", "2402.01306"),
     ],
 )

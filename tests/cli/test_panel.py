@@ -43,9 +43,11 @@ PLAN = TrainingPlan(
 )
 
 
-def text_of(width: int = 200, paired: bool = True, notes: tuple[str, ...] = (), plan: TrainingPlan = PLAN) -> str:
+def text_of(
+    width: int = 200, paired: bool = True, notes: tuple[str, ...] = (), plan: TrainingPlan = PLAN, verb: str = "dpo"
+) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(summary(plan, paired=paired, output_dir="out/x", notes=notes))
+    console.print(summary(plan, paired=paired, output_dir="out/x", verb=verb, notes=notes))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -71,8 +73,8 @@ def test_everything_is_said() -> None:
 
 
 def test_examples_share_no_prompt_and_need_no_reference() -> None:
-    shown = text_of(paired=False, plan=dataclasses.replace(PLAN, method="nll", reference="none"))
-    assert "preftune sft" in shown
+    shown = text_of(paired=False, verb="sft", plan=dataclasses.replace(PLAN, method="nll", reference="none"))
+    assert "preftune sft: nll" in shown
     assert "65.0 % of the padded tokens were padding" in shown
     assert "share" not in shown.replace("shared", "")
     assert "reference" not in shown

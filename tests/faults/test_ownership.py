@@ -7,12 +7,14 @@ import os
 import random
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from preftune.errors import ConfigError
 from tests.faults import sessions, trees
 from tests.faults.campaign import Campaign
 from tests.faults.conftest import scaled
@@ -292,3 +294,25 @@ def test_a_quarantine_file_of_somebody_else_is_left_alone(campaign: Campaign, wo
     answer = run(campaign, tmp_path / "out", argv)
     assert answer["code"] == 2, answer
     assert mine.read_text(encoding="utf-8") == '{"prompt": "p"}\n'
+
+
+def test_an_empty_file_of_an_earlier_run_makes_room_without_a_word(tmp_path: Path) -> None:
+    from preftune.ownership import RunFolder
+    from preftune.training.checkpoints.output import claim
+
+    RunFolder.open(tmp_path, "first").put_text("alarms.jsonl", "")
+    (tmp_path / "samples.jsonl").write_text("")  # nobody's: it stays
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ConfigError, match=r"samples\.jsonl"):
+            claim(tmp_path, "second", "set_aside_own")
+        (tmp_path / "samples.jsonl").unlink()
+        claim(tmp_path, "second", "set_aside_own", dry=True)
+        assert (tmp_path / "alarms.jsonl").exists()
+        claim(tmp_path, "second", "set_aside_own")
+    assert not (tmp_path / "alarms.jsonl").exists()
+    assert not (tmp_path / "earlier-1").exists()
+    RunFolder.open(tmp_path, "third").put_text("alarms.jsonl", "{}\n")
+    with pytest.warns(UserWarning, match="held the results of an earlier run"):
+        claim(tmp_path, "fourth", "set_aside_own")
+    assert (tmp_path / "earlier-1" / "alarms.jsonl").read_text() == "{}\n"

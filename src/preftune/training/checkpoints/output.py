@@ -88,8 +88,8 @@ def claim(
     names = others_in(folder, run, step)
     if manifest is not None and manifest.folder.parent.resolve() == folder.resolve():
         names = [name for name in names if name != manifest.folder.name]
-    if not names:
-        return run
+    empty = _empty(folder, run, names)
+    names = [name for name in names if name not in empty]
     strange = names if existing == "refuse" else [] if existing == "set_aside" else _changed(folder, run, names)
     if strange:
         raise ConfigError(
@@ -99,7 +99,10 @@ def claim(
             remedy=_remedy(folder, manifest),
         )
     if not dry:
-        _move(folder, run, names)
+        for name, owner in empty.items():
+            owner.remove_file(name)
+        if names:
+            _move(folder, run, names)
     return run
 
 
@@ -116,9 +119,23 @@ def _move(folder: Path, run: RunFolder, names: list[str]) -> None:
     warnings.warn(said, UserWarning, stacklevel=5)
 
 
+def _earlier(folder: Path, run: RunFolder) -> list[RunFolder]:
+    return [RunFolder(folder, record) for record in read_records(folder) if record.run != run.record.run]
+
+
+def _empty(folder: Path, run: RunFolder, names: Sequence[str]) -> dict[str, RunFolder]:
+    """Empty files that an earlier run left, and that run: they hold no result, and make room."""
+    found = {}
+    for name in names:
+        owner = next((other for other in _earlier(folder, run) if other.owns(name)), None)
+        if owner is not None and (folder / name).is_file() and not (folder / name).stat().st_size:
+            found[name] = owner
+    return found
+
+
 def _changed(folder: Path, run: RunFolder, names: Sequence[str]) -> list[str]:
     """Results that no earlier run of preftune has written, or that have been changed since."""
-    earlier = [RunFolder(folder, record) for record in read_records(folder) if record.run != run.record.run]
+    earlier = _earlier(folder, run)
     return [name for name in names if not any(other.owns(name) for other in earlier)]
 
 
