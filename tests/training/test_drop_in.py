@@ -152,7 +152,7 @@ def test_a_second_adapter_on_top_is_refused(world: worlds.World, adapter: str, t
 def test_modules_that_do_not_exist_are_told_with_the_remedy(world: worlds.World, tmp_path: Path) -> None:
     args = preftune.DPOConfig(str(tmp_path), **worlds.DEFAULTS)
     wrong = lora(target_modules="q_proj,v_proj")
-    with pytest.raises(ModelError, match=r"peft_config: .*q_proj,v_proj.*several are a list"):
+    with pytest.raises(ConfigError, match=r"peft_config: .*q_proj,v_proj.*several are a list"):
         preftune.DPOTrainer(
             world.path, args=args, train_dataset=data_of("DPO"), processing_class=world.tokenizer, peft_config=wrong
         )

@@ -235,7 +235,7 @@ def wrap_peft(model: Any, peft_config: Any, args: PackedConfig) -> Any:
             model = get_peft_model(model, peft_config)
         except ValueError as error:
             remedy = 'see model.named_modules() for the names; several are a list, such as ["q_proj", "v_proj"]'
-            raise ModelError(flat(error), where="peft_config", remedy=remedy) from error
+            raise ConfigError(flat(error), where="peft_config", remedy=remedy) from error
     if any(getattr(each, "is_prompt_learning", False) for each in getattr(model, "peft_config", {}).values()):
         raise ModelError(
             "prompt learning is not supported: it puts virtual tokens before every sequence",
