@@ -41,6 +41,15 @@ def train(library: str, folder: str, out: Path, lora: bool, **more: Any) -> tupl
     return trainer.model, [line for line in trainer.state.log_history if "loss" in line]
 
 
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights that a model computes with, an adapter merged.
+
+    An adapter's own factors begin at zero, where Adam follows the signs of gradients that are zero but for rounding.
+    """
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return {name: parameter.detach() for name, parameter in merged.named_parameters()}
+
+
 @pytest.mark.parametrize(
     ("lora", "more"), [(False, {}), (True, {"reference_store": False})], ids=["full", "lora, live"]
 )
