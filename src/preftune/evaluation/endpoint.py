@@ -41,7 +41,7 @@ class Role:
 
     @property
     def url(self) -> str:
-        """Name of the setting that its address stands in."""
+        """Name of the setting that holds its address."""
         return f"{self.prefix}_url"
 
     @property

@@ -194,4 +194,4 @@ class Questions:
 
 
 class _Stopped(Exception):
-    """Another question has failed for good, or the user has had enough."""
+    """Another question has failed for good, or the user interrupted."""
