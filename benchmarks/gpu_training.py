@@ -81,7 +81,7 @@ def make_tokenizer(vocab: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(vocab)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2")
 
 
@@ -131,7 +131,9 @@ def train(
         config_class, trainer_class = library.DPOConfig, library.DPOTrainer
     except (ImportError, RuntimeError) as missing:
         return {"error": f"not installed ({' '.join(str(missing).split())[:120]})"}
-    device, result, ends = device_of(dry), {}, []
+    device = device_of(dry)
+    result: dict[str, Any] = {}
+    ends: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
