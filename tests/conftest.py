@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.own_rows import write_files
+
 # Before anything imports torch, datasets or huggingface_hub, which read these once.
 _CACHES = tempfile.mkdtemp(prefix="preftune-tests-")
 os.environ["PREFTUNE_CACHE"] = os.path.join(_CACHES, "preftune")
@@ -30,10 +32,14 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_CACHES, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder of the preference files that lie beside the checkout, or a skip that says so."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no preference files beside the checkout ({folder.name} is absent)")
-    return folder
+#: Published preference files beside the checkout; without them the tests run on rows of their own alone.
+PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
+_SOURCES = ["own", *([pytest.param("published", marks=pytest.mark.slow)] if PUBLISHED.is_dir() else [])]
+
+
+@pytest.fixture(scope="session", params=_SOURCES)
+def preference_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the two files of :mod:`tests.own_rows`: the tests' own, and the published ones where they are."""
+    if request.param == "published":
+        return PUBLISHED
+    return write_files(tmp_path_factory.mktemp("preference-files"))

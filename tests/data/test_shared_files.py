@@ -10,8 +10,8 @@ from tests.data.conftest import TEMPLATES, make_tokenizer
 from tests.data.test_pair_parity import our_sequences, scored, trl_sequences
 
 
-def test_hh_transcripts(shared_data: Path, tokenizer: Any) -> None:
-    train = load(str(shared_data / "hh_harmless_1700.jsonl.gz"), on_bad_rows="skip")["train"]
+def test_hh_transcripts(preference_files: Path, tokenizer: Any) -> None:
+    train = load(str(preference_files / "hh_harmless_1700.jsonl.gz"), on_bad_rows="skip")["train"]
     report = load_report(train)
     assert report is not None
     assert set(report.formats.values()) == {"hh"}
@@ -26,20 +26,20 @@ def test_hh_transcripts(shared_data: Path, tokenizer: Any) -> None:
     assert prepared.merged_share == 0
 
 
-def test_hh_as_trl_reads_it(shared_data: Path, tokenizer: Any) -> None:
+def test_hh_as_trl_reads_it(preference_files: Path, tokenizer: Any) -> None:
     import gzip
     import json
 
-    with gzip.open(shared_data / "hh_harmless_1700.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(preference_files / "hh_harmless_1700.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][80:230]
     options = DataOptions(max_length=300, on_bad_rows="warn")
     expected = [pair for pair in trl_sequences(rows, tokenizer, 300, "keep_start") if scored(pair)]
     assert our_sequences(rows, tokenizer, options) == expected
 
 
-def test_dpo_en_is_sharegpt(shared_data: Path) -> None:
+def test_dpo_en_is_sharegpt(preference_files: Path) -> None:
     tokenizer = make_tokenizer(template=TEMPLATES["marked"])
-    train = load(str(shared_data / "dpo_en_demo.json"))["train"]
+    train = load(str(preference_files / "dpo_en_demo.json"))["train"]
     report = load_report(train)
     assert report is not None
     assert set(report.formats.values()) == {"sharegpt_preference"}

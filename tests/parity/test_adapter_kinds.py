@@ -9,13 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+import trl
 from datasets import Dataset
 
 import preftune
 from preftune import ModelError
 from tests.parity import worlds
 
-trl = pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}

@@ -15,7 +15,6 @@ from tests.models.tiny import tiny_model
 from tests.parity import worlds
 from tests.parity.conftest import hh_rows
 
-pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 TOLERANCE = 1e-4
@@ -163,10 +162,10 @@ def test_a_tokenizer_that_ends_texts_itself(tmp_path: Path, method: str) -> None
 
 
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
-def test_real_rows(shared_data: Path, tmp_path: Path, method: str) -> None:
+def test_real_rows(preference_files: Path, tmp_path: Path, method: str) -> None:
     from tests.parity.conftest import Setting
 
-    rows = hh_rows(shared_data)[:20]
+    rows = hh_rows(preference_files)[:20]
     setting = Setting(tmp_path, rows)
     names = ORPO_FIGURES if method == "orpo" else FIGURES
     compare(method, setting, rows, tmp_path, names, max_length=512, learning_rate=1e-4)

@@ -11,7 +11,6 @@ from datasets import Dataset
 from tests.models.tiny import tiny_model
 from tests.parity import worlds
 
-pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 TOLERANCE = 1e-4

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import HfArgumentParser, T5Config, T5ForConditionalGeneration, TrainingArguments
@@ -21,7 +22,6 @@ from preftune import ConfigError, DataError, ModelError
 from tests.models.tiny import tiny_model
 from tests.parity import worlds
 
-trl = pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 KINDS = ["DPO", "SFT", "KTO"]
