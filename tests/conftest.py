@@ -27,6 +27,22 @@ settings.register_profile("preftune", deadline=None)
 settings.load_profile("preftune")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave all but some parameter sets of a test marked ``thin`` to the slow tier: the first, the last, even steps."""
+    groups: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("thin") and not item.get_closest_marker("slow"):
+            groups.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    for group in groups.values():
+        marker = group[0].get_closest_marker("thin")
+        assert marker is not None
+        (kept,) = marker.args
+        places = {round(n * (len(group) - 1) / max(kept - 1, 1)) for n in range(kept)}
+        for place, item in enumerate(group):
+            if place not in places:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_unconfigure() -> None:
     """Remove the caches that this process made."""
     shutil.rmtree(_CACHES, ignore_errors=True)

@@ -81,7 +81,7 @@ def _answers(draw: random.Random, one: str, other: str) -> tuple[str, str]:
 @cache
 def transcripts() -> list[Row]:
     """Rows as in HH-RLHF: 1,700, four with an empty answer and two whose answers differ in turns."""
-    draw = random.Random("transcripts")
+    draw = random.Random("transcripts-2")
     rows = []
     for number in range(NUM_TRANSCRIPTS):
         turns = 18 if number == 900 else draw.choices(range(1, 9), (496, 432, 424, 254, 55, 14, 11, 14))[0]

@@ -63,6 +63,7 @@ def make(library: Any, world: Any, out: Path, adapter: Any) -> Any:
     )
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_steps_and_evaluation_are_trls(world: Any, tmp_path: Path, kind: str) -> None:
     found = []

@@ -11,6 +11,7 @@ from tests.parity import drawn
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_drawn_run_is_trls(tmp_path: Path, seed: int) -> None:
     run = drawn.draw(seed)

@@ -60,6 +60,7 @@ def compare(
     return both
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("stored", [False, True], ids=["live", "stored"])
 @pytest.mark.parametrize("method", [KTO, APO], ids=["kto", "apo"])
 def test_five_steps(world: worlds.World, tmp_path: Path, method: dict[str, str], stored: bool) -> None:

@@ -31,6 +31,7 @@ def test_no_case_is_there_twice_and_every_loss_of_trl_is_there() -> None:
     assert divergences == {"reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"}
 
 
+@pytest.mark.thin(16)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_three_steps_agree(case: Case, ground: Ground, tmp_path: Path) -> None:
     found = measure(case, ground, tmp_path)

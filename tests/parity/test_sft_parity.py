@@ -22,6 +22,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
     return worlds.World(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "options",
     [

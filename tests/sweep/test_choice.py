@@ -93,7 +93,7 @@ def test_what_is_cautious_about_every_setting(setting: str, cautious: float, bol
         found = choose([candidate(n, flags(150), **{setting: v}) for n, v in enumerate(order)], ACCURACY, "maximize", 0)
         assert found is not None
         assert (found.best, found.sweet_spot) == (careful, careful)
-        # Right on one pair more and wrong on two more: worse by .005 with a standard error of .009, still the one to take.
+        # Right on one pair more and wrong on two more: worse by .005, standard error .009.
         worse = flags(148) | (np.arange(200) == 150)
         right = [worse if value == cautious else flags(150) for value in order]
         trials = [candidate(n, right[n], **{setting: value}) for n, value in enumerate(order)]
