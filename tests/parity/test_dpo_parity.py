@@ -17,8 +17,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.f
 TOLERANCE = 1e-4
 
 
-
-
 def train(library: str, setting: Setting, out: Path, **options: Any) -> Any:
     """Train with TRL's or our trainer, everything but the import being the same."""
     if library == "trl":

@@ -110,10 +110,7 @@ class CPOConfig(ReferenceFreeConfig):
         return build_objective(
             CPO_METHODS[self.loss_type],
             beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            cpo_alpha=None if self.loss_type == "alphapo" else self.cpo_alpha,
-            simpo_gamma=self.simpo_gamma,
-            alpha=self.alpha,
+            **{**self.knobs(), **({"cpo_alpha": None} if self.loss_type == "alphapo" else {})},
         )
 
 
