@@ -49,7 +49,7 @@ def test_no_package_index_is_named() -> None:
         assert not re.search(r"https?://|index-url|find-links|pypi|\.whl", text), name
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test", "check", "bench", "help"])
+@pytest.mark.parametrize("target", ["setup", "demo", "test", "test-all", "test-extras", "docs", "check", "bench", "help"])
 def test_make_has_the_target_and_sets_up_first(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     rule = re.search(rf"^{target}:(.*)##", makefile, re.MULTILINE)
@@ -65,7 +65,7 @@ def test_ci_runs_what_contributors_run() -> None:
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text
     commands = [line for line in text.splitlines() if line.startswith("make")]
-    assert [command.split()[-1] for command in commands] == ["check", "test"]
+    assert [command.split()[-1] for command in commands] == ["check", "test-all"]
 
 
 def test_readme_names_the_two_commands() -> None:
