@@ -86,7 +86,7 @@ def probe_row(base: Any, seed: int) -> tuple[PackedRow, list[Tree]]:
     def ids(length: int) -> Any:
         return rng.integers(0, vocab, length)
 
-    # Lengths chosen so that branches differ, one prompt is a single token, and something stands before and behind.
+    # Lengths chosen so that branches differ, one prompt is a single token, and something comes before and after.
     trees, slot = [], 0
     for prefix, lengths in ((7, (6, 10)), (1, (3, 4)), (6, (9,))):
         branches = tuple(Branch(ids(length), slot + n) for n, length in enumerate(lengths))

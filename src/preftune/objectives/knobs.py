@@ -74,7 +74,7 @@ class Knob:
             The value, in the knob's own type.
 
         Raises:
-            ConfigError: The value has the wrong type or lies outside the range.
+            ConfigError: The value has the wrong type or is outside the range.
         """
         if self.kind == "flag":
             good = isinstance(value, bool)

@@ -44,7 +44,7 @@ _ELEMENTWISE = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "lion")
 
 
 class FusedTask(PairTask):
-    """Pairs that stand in a row once per configuration.
+    """Pairs that are in a row once per configuration.
 
     Args:
         args: Settings that all share.
@@ -177,7 +177,7 @@ class FusedTrainer(DPOTrainer):
         self.step.names = self.names
         if self.step.router is not None or not self.step.forward.packed:
             raise ConfigError("only packed rows can be shared", where="packing_mode", value=self.verdict.reason)
-        # Configurations whose loss or gradient was not finite: they stand still, and the others go on unharmed.
+        # Configurations whose loss or gradient was not finite: they are not updated, and the others go on.
         self.lost: set[int] = set()
 
     def make_task(self, args: Any) -> FusedTask:
@@ -254,7 +254,7 @@ class FusedTrainer(DPOTrainer):
 
 
 def _part(row: PackedRow, scores: TokenScores, number: int, num_pairs: int) -> tuple[PackedRow, TokenScores]:
-    """The targets of one configuration: parts stand in order, and so do the slots of their sequences."""
+    """The targets of one configuration: parts are in order, and so are the slots of their sequences."""
     first = 2 * number * num_pairs
     own = slice(*np.searchsorted(row.target_slot, [first, first + 2 * num_pairs]).tolist())
     columns = [getattr(scores, item.name) for item in dataclasses.fields(scores)]

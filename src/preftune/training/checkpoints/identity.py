@@ -106,7 +106,7 @@ def model_facts(trainer: CheckpointedTrainer) -> dict[str, Any]:
         if reference is not None:
             facts["reference"] = reference.weights_key
         elif configs:
-            # Frozen weights stand in no checkpoint of an adapter.
+            # Frozen weights are in no checkpoint of an adapter.
             facts["base_model"] = model_weights_key(model, {})
     except (PreftuneError, RuntimeError):
         # Weights without data of their own, as under sharding: nothing to compare.
