@@ -27,10 +27,16 @@ settings.register_profile("preftune", deadline=None)
 settings.load_profile("preftune")
 
 
+#: Folders whose tests are all left to the slow tier: a real browser, runs that are killed, a pretrained model.
+_SLOW_FOLDERS = {"browser", "faults", "real"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave all but some parameter sets of a test marked ``thin`` to the slow tier: the first, the last, even steps."""
     groups: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
+        if _SLOW_FOLDERS & set(item.path.relative_to(item.config.rootpath).parts):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("thin") and not item.get_closest_marker("slow"):
             groups.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
     for group in groups.values():

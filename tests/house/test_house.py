@@ -49,7 +49,9 @@ def test_no_package_index_is_named() -> None:
         assert not re.search(r"https?://|index-url|find-links|pypi|\.whl", text), name
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test", "test-all", "test-extras", "docs", "check", "bench", "help"])
+@pytest.mark.parametrize(
+    "target", ["setup", "demo", "test", "test-all", "test-extras", "test-low", "docs", "check", "bench", "help"]
+)
 def test_make_has_the_target_and_sets_up_first(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     rule = re.search(rf"^{target}:(.*)##", makefile, re.MULTILINE)

@@ -39,6 +39,7 @@ def losses(trainer: Any) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_visits_in_trls_order(world: Any, tmp_path: Path, strategy: str) -> None:
     trl = importlib.import_module("trl")
@@ -51,6 +52,7 @@ def test_every_strategy_visits_in_trls_order(world: Any, tmp_path: Path, strateg
     assert len({round(x, 5) for x in found[0]}) == 8  # another order would show
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_goes_on_in_the_same_order(world: Any, tmp_path: Path, strategy: str) -> None:
     options = {"train_sampling_strategy": strategy, "save_strategy": "steps", "save_steps": 2, "max_steps": 8}
