@@ -43,6 +43,14 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
     assert pins["trl"] == "1.16.0"
 
 
+def test_the_lowest_versions_are_those_promised() -> None:
+    lines = (ROOT / "constraints-low.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = pyproject()["project"]
+    assert isinstance(project, dict)
+    assert pins == dict(line.split(">=") for line in project["dependencies"])
+
+
 def test_no_package_index_is_named() -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt", ".ci/run", ".pre-commit-config.yaml"):
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -56,7 +64,7 @@ def test_make_has_the_target_and_sets_up_first(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     rule = re.search(rf"^{target}:(.*)##", makefile, re.MULTILINE)
     assert rule is not None
-    assert target in ("help", "setup") or "setup" in rule.group(1)
+    assert target in ("help", "setup", "test-low") or "setup" in rule.group(1)
     listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"make {target} " in listed
 
