@@ -1,13 +1,16 @@
-"""The two real preference files: loaded, recognised, prepared, and compared with TRL."""
+"""Preference files as published, and conversations with tools: loaded, recognised, prepared, compared with TRL."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from preftune.data import DataOptions, load, load_report, prepare, prepare_sft
 from tests.data.conftest import TEMPLATES, make_tokenizer
 from tests.data.test_pair_parity import our_sequences, scored, trl_sequences
+from tests.own_rows import tool_conversations
 
 
 def test_hh_transcripts(preference_files: Path, tokenizer: Any) -> None:
@@ -51,3 +54,18 @@ def test_dpo_en_is_sharegpt(preference_files: Path) -> None:
         assert our_sequences(rows, tokenizer, options) == expected
     examples, sft = prepare_sft(train, tokenizer, DataOptions(max_length=None))
     assert len(examples) == sft.rows_kept == 300
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_conversations_with_tools_as_trl_reads_them(mode: Any) -> None:
+    template = (
+        "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{{ m['content'] }}{% for call in m['tool_calls'] or [] %}CALL {{ call['function'] | tojson }}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    rows = tool_conversations(12)
+    expected = trl_sequences(rows, tokenizer, 700, mode)
+    assert all(scored(pair) for pair in expected)
+    assert our_sequences(rows, tokenizer, DataOptions(max_length=700, truncation_mode=mode)) == expected
+    assert "CALL" in tokenizer.decode(expected[0][0][0]) or mode == "keep_end"
