@@ -43,9 +43,9 @@ test: setup  ## the tests that take minutes (TEST_ARGS is handed to pytest)
 test-all: setup real  ## every test but those of optional extras; what continuous integration runs
 	@$(PYTEST) -m "not extras" $(TEST_ARGS)
 
-test-extras: setup  ## tests of 4- and 8-bit weights and of the trackers; installs those extras
-	@$(PIP) install -e '.[quantization,trackers]' -c constraints.txt
-	@$(PYTEST) -m "extras" --deselect tests/fuzz/test_fuzz.py::test_guided $(TEST_ARGS)
+test-extras: setup  ## tests of 4- and 8-bit weights, trackers and guided fuzzing; installs those extras
+	@$(PIP) install -e '.[quantization,trackers,fuzz]' -c constraints.txt
+	@$(PYTEST) -m "extras" $(TEST_ARGS)
 
 # Without TRL, which asks for newer versions of its own.
 LOW_TESTS := $(addprefix tests/,objectives/test_values.py objectives/test_compose.py packing kernels stats config \
