@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from preftune.errors import ConfigError
 from preftune.files import write_text
-from preftune.models.gate import Verdict
 from preftune.ownership import HOME, holding
 from preftune.training.checkpoints import folders, rng, state
 from preftune.training.checkpoints.files import is_write_failure, plain_failures, reason_of
@@ -30,34 +29,19 @@ from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, 
 from preftune.training.checkpoints.output import Output
 from preftune.training.checkpoints.results import write_metrics, write_model
 from preftune.training.checkpoints.resume import resolve
+from preftune.training.checkpoints.saved import SavedTrainer
 from preftune.training.checkpoints.trees import has_tree, load_tree, save_tree
 from preftune.training.checkpoints.watch import LoopWatch
-from preftune.training.config import PackedConfig
 from preftune.version import __version__
 
 _STATE = "trainer_state.json"
 _SETTINGS = "training_args.json"
 
 
-class CheckpointedTrainer(Trainer):
-    """Saves and resumes; the trainers above it know nothing of files.
-
-    A subclass with state of its own that training changes returns it from :meth:`extra_state`, the same on every
-    process, or from :meth:`process_state`, and takes it back in :meth:`load_extra_state` or :meth:`load_process_state`.
-    """
-
-    args: PackedConfig
-    example_columns: tuple[str, ...]
-    verdict: Verdict
-    max_tokens_per_row: int
-    checkpoint_above: int
-    _total_loss_scalar: float
+class CheckpointedTrainer(SavedTrainer):
+    """Saves and resumes; the trainers above it know nothing of files."""
 
     def __init__(self, **kwargs: Any) -> None:
-        #: Optimizer steps in a row that were skipped because of non-finite values.
-        self.num_skipped_in_a_row = 0
-        self.seconds_before = 0.0
-        self._clock = time.monotonic()
         self._manifest: Manifest | None = None
         self._checked: tuple[Any, Manifest | None] | None = None
         self._identity: dict[str, Any] | None = None
@@ -67,22 +51,6 @@ class CheckpointedTrainer(Trainer):
         self.output = Output(self.args)
         self._watch = LoopWatch(self)
         self.add_callback(self._watch)
-
-    # ---- what subclasses may add ------------------------------------------------------------------------------------
-
-    def extra_state(self) -> dict[str, Any]:
-        """Further state that training changes: numbers, text, tensors, nested in mappings and lists."""
-        return {}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`extra_state` returned; called when the first step is about to begin."""
-
-    def process_state(self) -> dict[str, Any]:
-        """State of this process alone, such as sums since the last log line; tensors and numbers."""
-        return {}
-
-    def load_process_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`process_state` returned."""
 
     # ---- going on ---------------------------------------------------------------------------------------------------
 
@@ -144,7 +112,7 @@ class CheckpointedTrainer(Trainer):
 
     def begin(self) -> None:
         """Put the running sums and the subclass's state back; called when the loop has reset its own."""
-        self._clock = time.monotonic()
+        super().begin()
         if self._manifest is None:
             return
         folder = self._manifest.folder
@@ -193,10 +161,6 @@ class CheckpointedTrainer(Trainer):
     def _is_sharded(self) -> bool:
         loaded_in_parts = getattr(self, "is_distributed_loading_by_transformers", False)
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded_in_parts)
-
-    def seconds_trained(self) -> float:
-        """Seconds spent training, those before the checkpoint included."""
-        return self.seconds_before + time.monotonic() - self._clock
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         epoch = kwargs["epoch"] if "epoch" in kwargs else args[4]
