@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from preftune.cli.verbs import VERBS
 from preftune.config.fields import MISSING, Field, describe, fields_of
+from preftune.verbs import TRAINING
 
 _INDENT = 6
 _WIDTH = 110
@@ -56,7 +57,7 @@ def help_of(verb: str, sections: Sections) -> str:
     most_used = [entries[name] for name in _MOST_USED if name in entries][:_NUM_MOST_USED]
     names = {entry.name for entry in most_used}
     rest = [(title, [entry for entry in listed if entry.name not in names]) for title, listed in sections]
-    data = {"kto": "answers.jsonl", "sft": "conversations.jsonl"}.get(verb, "pairs.jsonl")
+    data = TRAINING[verb].example
     example = (
         f"preftune {verb} --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name {data} --output_dir tuned"
     )

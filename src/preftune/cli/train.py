@@ -1,4 +1,4 @@
-"""``preftune sft``, ``dpo``, ``orpo``, ``cpo`` and ``kto``: train."""
+"""``preftune sft``, ``dpo`` and the other verbs that train."""
 
 from __future__ import annotations
 

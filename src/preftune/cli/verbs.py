@@ -7,15 +7,13 @@ Ctrl-C) and raise a :class:`~preftune.errors.PreftuneError` for whatever was for
 
 from __future__ import annotations
 
+from preftune.verbs import TRAINING
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 
 VERBS: dict[str, str] = {
-    "sft": "supervised fine-tuning on completions or conversations",
-    "dpo": "preference optimisation on pairs (DPO and its family)",
-    "orpo": "odds-ratio preference optimisation on pairs, without a reference",
-    "cpo": "contrastive preference optimisation and SimPO on pairs, without a reference",
-    "kto": "learning from single answers labelled good or bad",
+    **{verb: about.summary for verb, about in TRAINING.items()},
     "eval": "accuracy, calibration, KL, samples and comparisons of a model on held-out pairs, with intervals",
     "data": "look at prepared rows: prompt, chosen, rejected, and what is trained on",
     "advise": "settings with reasons, risks of a configuration, memory and time, before anything is trained",
@@ -31,4 +29,4 @@ VERBS: dict[str, str] = {
     "demo": "teach a small model to write friendlier reviews, in minutes, without downloads",
 }
 
-TRAINING_VERBS = ("sft", "dpo", "orpo", "cpo", "kto")
+TRAINING_VERBS = tuple(TRAINING)

@@ -16,12 +16,12 @@ from preftune.data.view import (
     REJECTED,
     TRAINED,
     UNDESIRABLE,
-    Kind,
     Labelled,
     Shown,
     Viewer,
 )
 from preftune.errors import DataError
+from preftune.verbs import Kind
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from preftune.data import batches
 from preftune.data.arrow import rows_of
@@ -18,6 +18,7 @@ from preftune.data.tokenise import TokenisedPair, sequences, tokenise_pairs
 from preftune.data.truncate import TokenPair, truncate
 from preftune.data.unpaired import UnpairedWorker, labelled_rows
 from preftune.errors import DataError
+from preftune.verbs import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,16 +26,12 @@ if TYPE_CHECKING:
 PROMPT, CHOSEN, REJECTED, DROPPED, TRAINED = "prompt", "chosen", "rejected", "dropped", "trained on"
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 
-#: What a row is for: two answers, one labelled answer, or one example to imitate.
-Kind = Literal["pairs", "labelled", "sft"]
 #: Labels that tokens of each kind of row may have.
 LABELS: Mapping[Kind, tuple[str, ...]] = {
     "pairs": (PROMPT, CHOSEN, REJECTED, DROPPED),
     "labelled": (PROMPT, DESIRABLE, UNDESIRABLE, DROPPED),
     "sft": (PROMPT, TRAINED, DROPPED),
 }
-#: Kind of rows that each training verb learns from.
-VERBS: Mapping[str, Kind] = {"dpo": "pairs", "orpo": "pairs", "cpo": "pairs", "kto": "labelled", "sft": "sft"}
 #: Verbs whose sequences stand between beginning- and end-of-sequence tokens, whatever the template writes.
 ENCLOSING = ("orpo", "cpo")
 #: What a mask of tokens alone does not tell about a verb.

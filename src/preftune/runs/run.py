@@ -26,9 +26,7 @@ from preftune.runs.settings import complete_settings, snapshot_of
 from preftune.runs.stopping import StopOnSignal, say_to_stderr
 from preftune.training.guards import find_guards
 from preftune.training.live import LiveLog
-
-#: Verbs that compare with a reference.
-_WITH_REFERENCE = ("dpo", "kto")
+from preftune.verbs import TRAINING
 
 
 class Sources:
@@ -114,7 +112,7 @@ def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, A
         splits = this.sources.splits(this.settings, with_test=_evaluates(args))
     if offline:
         this.console.print(offline, style="yellow", highlight=False)
-    compares = this.verb in _WITH_REFERENCE
+    compares = TRAINING[this.verb].reference
     with this.console.status("loading model"):
         loaded = this.sources.model(model, model_init_kwargs=args.model_init_kwargs, with_reference=compares)
     if not compares and model.ref_model_name_or_path:

@@ -143,7 +143,7 @@ def held_out_of(rewards: Any, dataset: Any, beta: float) -> HeldOut:
 def left_reference(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a trial's own samples hold more of the reference's far tail than the reference's samples would.
 
-    The interval of the share has to lie above :data:`TAIL_LEVEL`, which no text of the reference exceeds on average.
+    The interval of the share has to be above :data:`TAIL_LEVEL`, which no text of the reference exceeds on average.
     What such a policy writes is nothing that the preferences were about; its held-out figures do not speak for it.
     """
     low = metrics.get(TAIL, {}).get("low")

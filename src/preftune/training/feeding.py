@@ -123,6 +123,6 @@ class TaskFeeding(Trainer):
         with worker_errors(self.args):
             found: Any = super().predict(*args, **kwargs)
         if found.predictions is None:
-            # Rewards are kept for whom they are of use, the user's compute_metrics.
+            # Rewards are kept only for the user's compute_metrics.
             logger.warning("predict returns metrics and no predictions: logits are never built")
         return found

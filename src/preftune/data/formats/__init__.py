@@ -45,7 +45,7 @@ __all__ = [
     "resolve",
 ]
 
-# The order is the order of detection: a format stands before any whose columns it contains.
+# The order is the order of detection: a format comes before any whose columns it contains.
 _IN_ORDER = (
     ULTRAFEEDBACK,
     PREFERENCE,
