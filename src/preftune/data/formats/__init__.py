@@ -114,6 +114,8 @@ def column_uses(spec: FormatSpec, columns: Collection[str], *, for_sft: bool = F
     without = {*EXTRA_USES} - {*TEMPLATE_USES} if for_sft else set()
     if for_sft and "rejected" in spec.uses:
         without |= {"rejected"}
+    for group in spec.either:
+        without |= {*[name for name in group if name in columns][1:]}
     return {name: NOT_USED if name in without else spec.uses.get(name, NOT_USED) for name in columns}
 
 
