@@ -42,7 +42,8 @@ QUESTION_ANSWER = FormatSpec(
     required=(),
     detect=detect,
     convert=convert,
-    summary=f"a question ({', '.join(QUESTIONS)}) and an answer ({', '.join(ANSWERS)}); optional input, context, system, history",
+    summary=f"a question ({', '.join(QUESTIONS)}) and an answer ({', '.join(ANSWERS)}); optional input, context,"
+    " system, history",
     uses={
         **BELOW_USES,
         **dict.fromkeys(QUESTIONS, "the user turn"),

@@ -9,23 +9,8 @@ from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatS
 from preftune.data.formats.openings import prompted
 from preftune.data.formats.turns import need_text_or_messages
 
-_YES = (
-    "true",
-    "1",
-    "1.0",
-    "+1",
-    "yes",
-    "desirable",
-    "chosen",
-    "accepted",
-    "thumbs_up",
-    "thumbs up",
-    "up",
-    "like",
-    "liked",
-)
-_NO = ("false", "0", "0.0", "-1", "-1.0", "no", "undesirable", "rejected", "thumbs_down", "thumbs down", "down", "dislike",
-       "disliked")  # fmt: skip
+_YES = ("true", "1", "1.0", "+1", "yes", "desirable", "chosen", "accepted", "thumbs_up", "up", "like", "liked")
+_NO = ("false", "0", "0.0", "-1", "-1.0", "no", "undesirable", "rejected", "thumbs_down", "down", "dislike", "disliked")
 _LABELS = {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}
 #: Columns that say whether an answer is desirable, in the order in which they are looked for.
 LABELS = ("label", "kto_tag", "desirable")
