@@ -40,7 +40,7 @@ def detect_preference(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     """A conversation beside two answers, which are no whole conversations themselves."""
     if conversation_column(columns, row) is None or not has(columns, "chosen", "rejected"):
         return False
-    chosen = row.get("chosen")
+    chosen: Any = row.get("chosen")
     return not is_messages(chosen) or message(chosen[0], "chosen")["role"] not in ("user", "system")
 
 
