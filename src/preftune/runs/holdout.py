@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ def _opening(row: Mapping[str, Any]) -> Any:
         shared = next((n for n, (one, other) in enumerate(pairs) if one != other), len(pairs))
         return chosen[:shared]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return os.path.commonprefix([chosen, rejected])
+        shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
+        return chosen[:shared]
     if isinstance(turns, list):
         answers = (n for n, turn in enumerate(turns) if isinstance(turn, Mapping) and turn.get("role") == "assistant")
         return turns[: next(answers, len(turns))]
