@@ -15,8 +15,6 @@ from preftune.evaluation.config import EvalConfig
 if TYPE_CHECKING:
     from preftune.evaluation import EvalResult
 
-#: What an evaluation leaves.
-FILES = ("eval.json", "generations.jsonl", "judge.jsonl")
 #: Settings of training that could not act here.
 _TRAINING_ONLY = (
     *("dataset_train_split", "dataset_test_split", "dataset_mixture", "dataset_mixer", "dataset_splits"),
@@ -90,14 +88,15 @@ def _check_places(settings: Resolved[EvalConfig]) -> None:
 
     It may be the model's own folder, where a report finds them.
     """
-    from preftune.ownership import check_places, claim_files
+    from preftune.evaluation.files import RESULTS, claim
+    from preftune.ownership import check_places
 
     config, script, quarantine = settings.trainer, settings.script, settings.script.quarantine_path
     read = {name: getattr(config, name) for name in ("model", "ref_model", "compare")}
     read |= {"dataset_name": script.dataset_name, "tokenizer_name_or_path": settings.model.tokenizer_name_or_path}
     check_places({"quarantine_path": quarantine}, read)
-    claim_files(str(config.out), "eval", FILES, "out")
-    if quarantine is not None and os.path.basename(quarantine) in FILES:
+    claim(str(config.out))
+    if quarantine is not None and os.path.basename(quarantine) in RESULTS:
         raise ConfigError("a result has this name", where="quarantine_path", value=quarantine, remedy="name another")
 
 

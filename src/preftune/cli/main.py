@@ -17,7 +17,7 @@ from preftune.errors import ConfigError, PreftuneError, SetupError
 from preftune.version import __version__
 
 # These read their arguments themselves: settings are the fields of classes whose import takes seconds.
-_READ_THEMSELVES = frozenset({"advise", "data", "demo", "sweep", "eval"})
+_READ_THEMSELVES = frozenset({"advise", "data", "demo", "sweep", "eval", "run"})
 
 
 __all__ = ["VERBS", "build_parser", "main"]

@@ -11,6 +11,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 
 VERBS: dict[str, str] = {
+    "run": "the whole path from a file of rows: audit, advised settings, training, evaluation, report",
     "sft": "supervised fine-tuning on completions or conversations",
     "dpo": "preference optimisation on pairs (DPO and its family)",
     "orpo": "odds-ratio preference optimisation on pairs, without a reference",

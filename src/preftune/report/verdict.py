@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from preftune.report.curves import Curve, Curves
+from preftune.report.curves import Curve, Curves, curves_of
 from preftune.report.files import mapping, number, objects, strings
-from preftune.report.read import Run
+from preftune.report.read import Run, read_run
 from preftune.report.settings import settings_of
 from preftune.report.tables import figure, interval, is_interval, level_of, percent
 from preftune.stats.intervals import wilson_interval
@@ -327,3 +328,13 @@ def _sentence(text: str) -> str:
     """The text with a capital at its beginning and a stop at its end."""
     flat = " ".join(text.split())
     return flat[:1].upper() + flat[1:] + ("" if flat.endswith((".", "!", "?")) else ".")
+
+
+def headline(folder: Path) -> str:
+    """The sentence that a report on a run begins with.
+
+    Args:
+        folder: The run's folder.
+    """
+    run = read_run(folder)
+    return judge(run, curves_of(run)).headline

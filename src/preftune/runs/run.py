@@ -53,7 +53,9 @@ class Run:
         settings: Resolved settings.
         console: Where the first process prints; the others have a silent one.
         sources: Where data and model come from.
+        again: Command that goes on where the run stops, where it is not its own with a checkpoint.
         snapshot: All values by role as they were resolved, before they are used up.
+        has_test: Whether rows are held out; known once they are loaded.
     """
 
     verb: str
@@ -61,7 +63,9 @@ class Run:
     settings: Resolved[Any]
     console: Console = field(default_factory=lambda: Console(quiet=True))
     sources: Sources = field(default_factory=Sources)
+    again: str | None = None
     snapshot: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+    has_test: bool = field(default=False, init=False)
 
     @property
     def args(self) -> Any:
@@ -112,6 +116,7 @@ def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, A
     with this.console.status("loading data"):
         offline = go_offline_if_unreachable([*dataset_names(script), model.model_name_or_path])
         splits = this.sources.splits(this.settings, with_test=_evaluates(args))
+        this.has_test = "test" in splits
     if offline:
         this.console.print(offline, style="yellow", highlight=False)
     compares = this.verb in _WITH_REFERENCE
@@ -182,7 +187,7 @@ def train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> bool
     if stop.stopped_at is not None and stop.stopped_at < trainer.state.max_steps:
         checkpoint = os.path.join(this.args.output_dir, f"checkpoint-{stop.stopped_at}")
         saved = f"saved {checkpoint}" if os.path.isdir(checkpoint) else f"checkpoint-{stop.stopped_at} was not saved"
-        _say(this, f"stopped; {saved}\nto go on: {resume_command(this.verb, this.argv)}")
+        _say(this, f"stopped; {saved}\nto go on: {this.again or resume_command(this.verb, this.argv)}")
         end_trainer(trainer)
         return False
     results = dict(outcome.metrics)
