@@ -63,9 +63,8 @@ class Progress:
         counted = self._done + self._skipped
         rest = (self._total - counted) * passed / max(self._done, 1)
         if rest >= _SECONDS_WORTH:
-            text = (
-                f"about {_round(rest)} at most" if first else f"{counted / self._total:.0%}, about {_round(rest)} left"
-            )
+            share = f"{100 * counted / self._total:.0f} %"
+            text = f"about {_round(rest)} at most" if first else f"{share}, about {_round(rest)} left"
             print(f"{self._description}: {text}", file=sys.stderr, flush=True)
 
 
