@@ -53,6 +53,13 @@ class ProgressReport(TrainerCallback):
             self._live = live(self._console, self._bar)
             self._live.start()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock again: what comes before the first step would spoil the pace."""
+        if state.global_step == self._first_step:
+            self._started = time.monotonic()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
         if self._bar is not None:

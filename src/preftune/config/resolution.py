@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -23,6 +24,8 @@ from preftune.config.sources import (
 from preftune.errors import ConfigError, PreftuneError
 
 T = TypeVar("T")
+
+_BEGINS_AS_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,12 @@ def _checked(setting: Setting, field: Field) -> Any:
 def _suggest_value(value: Any, field: Field) -> str | None:
     if not isinstance(value, str):
         return None
+    number = _BEGINS_AS_NUMBER.match(value)
+    if number and "number" in describe(field.annotation, field.choices):
+        # "such as 1e-6" describes what is meant, and is no value to offer.
+        return f"did you mean {number[0]}?"
     options = describe(field.annotation, field.choices).replace(" or ", ", ").split(", ")
+    options = [option for option in options if " " not in option]
     close = difflib.get_close_matches(value, options, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else None
 

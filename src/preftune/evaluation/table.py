@@ -49,7 +49,7 @@ def show(result: EvalResult, console: Console) -> None:
             console.print(table)
     for sample in result.samples[:2]:
         console.print(_sample(sample))
-    console.print(Text(result.judgement(), style="bold"))
+    console.print(Text(result.judgement(), style="bold"), soft_wrap=True)
 
 
 def _table(title: str, *columns: str, level: float | None = None) -> Table:

@@ -193,7 +193,7 @@ def train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> bool
     results = dict(outcome.metrics)
     trainer.save_metrics("train", outcome.metrics)
     if splits.get("test") is not None:
-        metrics = trainer.evaluate()
+        metrics = _last_evaluation(trainer) or trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         results |= metrics
     if guards is not None:
@@ -210,6 +210,17 @@ def train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> bool
     if complaint is not None:
         raise complaint
     return True
+
+
+def _last_evaluation(trainer: Any) -> dict[str, Any] | None:
+    """The evaluation of the last step, if there was one and the weights are still those that it was of."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    for entry in reversed(trainer.state.log_history):
+        found = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if found and entry.get("step") == trainer.state.global_step:
+            return found | ({"epoch": entry["epoch"]} if "epoch" in entry else {})
+    return None
 
 
 def record(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any], results: Mapping[str, Any]) -> None:
