@@ -103,6 +103,19 @@ def test_leaving_the_reference_takes_an_interval_above_the_level() -> None:
     assert not left_reference({})
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        # Four samples whose shares happen to be equal: an interval without width, far above the level.
+        {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 4},
+        {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 100},
+        {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 4},
+    ],
+)
+def test_what_is_no_evidence_excludes_no_trial(entry: dict[str, float]) -> None:
+    assert not left_reference({TAIL: entry})
+
+
 def test_what_is_not_a_number_becomes_null() -> None:
     assert figure(float("nan"), float("inf"), 1.0, 3) == {"mean": None, "low": None, "high": 1.0, "n": 3}
     assert with_interval(np.array([1.0, np.nan]), [0, 1], 0)["mean"] is None

@@ -155,10 +155,8 @@ def _next(result: Mapping[str, Any], plan: Plan, folder: Path) -> str:
     chosen = next((each for each in result["trials"] if each["number"] == best["number"]), {})
     mean = ((chosen.get("metrics") or {}).get(metric) or {}).get("mean")
     if metric in (GAIN, MARGIN, PER_TOKEN) and mean is not None and mean < 0:
-        return (
-            f"even the sweet spot prefers the rejected answers ({metric.removeprefix('eval_')} {mean:.3g}): look at the "
-            f"data before anything is trained\nnext: {command('report', folder)}"
-        )
+        told = f"even the sweet spot prefers the rejected answers ({metric.removeprefix('eval_')} {mean:.3g})"
+        return f"{told}: look at the data before anything is trained\nnext: {command('report', folder)}"
     return f"to train the sweet spot\nnext: {command(plan.verb, '--config', folder / best['config'])}"
 
 

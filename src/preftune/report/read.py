@@ -154,7 +154,11 @@ def _evaluated(evaluation: dict[str, Any], place: Path) -> list[Path]:
     if not isinstance(model, str) or not model:
         return []
     starts = (Path.cwd(), *place.resolve().parents)
-    return list(dict.fromkeys((start / model).resolve() for start in starts))
+    try:
+        return list(dict.fromkeys((start / model).resolve() for start in starts))
+    except (ValueError, OSError, RuntimeError):
+        # No file system knows such a name.
+        return []
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:

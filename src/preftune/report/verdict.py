@@ -16,7 +16,7 @@ from preftune.report.files import mapping, number, objects, strings
 from preftune.report.read import Run, read_run
 from preftune.report.settings import settings_of
 from preftune.report.tables import figure, interval, is_interval, level_of, percent
-from preftune.runs.next_steps import command, evaluation
+from preftune.runs.next_steps import chat, command, evaluation
 from preftune.stats.intervals import wilson_interval
 from preftune.stats.significance import mcnemar
 
@@ -55,6 +55,7 @@ class Verdict:
         evidence: Sentences that support the headline.
         steps: What to do next.
         tiles: Key figures.
+        command: The command that comes next; empty where the folder is no run of preftune.
     """
 
     tone: str
@@ -63,6 +64,7 @@ class Verdict:
     evidence: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
     tiles: list[Tile] = field(default_factory=list)
+    command: str = ""
 
 
 def judge(run: Run, curves: Curves) -> Verdict:
@@ -91,6 +93,9 @@ def judge(run: Run, curves: Curves) -> Verdict:
     if not run.samples and not objects(run.evaluation.get("samples")) and curves.metrics:
         verdict.steps.append("Read samples: figures alone do not show what the answers look like.")
     verdict.tiles = _tiles(run, curves, accuracy)
+    if run.provenance:
+        to_score = not run.evaluation and "test" in mapping(run.provenance.get("data"))
+        verdict.command = evaluation(run.path) if to_score else chat(run.path)
     return verdict
 
 
@@ -191,10 +196,10 @@ def _judge_accuracy(verdict: Verdict, accuracy: dict[str, Any]) -> None:
 def _how_to_evaluate(run: Run) -> str:
     """The command that evaluates a run, complete where the run held rows out."""
     if "test" in mapping(run.provenance.get("data")):
-        return f"Score the model on the rows that it held out: {evaluation(run.path)}"
+        return f"Score the model on held-out pairs: {evaluation(run.path)}"
     return (
-        "Nothing was held out. Train with --test_split_size 0.1, or score the model on a file of other pairs: "
-        f"{evaluation(run.path)} --dataset_name heldout.jsonl"
+        f"Score the model on held-out pairs: {evaluation(run.path)} --dataset_name heldout.jsonl, on any pairs that it "
+        "was not trained on; with --test_split_size 0.1 the next run holds some out by itself."
     )
 
 
@@ -207,9 +212,8 @@ def _judge_without_reference(verdict: Verdict, accuracy: dict[str, Any], run: Ru
         verdict.evidence.append(
             f"{evidence}. An untrained model may sit anywhere, so that this is neither gain nor loss."
         )
-        if run.base_model:
-            before = command("eval", "--model", run.path, "--compare", run.base_model, "--reference_free")
-            verdict.steps.append(f"Compare it with the model before training: {before}")
+        before = command("eval", "--model", run.path, "--compare", run.base_model or "BASE", "--reference_free")
+        verdict.steps.append(f"Compare it with the model before training: {before}")
     else:
         p = _most_cautious(start, mean, number(accuracy.get("n")))
         moved = "better" if mean > start else "worse"
