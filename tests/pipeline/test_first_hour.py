@@ -118,6 +118,7 @@ def test_another_run_in_the_folder_is_not_touched(
 ) -> None:
     from preftune.cli.main import main
 
+    line = "run pairs.jsonl --model base --out tuned --max_steps 2 --no_audit --no_evaluate"
     shell("preftune run pairs.jsonl --model base --out tuned --max_steps 1 --no_audit --no_evaluate")
     before = (place / "tuned" / "provenance.json").read_bytes()
     assert main(line.split()) == 2
