@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from preftune.config import split_command_line
@@ -68,6 +69,7 @@ def run_training(this: Run) -> int:
     from preftune.cli.panel import summary
     from preftune.cli.progress import replace_progress
     from preftune.cli.verbs import INTERRUPTED
+    from preftune.models.path import without_trial
     from preftune.runs.failures import foreseen
     from preftune.runs.run import build_trainer, train
     from preftune.runs.settings import settings_classes
@@ -78,7 +80,9 @@ def run_training(this: Run) -> int:
         this.complete()
         dry_run = this.settings.script.dry_run
         with this.begun():
-            trainer, splits = build_trainer(this, settings_classes(this.verb)[1])
+            # A plan does without the trial of the model's attention, which takes as long as all the rest.
+            with without_trial() if dry_run else nullcontext():
+                trainer, splits = build_trainer(this, settings_classes(this.verb)[1])
             plan = trainer.plan()
             paired, notes = this.verb in ("dpo", "orpo", "cpo"), this.settings.notes
             output_dir = str(this.args.output_dir)

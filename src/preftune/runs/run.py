@@ -26,6 +26,7 @@ from preftune.runs.settings import complete_settings, snapshot_of
 from preftune.runs.stopping import StopOnSignal, say_to_stderr
 from preftune.training.guards import find_guards
 from preftune.training.live import LiveLog
+from preftune.training.telling import Telling
 
 #: Verbs that compare with a reference.
 _WITH_REFERENCE = ("dpo", "kto")
@@ -171,6 +172,8 @@ def train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> bool
         PreftuneError: Training, a checkpoint that is missing in the end, or the push to the Hub failed.
     """
     stop = StopOnSignal(say_to_stderr if trainer.is_world_process_zero() else lambda text: None)
+    # The command line tells all of this itself.
+    trainer.remove_callback(Telling)
     guards = find_guards(trainer)
     if guards is not None:
         guards.say = lambda text: _say(this, text)
