@@ -25,6 +25,16 @@ from preftune.errors import ConfigError, PreftuneError
 
 T = TypeVar("T")
 
+#: Settings that name data, in the forms that are merged and as they may be written.
+_SOURCES = ("dataset_name", "dataset_mixer")
+_NAMES_DATA = (*_SOURCES, "dataset_mixture", "datasets")
+#: Settings that say how one data set is read.
+_OF_ONE_DATA_SET = frozenset(
+    {
+        *("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_columns", "dataset_splits"),
+        *("dataset_format", "dataset_text_field", "pairing"),
+    }
+)
 _BEGINS_AS_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -137,7 +147,30 @@ def _merge(
             merged[current.name] = current
     if unknown:
         raise _unknown_error(unknown, fields, elsewhere)
+    _drop_what_belongs_to_other_data(merged, layers, notes)
     return merged
+
+
+def _drop_what_belongs_to_other_data(merged: dict[str, Setting], layers: list[list[Setting]], notes: list[str]) -> None:
+    """A file that names its own data set says how to read that one, and not the one that a later layer names."""
+    sources = [merged[name] for name in (*_SOURCES, "dataset_mixture") if name in merged]
+    if not sources:
+        return
+    newest = max(setting.layer for setting in sources)
+    named = {layer for layer, each in enumerate(layers) if any(setting.name in _NAMES_DATA for setting in each)}
+    dropped = [
+        setting
+        for name, setting in merged.items()
+        if setting.layer < newest
+        and setting.layer in named
+        and (name in _OF_ONE_DATA_SET or name in (*_SOURCES, "dataset_mixture"))
+    ]
+    for setting in dropped:
+        del merged[setting.name]
+    if dropped:
+        newer = next(setting for setting in sources if setting.layer == newest)
+        told = ", ".join(f"{setting.name} ({setting.where})" for setting in dropped)
+        notes.append(f"left out, as it belongs to the data that {newer.where} replaces: {told}")
 
 
 def _translated(
