@@ -141,6 +141,15 @@ def entry_lines(entry: Entry) -> list[str]:
     return lines + textwrap.wrap(entry.help, _width(), initial_indent=indent, subsequent_indent=indent)
 
 
+def wrapped(text: str) -> str:
+    """A help text with its paragraphs broken to the width of the terminal; indented lines and commands stay."""
+    parts = []
+    for part in text.split("\n\n"):
+        plain = not part.startswith((" ", "usage:", "example:"))
+        parts.append(textwrap.fill(" ".join(part.split()), _width()) if plain else part)
+    return "\n\n".join(parts)
+
+
 def _width() -> int:
     """Columns of a line: those of the terminal, and 110 where there is none."""
     return max(40, min(_MOST_COLUMNS, shutil.get_terminal_size((_MOST_COLUMNS, 24)).columns))
@@ -163,6 +172,8 @@ def _shown(value: Any) -> str:
         return str(value.value)
     if value is None:
         return "null"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if value != "" else "''"

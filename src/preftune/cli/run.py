@@ -74,9 +74,7 @@ def main(argv: Sequence[str]) -> int:
     data, rest = _data(argv)
     line = split_command_line(rest)
     if line.help:
-        from preftune.cli.help import own_lines
-
-        print(_HELP.format(flags="\n".join(own_lines(_Own))))
+        print(help_text())
         return 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SetupError(
@@ -103,6 +101,13 @@ def main(argv: Sequence[str]) -> int:
         except KeyboardInterrupt:
             _say(console, f"to go on: {pipeline.command}")
             raise
+
+
+def help_text() -> str:
+    """The help of the verb."""
+    from preftune.cli.help import own_lines, wrapped
+
+    return wrapped(_HELP.format(flags="\n".join(own_lines(_Own))))
 
 
 def _data(argv: Sequence[str]) -> tuple[str | None, list[str]]:

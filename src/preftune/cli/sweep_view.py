@@ -137,7 +137,10 @@ def _columns(metric: str) -> dict[str, str]:
 def table(result: Mapping[str, Any]) -> Table:
     """All trials with their figures; those that cannot be told from the best are marked as tied with it."""
     best = result["best"] or {}
-    grid = Table(title=f"{result['method']}: {result['metric']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    heading = next(iter(_columns(result["metric"])))
+    grid = Table(
+        title=f"{result['method']}: {heading} on held-out pairs", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     metric = result["metric"]
     columns = _columns(metric)
     # In a terminal of 80 columns two names stay whole, and the figures break between value and interval.
