@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from preftune.errors import ConfigError, DataError
-from preftune.sweep.holdout import held_out, prompt_key, split_off
+from preftune.runs.holdout import prompt_key
+from preftune.sweep.holdout import held_out, split_off
 from preftune.sweep.scores import (
     ACCURACY,
     GAIN,
@@ -100,6 +101,19 @@ def test_leaving_the_reference_takes_an_interval_above_the_level() -> None:
     # Too few prompts for an interval, or no samples at all.
     assert not left_reference({TAIL: {"mean": 0.5, "low": None, "high": None, "n": 1}})
     assert not left_reference({})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        # Four samples whose shares happen to be equal: an interval without width, far above the level.
+        {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 4},
+        {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 100},
+        {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 4},
+    ],
+)
+def test_what_is_no_evidence_excludes_no_trial(entry: dict[str, float]) -> None:
+    assert not left_reference({TAIL: entry})
 
 
 def test_what_is_not_a_number_becomes_null() -> None:

@@ -140,14 +140,23 @@ def held_out_of(rewards: Any, dataset: Any, beta: float) -> HeldOut:
     )
 
 
+#: Samples below which an interval of their mean is not trusted with excluding a trial; heuristic.
+_LEAST_SAMPLES = 8
+
+
 def left_reference(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a trial's own samples hold more of the reference's far tail than the reference's samples would.
 
     The interval of the share has to be above :data:`TAIL_LEVEL`, which no text of the reference exceeds on average.
     What such a policy writes is nothing that the preferences were about; its held-out figures do not speak for it.
+    A handful of samples is no evidence of that, and neither is an interval without width, which is that of values that
+    happen to be equal.
     """
-    low = metrics.get(TAIL, {}).get("low")
-    return low is not None and float(low) > TAIL_LEVEL
+    found = metrics.get(TAIL, {})
+    low, high, number = found.get("low"), found.get("high"), int(found.get("n") or 0)
+    if low is None or high is None or number < _LEAST_SAMPLES or not float(high) > float(low):
+        return False
+    return float(low) > TAIL_LEVEL
 
 
 def figure(mean: Any, low: float | None = None, high: float | None = None, n: int = 0) -> dict[str, Any]:

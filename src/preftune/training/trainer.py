@@ -47,6 +47,7 @@ from preftune.training.start import check_start, method_settings
 from preftune.training.step import Step
 from preftune.training.step_setup import Paths, make_step
 from preftune.training.task import RowTerms, Task
+from preftune.training.telling import Telling
 from preftune.training.visits import visited_rows
 from preftune.training.workers import limit_collectives
 
@@ -138,6 +139,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         if task.reference is not None and task.reference.follows:
             self.add_callback(SyncReference(task.reference))
         task.check_training_data(self.train_dataset)
+        self.add_callback(Telling(self))
 
     def _make_step(self) -> None:
         args, task = self.args, self.task
