@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from preftune.errors import ConfigError, DataError
-from preftune.sweep.holdout import held_out, prompt_key, split_off
+from preftune.runs.holdout import prompt_key
+from preftune.sweep.holdout import held_out, split_off
 from preftune.sweep.scores import (
     ACCURACY,
     GAIN,

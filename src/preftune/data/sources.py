@@ -57,6 +57,11 @@ def load_report(dataset: Any) -> LoadReport | None:
     return report if isinstance(report, LoadReport) else None
 
 
+def carry_report(source: Any, part: Any) -> None:
+    """Let a part of loaded rows carry the report of all of them."""
+    setattr(part, _REPORT_ATTRIBUTE, load_report(source))
+
+
 @dataclass
 class _Loader:
     dataset_format: str
