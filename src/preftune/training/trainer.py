@@ -338,7 +338,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
 
         self.step.watch.begin_heldout(metric_key_prefix)
         metrics, found = evaluate(self.step, self.model, dataloader, after_batch, predict=judge is not None)
-        num_samples = int(self.step.processes.sums([float(len(dataloader.dataset))])[0])  # type: ignore[arg-type]
+        num_samples = len(dataloader.dataset)  # type: ignore[arg-type]
         if judge is not None:
             metrics.update(judge(EvalPrediction(*self.task.judged(found))))
         named = {

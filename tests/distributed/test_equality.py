@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import cases as given
 from tests.parity import worlds
-from tests.training import sharded
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -22,11 +22,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
     return worlds.World(tmp_path_factory.mktemp("world"))
 
 
-def launched(cases: dict[str, sharded.Case], world: worlds.World, folder: Path, **more: Any) -> Any:
+def launched(cases: dict[str, given.Case], world: worlds.World, folder: Path, **more: Any) -> Any:
     """Run some cases in two processes."""
     command = [
         "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tests.training.sharded",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tests.distributed.cases",
     ]  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", *command, world.path, str(folder), json.dumps(cases), json.dumps(more)],
@@ -35,10 +35,10 @@ def launched(cases: dict[str, sharded.Case], world: worlds.World, folder: Path, 
     )  # fmt: skip
 
 
-def assert_as_one_process(case: sharded.Case, world: worlds.World, folder: Path, together: Path) -> None:
+def assert_as_one_process(case: given.Case, world: worlds.World, folder: Path, together: Path) -> None:
     """One process ends with the same weights, losses and evaluation."""
-    sharded.run(case, world.path, folder)
-    one, two = sharded.saved(folder), sharded.saved(together)
+    given.run(case, world.path, folder)
+    one, two = given.saved(folder), given.saved(together)
     assert set(one) == set(two)
     for name, value in one.items():
         assert float((two[name] - value).norm()) <= 1e-5 * float(value.norm()), name
@@ -53,11 +53,25 @@ def assert_as_one_process(case: sharded.Case, world: worlds.World, folder: Path,
 def fsdp2(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes with FSDP2 left of every case."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    done = launched(sharded.FSDP2, world, folder, fsdp=True)
+    done = launched({**given.EVEN, **given.UNEVEN}, world, folder, fsdp=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
-@pytest.mark.parametrize("name", sharded.FSDP2)
+@pytest.fixture(scope="module")
+def ddp(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes with DDP left of every case."""
+    folder = tmp_path_factory.mktemp("ddp")
+    done = launched({**given.UNEVEN, **given.ORDERS}, world, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", [*given.EVEN, *given.UNEVEN])
 def test_fsdp2_ends_with_one_processs_weights(name: str, world: worlds.World, fsdp2: Path, tmp_path: Path) -> None:
-    assert_as_one_process(sharded.FSDP2[name], world, tmp_path, fsdp2 / name)
+    assert_as_one_process({**given.EVEN, **given.UNEVEN}[name], world, tmp_path, fsdp2 / name)
+
+
+@pytest.mark.parametrize("name", [*given.UNEVEN, *given.ORDERS])
+def test_ddp_ends_with_one_processs_weights(name: str, world: worlds.World, ddp: Path, tmp_path: Path) -> None:
+    assert_as_one_process({**given.UNEVEN, **given.ORDERS}[name], world, tmp_path, ddp / name)

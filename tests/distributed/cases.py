@@ -25,7 +25,7 @@ Case = tuple[str, int, dict[str, Any]]
 _STORED: dict[str, Any] = {"num_train_epochs": 2}
 _LIVE: dict[str, Any] = {**_STORED, "reference_store": False}
 _SYNC: dict[str, Any] = {**_STORED, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
-FSDP2: dict[str, Case] = {
+EVEN: dict[str, Case] = {
     "stored": ("DPO", 24, _STORED),
     "live": ("DPO", 24, _LIVE),
     "lora-live": ("DPO", 24, {**_LIVE, "lora": True}),
@@ -37,6 +37,28 @@ FSDP2: dict[str, Case] = {
     "kto": ("KTO", 24, _LIVE),
     "orpo": ("ORPO", 24, _STORED),
     "sft": ("SFT", 24, _STORED),
+}
+_ACCUMULATED = {"gradient_accumulation_steps": 3}
+#: Rows that do not divide by the step: the last one leaves a process with fewer than the other, or with none.
+UNEVEN: dict[str, Case] = {
+    "uneven": ("DPO", 37, _STORED),
+    "uneven-live": ("DPO", 51, {**_LIVE, **_ACCUMULATED}),
+    "uneven-lora": ("DPO", 37, {**_LIVE, "lora": True}),
+    "uneven-synced": ("DPO", 37, _SYNC),
+    "uneven-kto": ("KTO", 37, _LIVE),
+    "uneven-orpo": ("ORPO", 51, {**_STORED, **_ACCUMULATED}),
+    "uneven-sft": ("SFT", 51, {**_STORED, **_ACCUMULATED}),
+}
+#: Orders of the data, and a loss that joins the pairs of a step.
+ORDERS: dict[str, Case] = {
+    "sequential": ("DPO", 37, {**_LIVE, "train_sampling_strategy": "sequential"}),
+    "by-length": ("DPO", 37, {**_LIVE, "train_sampling_strategy": "group_by_length"}),
+    "rebalanced": ("DPO", 37, {**_LIVE, **_ACCUMULATED, "train_sampling_strategy": "batch_rebalance"}),
+    "unseeded": ("DPO", 37, {**_LIVE, "accelerator_config": {"use_seedable_sampler": False}}),
+    "dropped": ("DPO", 37, {**_LIVE, **_ACCUMULATED, "dataloader_drop_last": True}),
+    "workers": ("DPO", 37, {**_LIVE, "dataloader_num_workers": 1}),
+    "joint": ("DPO", 37, {**_LIVE, "loss_type": ["bco_pair"]}),
+    "short": ("DPO", 37, {**_STORED, "max_steps": 3}),
 }
 
 
