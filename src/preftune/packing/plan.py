@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-
 #: Up to so many examples the rows are the most evenly filled ones; beyond, finding them would take longer than a step.
 _EXACT = 4096
 #: Longest budget that filling row by row is made for: its book-keeping is a bit for every token.

@@ -132,6 +132,25 @@ class TaskFeeding(Trainer):
         )
         return limited(loader, args.worker_timeout)
 
+    def prepare_reference(self) -> None:
+        """Know the reference, where there is one."""
+        raise NotImplementedError
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Wrap the model; then, where FSDP2 shards it, know the reference before a checkpoint moves the policy."""
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(  # type: ignore[no-untyped-call]
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        model, _ = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
+        self.prepare_reference()
+        train_dataloader = self.callback_handler.train_dataloader = self.get_train_dataloader()
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return model, train_dataloader
+
     def _costs(self, dataset: Any) -> list[int]:
         """Tokens of every example, all alike where they are unknown."""
         lengths = self.lengths if dataset is self.train_dataset else self.task.lengths(dataset)

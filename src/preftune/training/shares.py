@@ -44,7 +44,7 @@ class Shares(BatchSampler):
     ) -> None:
         # The names by which accelerate and transformers look for what they seed at the beginning of an epoch.
         self.batch_sampler = batches
-        self.sampler = getattr(batches, "sampler", None)
+        self.sampler = getattr(batches, "sampler", None)  # type: ignore[assignment]
         self.batch_size = getattr(batches, "batch_size", None)  # type: ignore[assignment]
         self.drop_last = bool(getattr(batches, "drop_last", False))
         self._costs = costs

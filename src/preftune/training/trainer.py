@@ -27,7 +27,7 @@ from preftune.training import card, carried, checks, setup
 from preftune.training.batch import Batch, Examples, Totals, collate
 from preftune.training.checkpoints import CheckpointedTrainer
 from preftune.training.config import PackedConfig
-from preftune.training.engines import check_engine
+from preftune.training.engines import check_engine, gather_when_saving
 from preftune.training.explicit import explicit_reference
 from preftune.training.feeding import TaskFeeding
 from preftune.training.figures import completed, evaluate, line_is_due
@@ -48,7 +48,7 @@ from preftune.training.step import Step
 from preftune.training.step_setup import Paths, make_step
 from preftune.training.task import RowTerms, Task
 from preftune.training.visits import visited_rows
-from preftune.training.workers import limit_collectives
+from preftune.training.workers import limit_collectives, remember_processes
 
 
 class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
@@ -121,6 +121,8 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
             **kwargs,
         )
         limit_collectives(self.args)
+        remember_processes(self.args)
+        gather_when_saving(self.accelerator)
         checks.check_devices(self.args)
         checks.check_optimizer(self)
         for name, each in {"train": self.train_dataset, **self._evaluated()}.items():
@@ -215,7 +217,11 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         # Before a reference pass that may take long.
         check_start(self, trial)
         self.check_resume(resume_from_checkpoint)
-        self.prepare_reference()
+        if self.is_fsdp_enabled and self.reference is not None and self.reference.store is not None:
+            # While the weights are whole; the pass itself follows when they are sharded, on the device.
+            _ = self.reference.weights_key
+        else:
+            self.prepare_reference()
         if self.generations is not None:
             self.generations.keep_reference()
         try:
