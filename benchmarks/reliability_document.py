@@ -70,9 +70,9 @@ interrupted by any program.
 
 **What is untested.** Two processes were killed and gone on with by themselves (`tests/distributed`), not by this suite.
 Checkpoints under DeepSpeed: manifest, rename and refusal are the same code, but nobody has compared a resumed run with
-an undisturbed one, and the limits above do not hold where DeepSpeed or FSDP2 wait on their own. Processes on several machines, and NCCL, whose watchdog ends
-a process that waits too long with a message of its own, have not been tried either. Two processes here are two on one
-machine's processor, by gloo.
+an undisturbed one, and the limits above do not hold where DeepSpeed or FSDP2 wait on their own. Processes on
+several machines, and NCCL, whose watchdog ends a process that waits too long with a message of its own, have not been
+tried either. Two processes here are two on one machine's processor, by gloo.
 """
 
 _EQUALITIES = """## What is equal, and how closely
