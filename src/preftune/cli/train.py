@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from preftune.config import split_command_line
+from preftune.config.own import take_own
+from preftune.runs.launch import Processes, launch, this_program
 
 if TYPE_CHECKING:
     from preftune.runs.run import Run
 
 
 def main(verb: str, argv: Sequence[str]) -> int:
-    """Train."""
+    """Train, or start the processes that do."""
     line = split_command_line(argv)
     if line.help:
-        from preftune.cli.help import help_of
+        from preftune.cli.help import help_of, sections_of
         from preftune.cli.help_table import sections_of_verb
 
-        print(help_of(verb, sections_of_verb(verb)))
+        print(help_of(verb, [*sections_of_verb(verb), *sections_of({"several processes": Processes})]))
         return 0
+    processes, line = take_own(line, Processes)
+    if (number := processes.to_launch()) is not None:
+        return launch(number, this_program(verb, *argv), lambda text: print(f"preftune: {text}", file=sys.stderr))
     from rich.console import Console
 
     from preftune.cli.console import plain_warnings
@@ -33,6 +39,7 @@ def main(verb: str, argv: Sequence[str]) -> int:
         from preftune.runs.run import Run
         from preftune.runs.settings import read_settings
 
+        processes.check_devices()
         this = Run(verb, tuple(argv), read_settings(verb, line), console)
         code = run_training(this)
         if code == 0:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
-from preftune.data.arrow import rows_of
+from preftune.data.arrow import in_few_pieces, rows_of
 from preftune.data.kept import remembered
 from preftune.data.options import DataOptions
 from preftune.data.processes import in_processes
 from preftune.data.rows import NEUTRAL
+from preftune.data.streams import read_to_end
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def run(dataset: Dataset, worker: Worker, options: DataOptions, desc: str) -> tu
         # A row without a weight among rows that have one counts as one row.
         filled = pc.fill_null(kept["weight"], 1.0)
         kept = kept.set_column(kept.column_names.index("weight"), "weight", filled)
-    return HFDataset(kept.select(names).combine_chunks()), tally
+    return HFDataset(in_few_pieces(kept.select(names))), tally
 
 
 def _all_null(table: Any, name: str, worker: Worker) -> bool:
@@ -219,7 +220,7 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
 
     notes = []
     if isinstance(dataset, datasets.IterableDataset):
-        rows = list(dataset)
+        rows = read_to_end(dataset, name)
         if rows:
             dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
             notes.append(f"{len(rows)} rows of the stream were read ahead, because packing needs lengths")
