@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from preftune.cli.main import main
+from preftune.references import names
 from preftune.references.database import FILE_NAME
 from preftune.references.store import ReferenceStore
 
@@ -42,6 +43,26 @@ def test_info_as_json(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["num_entries"] == 4
     assert facts["path"] == str(filled / FILE_NAME)
     assert [item["weights_key"] for item in facts["weights"]] == ["aa11", "ab22"]
+
+
+def test_info_names_the_models(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names.call("aa11", "org/model")
+    with ReferenceStore() as store:
+        store.put_many("aa11", {b"more": np.zeros(5, dtype=np.float32)})
+        store.put_many("ab22", {b"more": np.zeros(5, dtype=np.float32)})
+    assert main(["cache", "info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("aa11"))
+    assert lines[at + 1] == "  org/model"
+    assert sum(line.startswith("  ") for line in lines) == 1
+    assert main(["cache", "info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["names"] == {"aa11": "org/model"}
+
+
+def test_a_damaged_file_of_names_is_no_failure(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (filled / names.FILE_NAME).write_text("{not json", encoding="utf-8")
+    assert main(["cache", "info"]) == 0
+    assert "aa11" in capsys.readouterr().out
 
 
 def test_info_makes_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

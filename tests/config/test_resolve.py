@@ -237,6 +237,14 @@ def test_settings_of_a_files_own_data_do_not_meet_other_data(tmp_path: Path, sou
         assert name in note
 
 
+def test_the_same_data_named_again_are_the_same_data(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset_name: hub/set\ndataset_train_split: train_sft\n")
+    found = dpo("--config", str(recipe), "--dataset_name", "hub/set")
+    assert found.script.dataset_train_split == "train_sft"
+    assert found.notes == ()
+
+
 def test_settings_beside_the_newer_data_count(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset_name: hub/set\ndataset_train_split: train_sft\n")

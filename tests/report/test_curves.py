@@ -87,3 +87,15 @@ def test_numbers_survive_the_way_into_the_page() -> None:
     lines = [{"step": 1, "loss": 1.0, "num_tokens": 2**24 + 1}, {"step": 2, "loss": 1.0, "num_tokens": 2**30 + 1}]
     tokens = payload(curves_of(run_with(lines)))["axes"]["tokens"]
     assert np.frombuffer(base64.b64decode(tokens["data"]), "<f8").tolist() == [2**24 + 1, 2**30 + 1]
+
+
+@pytest.mark.parametrize("part", ["", "eval_"])
+def test_an_accuracy_of_ties_alone_is_no_point(part: str) -> None:
+    """Before the first step every margin is 0 to the bit, and a tie counts as wrong."""
+    names = (f"{part}rewards/accuracies", f"{part}rewards/margins")
+    values = [(0.0, 0.0), (0.0, -0.2), (0.6, 0.1)]
+    lines = [{"step": step, **dict(zip(names, each, strict=True))} for step, each in enumerate(values)]
+    found = curves_of(Run("run", Path("run"), history=lines))
+    curve = (found.evaluation if part else found.train)["rewards/accuracies"]
+    assert curve.values.tolist() == [0.0, 0.6]
+    assert curve.rows.tolist() == [1, 2]

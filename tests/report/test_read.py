@@ -161,3 +161,10 @@ def test_an_evaluation_of_something_else_stays_apart(tmp_path: Path, monkeypatch
     run = _trained_and_evaluated(tmp_path, "another", tmp_path / "run-eval")
     assert not read_all([run])[0][0].evaluation
     assert len(read_all([run, tmp_path / "run-eval"])[0]) == 2
+
+
+def test_an_evaluation_behind_a_link_is_not_read(tmp_path: Path) -> None:
+    """A report may be passed on, and files elsewhere may not."""
+    run = _trained_and_evaluated(tmp_path, str(tmp_path / "run"), tmp_path / "secret")
+    (run / "eval").symlink_to(tmp_path / "secret")
+    assert not read_run(run).evaluation

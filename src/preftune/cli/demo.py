@@ -16,9 +16,13 @@ def main(argv: Sequence[str]) -> int:
 def _page(out: Path) -> None:
     """Write the page. A demo that is done must not fail because of a page."""
     from preftune.errors import PreftuneError
+    from preftune.ownership import claim_files
     from preftune.report import build
 
     try:
-        print(f"wrote {build([out], out / 'report.html')}")
+        run = claim_files(out, "demo", ["report.html"], "--out")
+        path = build([out], out / "report.html")
+        run.note([path.name])
+        print(f"wrote {path}")
     except PreftuneError as error:
         print(f"the report could not be written: {error}")

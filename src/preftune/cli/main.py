@@ -145,8 +145,9 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError(
             f"unknown verb {verb!r}",
             where="command line",
-            allowed=", ".join(VERBS),
-            remedy=f"did you mean `preftune {close[0]}`?" if close else None,
+            # The guess would be lost behind the list of all.
+            allowed=None if close else ", ".join(VERBS),
+            remedy=f"did you mean `preftune {close[0]}`? `preftune help` lists the verbs" if close else None,
         )
     if verb in TRAINING_VERBS:
         from preftune.cli import train

@@ -156,8 +156,14 @@ def _drop_what_belongs_to_other_data(merged: dict[str, Setting], layers: list[li
     sources = [merged[name] for name in (*_SOURCES, "dataset_mixture") if name in merged]
     if not sources:
         return
-    newest = max(setting.layer for setting in sources)
-    named = {layer for layer, each in enumerate(layers) if any(setting.name in _NAMES_DATA for setting in each)}
+    newer = max(sources, key=lambda setting: setting.layer)
+    newest = newer.layer
+    # A name that is given once more is the same data set.
+    named = {
+        layer
+        for layer, each in enumerate(layers)
+        if any(setting.name in _NAMES_DATA and (setting.name, setting.value) != _named(newer) for setting in each)
+    }
     dropped = [
         setting
         for name, setting in merged.items()
@@ -168,9 +174,12 @@ def _drop_what_belongs_to_other_data(merged: dict[str, Setting], layers: list[li
     for setting in dropped:
         del merged[setting.name]
     if dropped:
-        newer = next(setting for setting in sources if setting.layer == newest)
         told = ", ".join(f"{setting.name} ({setting.where})" for setting in dropped)
         notes.append(f"left out, as it belongs to the data that {newer.where} replaces: {told}")
+
+
+def _named(setting: Setting) -> tuple[str, Any]:
+    return setting.name, setting.value
 
 
 def _translated(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _HEADLINE_BETA = 0.1
 _SHOWN_SAMPLES = 4
 _KEPT_SAMPLES = 40
-_FILES = ("demo.json", "sweep.json", "report.html", "samples.json", "samples.md", "pairs.jsonl", "reward_kl.png", "sft")
+_FILES = ("demo.json", "sweep.json", "samples.json", "samples.md", "pairs.jsonl", "reward_kl.png", "sft")
 
 
 def main(argv: Sequence[str] | None = None, after: Callable[[Path], None] = lambda out: None) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, after: Callable[[Path], None] = lamb
 
     Args:
         argv: Arguments after ``preftune demo``; those of the process by default.
-        after: Called with the folder when all results are in it, while it is still this demo's.
+        after: Called with the folder when all results are in it.
 
     Returns:
         0 if the true reward rose by more than its interval, else 1.
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None, after: Callable[[Path], None] = lamb
         settings = settings.quick()
     if options.betas:
         settings = replace(settings, betas=tuple(sorted(set(options.betas))))
-    results = run_demo(out, settings, options.seed, after=after)
+    results = run_demo(out, settings, options.seed)
+    after(out)
     return 0 if results["risen"] else 1
 
 
@@ -75,7 +76,6 @@ def run_demo(
     settings: DemoSettings | None = None,
     seed: int = 0,
     console: Console | None = None,
-    after: Callable[[Path], None] = lambda out: None,
 ) -> dict[str, Any]:
     """Runs the experiment and writes its files.
 
@@ -84,7 +84,6 @@ def run_demo(
         settings: Sizes and rates.
         seed: Of everything.
         console: Where to print; standard output by default.
-        after: Called with the folder in the end.
 
     Returns:
         The content of ``demo.json``.
@@ -98,9 +97,7 @@ def run_demo(
     account.console.print("[bold]preftune demo[/bold]: teaching a small model to write friendlier reviews\n")
     folders = [f"dpo_beta_{beta:g}" for beta in settings.betas]
     with _own_files(out, [*_FILES, *folders]):
-        results = _run_demo(out, settings, seed, account)
-        after(out)
-        return results
+        return _run_demo(out, settings, seed, account)
 
 
 @contextmanager

@@ -111,7 +111,8 @@ class Pipeline:
     def _identity(self) -> dict[str, Any]:
         asked = self.asked
         document = {"settings": self.explicit, "audit": asked.audit, "verb": self.verb}
-        found: dict[str, Any] = json.loads(json.dumps(document, default=str, sort_keys=True))
+        # As it is kept, so that it can be compared: nothing secret, and nothing that JSON does not know.
+        found: dict[str, Any] = json.loads(json.dumps(redact(document), default=str, sort_keys=True))
         return found
 
     def _find_earlier(self) -> None:
@@ -234,7 +235,7 @@ class Pipeline:
         document = {
             "format": 1,
             "command": redact_argv(["preftune", "run", *self.argv]),
-            "asked": redact(self._identity()),
+            "asked": self._identity(),
         }
         run.put_text(STATE, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 

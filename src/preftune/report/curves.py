@@ -222,12 +222,17 @@ def curves_of(run: Run) -> Curves:
         for key, entry in line.items():
             value = number(entry)
             name = key.removeprefix("eval_")
-            if value is None or name in _IGNORED or _SPEED.search(name):
+            if value is None or name in _IGNORED or _SPEED.search(name) or _all_ties(line, key, value):
                 continue
             rows, values = (train if name == key else evaluation).setdefault(name, ([], []))
             rows.append(row)
             values.append(value)
     return Curves(axes, estimated, _arrays(train), _arrays(evaluation))
+
+
+def _all_ties(line: dict[str, Any], key: str, value: float) -> bool:
+    """An accuracy of 0 at a margin of 0 to the bit: every pair is a tie, which counts as wrong and says nothing."""
+    return key.endswith("rewards/accuracies") and value == 0 and line.get(key.replace("accuracies", "margins")) == 0
 
 
 def plots_for(metrics: Sequence[str]) -> list[PlotSpec]:

@@ -185,7 +185,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     run.samples = read_lines(folder / "samples.jsonl", notes)
     run.audit, run.advice, run.evaluation = (read_object(folder / name, notes) or {} for name in _REPORT_FILES)
     # Where `preftune eval --model RUN` leaves it.
-    run.evaluation = run.evaluation or read_object(folder / INSIDE / _EVALUATION, notes) or {}
+    if not run.evaluation and not (folder / INSIDE).is_symlink():
+        run.evaluation = read_object(folder / INSIDE / _EVALUATION, notes) or {}
     run.base_model = _base_model(folder, run.provenance)
     return run
 

@@ -15,14 +15,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preftune.report.files import Notes, mapping, number, read_object
-from preftune.report.read import LIVE_LOG, STATE, is_run, is_sweep
+from preftune.report.read import INSIDE, LIVE_LOG, STATE, is_run, is_sweep
 from preftune.ui.logs import Counts, Logs, States
 
 Status = Literal["running", "finished", "stopped", "unknown"]
 MAX_DEPTH = 6
 MAX_FOLDERS = 5_000
 #: Files whose change means that there is something new to show.
-WATCHED = (LIVE_LOG, STATE, "alarms.jsonl", "samples.jsonl", "eval.json", "audit.json", "advice.json", "sweep.json")
+WATCHED = (
+    LIVE_LOG,
+    STATE,
+    "alarms.jsonl",
+    "samples.jsonl",
+    "eval.json",
+    "audit.json",
+    "advice.json",
+    "sweep.json",
+    "eval/eval.json",
+)
 #: How far each log was read; shared, because a log is the same whoever asks.
 _LOGS = Logs()
 _STATES = States()
@@ -59,6 +69,9 @@ def find(root: Path) -> dict[str, Entry]:
     base = root.resolve()
     found: dict[str, Entry] = {}
     for folder in _folders(base):
+        if folder.name == INSIDE and folder != base and is_run(folder.parent):
+            # A run's own evaluation, which its page shows.
+            continue
         kind: Literal["run", "sweep"] | None = "sweep" if is_sweep(folder) else "run" if is_run(folder) else None
         if kind is not None and not leads_out(folder, base):
             label = folder.relative_to(base).as_posix() if folder != base else base.name
