@@ -9,6 +9,7 @@ Training does not notice: the samples have random streams of their own, and noth
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,8 @@ def _choose(dataset: Any, num: int, seed: int) -> list[Example]:
         order = np.random.default_rng([seed, len(dataset)]).permutation(len(dataset)).tolist()
         rows = (dataset[number] for number in order)
     else:
-        rows = iter(dataset)
+        # Of a stream that begins again: its beginning.
+        rows = islice(dataset, 100 * num)
     found: dict[bytes, Example] = {}
     for row in rows:
         example = as_arrays(row)

@@ -184,6 +184,10 @@ class Step:
     def _row(self, examples: Examples, numbers: Sequence[int], trees: Trees) -> PackedRow:
         return build_row([tree for k, n in enumerate(numbers) for tree in trees(examples[n], k)], numbers)
 
+    def lengths_of(self, examples: Examples) -> list[int]:
+        """Tokens that each example takes in a row."""
+        return self._lengths(examples, self.task.trees)
+
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of a batch: six per parameter and computed token."""
         if self._num_parameters is None:
