@@ -93,7 +93,7 @@ def test_a_run_goes_on_in_the_middle_of_a_stream(
     monkeypatch.setattr(streams, "BLOCK", 5)
     # It ends and begins again on the way.
     data = Dataset.from_list(worlds.pair_rows(17)).to_iterable_dataset()
-    settings = {"late": True, "gradient_accumulation_steps": 2}
+    settings: dict[str, Any] = {"late": True, "gradient_accumulation_steps": 2}
     whole = trained(world, tmp_path, data, save_strategy="steps", save_steps=4, **settings)
     again = trained(world, tmp_path, data, resume=str(tmp_path / "checkpoint-4"), **settings)
     assert again.state.global_step == 6
@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_used_are_left_out_of_every_block(
     rows = worlds.pair_rows(24)
     bad = [{**row, "chosen": None} if number % 6 == 5 else row for number, row in enumerate(rows)]
     good = [row for row in bad if row["chosen"] is not None]
-    settings = {"late": True, "on_bad_rows": "skip", "max_steps": 5}
+    settings: dict[str, Any] = {"late": True, "on_bad_rows": "skip", "max_steps": 5}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         one = trained(world, tmp_path / "a", Dataset.from_list(bad).to_iterable_dataset(), **settings)

@@ -8,7 +8,7 @@ Training does not notice: the samples have random streams of their own, and noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,7 @@ def _dataset(run: Run) -> Any:
 
 def _choose(dataset: Any, num: int, seed: int) -> list[Example]:
     """Examples with different prompts of at least one token, in an order that the seed decides."""
+    rows: Iterable[Any]
     if isinstance(dataset, datasets.Dataset):
         order = np.random.default_rng([seed, len(dataset)]).permutation(len(dataset)).tolist()
         rows = (dataset[number] for number in order)
