@@ -103,6 +103,19 @@ def let_fsdp_in() -> None:
     AcceleratorState.__init__ = opened
 
 
+def let_deepspeed_in() -> None:
+    """Let DeepSpeed be used on a CPU, which accelerate does for accelerators only."""
+    original = AcceleratorState.__init__
+
+    def opened(self: Any, precision: Any = None, cpu: bool = False, *args: Any, **kwargs: Any) -> None:
+        used = kwargs.get("deepspeed_plugin") is not None
+        original(self, precision, cpu and not used, *args, **kwargs)
+        if used:
+            PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+
+    AcceleratorState.__init__ = opened
+
+
 def rows_of(kind: str, number: int) -> list[dict[str, Any]]:
     """Rows for a trainer."""
     if kind == "KTO":
@@ -171,5 +184,7 @@ if __name__ == "__main__":
     extra = json.loads(further)
     if "fsdp" in extra:
         let_fsdp_in()
+    if "deepspeed" in extra:
+        let_deepspeed_in()
     for case_name, each in json.loads(cases).items():
         run(tuple(each), model, Path(folder, case_name), **extra)

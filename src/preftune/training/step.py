@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
@@ -256,8 +257,11 @@ class Step:
             sync = partial(self.accelerator.no_sync, model=model)
         self.accelerator.gradient_state._set_sync_gradients(last)
         with sync():
-            # Wrappers average gradients over processes, while the loss is already divided by the global count.
-            self.accelerator.backward(loss * self.processes.number)
+            # Wrappers average gradients over processes, and DeepSpeed over an accumulation, while the loss is already
+            # divided by the global count.
+            deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            own = {"scale_wrt_gas": False} if deepspeed else {}
+            self.accelerator.backward(loss * self.processes.number, **own)
 
     # ---- what a task may ask for before its rows --------------------------------------------------------------------
 
