@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import preftune
+from preftune.training import streams
 from tests.parity import worlds
 from tests.training.uneven import different
 
@@ -69,6 +70,7 @@ ORDERS: dict[str, Case] = {
     "dropped": ("DPO", 37, {**_LIVE, "fp64": True, **_ACCUMULATED, "dataloader_drop_last": True}),
     "workers": ("DPO", 37, {**_LIVE, "fp64": True, "dataloader_num_workers": 1}),
     "joint": ("DPO", 37, {**_LIVE, "fp64": True, "loss_type": ["bco_pair"]}),
+    "stream": ("DPO", 37, {**_LIVE, **_ACCUMULATED, "fp64": True, "max_steps": 8, "stream": True}),
     "short": ("DPO", 37, {**_STORED, "fp64": True, "max_steps": 3}),
 }
 #: Runs that keep a checkpoint in the middle of their first epoch, and in the middle of an accumulated one.
@@ -101,6 +103,19 @@ def let_fsdp_in() -> None:
     AcceleratorState.__init__ = opened
 
 
+def let_deepspeed_in() -> None:
+    """Let DeepSpeed be used on a CPU, which accelerate does for accelerators only."""
+    original = AcceleratorState.__init__
+
+    def opened(self: Any, precision: Any = None, cpu: bool = False, *args: Any, **kwargs: Any) -> None:
+        used = kwargs.get("deepspeed_plugin") is not None
+        original(self, precision, cpu and not used, *args, **kwargs)
+        if used:
+            PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+
+    AcceleratorState.__init__ = opened
+
+
 def rows_of(kind: str, number: int) -> list[dict[str, Any]]:
     """Rows for a trainer."""
     if kind == "KTO":
@@ -128,10 +143,13 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
         given["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     trainer_class, config_class = getattr(preftune, f"{kind}Trainer"), getattr(preftune, f"{kind}Config")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) if settings.pop("fp64", False) else path
+    data: Any = Dataset.from_list(rows_of(kind, number))
+    if settings.pop("stream", False):
+        streams.MOST_ROWS_AHEAD, data = 0, data.to_iterable_dataset()
     trainer = trainer_class(
         model=model,
         args=config_class(output_dir=str(out), **settings),
-        train_dataset=Dataset.from_list(rows_of(kind, number)),
+        train_dataset=data,
         eval_dataset=Dataset.from_list(rows_of(kind, 13)),
         processing_class=AutoTokenizer.from_pretrained(path),
         **given,
@@ -166,5 +184,7 @@ if __name__ == "__main__":
     extra = json.loads(further)
     if "fsdp" in extra:
         let_fsdp_in()
+    if "deepspeed" in extra:
+        let_deepspeed_in()
     for case_name, each in json.loads(cases).items():
         run(tuple(each), model, Path(folder, case_name), **extra)

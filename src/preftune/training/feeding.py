@@ -22,8 +22,9 @@ from preftune.training.batch import Batch, collate
 from preftune.training.config import PackedConfig
 from preftune.training.lengths import ExampleLengths
 from preftune.training.setup import prepared_train
-from preftune.training.shares import Shares
+from preftune.training.shares import Shares, share_of
 from preftune.training.step import Step
+from preftune.training.streams import Stream, is_read_late, read_late
 from preftune.training.task import Task
 from preftune.training.workers import limited, worker_errors
 
@@ -57,7 +58,12 @@ class TaskFeeding(Trainer):
         return prepared
 
     def _prepared_train(self, dataset: Any, tokenizer: Any, args: PackedConfig) -> Any:
-        return prepared_train(dataset, args, lambda rows: self._prepared(rows, tokenizer, "train"))
+        def prepare(rows: Any) -> Any:
+            return self._prepared(rows, tokenizer, "train")
+
+        if is_read_late(dataset, args, self.task):
+            return read_late(dataset, args, self.task, prepare)
+        return prepared_train(dataset, args, prepare)
 
     def _evaluated(self) -> dict[str, Any]:
         """Evaluation data by name."""
@@ -88,9 +94,13 @@ class TaskFeeding(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of this process's share of the training data."""
         args = self.args
-        if args.world_size == 1 or not isinstance(self.train_dataset, datasets.Dataset):
-            return limited(super().get_train_dataloader(), args.worker_timeout)
         accelerator, dataset = self.accelerator, self.train_dataset
+        if isinstance(dataset, Stream):
+            # Every process reads all of it, and takes its share of each step.
+            size = args.train_batch_size * args.world_size
+            return self._as_for_one_process(dataset, batch_size=size, drop_last=args.dataloader_drop_last)
+        if args.world_size == 1 or not isinstance(dataset, datasets.Dataset):
+            return limited(super().get_train_dataloader(), args.worker_timeout)
         sampler = self._get_train_sampler()
         batches = sampler
         if not isinstance(sampler, BatchRebalanceSampler):
@@ -105,25 +115,32 @@ class TaskFeeding(Trainer):
             group=args.train_batch_size if self.step.router else None,
             agree=self.step.processes.firsts if drawn_here else None,
         )
-        dataset = self._remove_unused_columns(dataset, description="training")
+        return self._as_for_one_process(
+            self._remove_unused_columns(dataset, description="training"), batch_sampler=shares
+        )
+
+    def _as_for_one_process(self, dataset: Any, **batches: Any) -> DataLoader[Any]:
+        """A loader that accelerate does not divide once more."""
+        args, accelerator = self.args, self.accelerator
         begin = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
         loader: Any = DataLoader(
             dataset,
-            batch_sampler=shares,
+            **batches,
             collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
+            # Several workers would each read all of a stream.
+            num_workers=min(args.dataloader_num_workers, 1 if isinstance(dataset, Stream) else 1 << 30),
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             in_order=args.dataloader_in_order,
             worker_init_fn=begin,
         )
-        # As for one process: what is divided is divided already.
         loader = prepare_data_loader(
             loader,
             accelerator.device,
             num_processes=1,
             process_index=0,
+            dispatch_batches=False,
             rng_types=[],
             use_seedable_sampler=accelerator.use_seedable_sampler,
             data_seed=accelerator.dataloader_config.data_seed,
@@ -201,7 +218,19 @@ class TaskFeeding(Trainer):
     ) -> tuple[list[Any], None]:
         """All micro-batches of an optimizer step as one, preceded by empty ones to keep transformers' step count."""
         batches = list(islice(epoch_iterator, num_batches))
+        if self.args.world_size > 1 and isinstance(self.train_dataset, Stream):
+            batches = self._own_share(batches)
         return [*(Batch() for _ in batches[1:]), Batch.merged(batches)] if batches else [], None
+
+    def _own_share(self, batches: list[Batch]) -> list[Batch]:
+        """This process's share of a step that all have read."""
+        examples = Batch.merged(batches).examples
+        numbers = iter(range(len(examples)))
+        step = [list(islice(numbers, len(batch))) for batch in batches]
+        costs = self.step.lengths_of(examples)
+        share = self.args.process_index, self.args.world_size
+        mine = share_of(step, costs, share, self.args.train_batch_size if self.step.router else None)
+        return [Batch([examples[number] for number in each], [len(each)]) for each in mine]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see transformers' ``Trainer.train``."""

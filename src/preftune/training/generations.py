@@ -8,7 +8,8 @@ Training does not notice: the samples have random streams of their own, and noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,13 @@ def _dataset(run: Run) -> Any:
 
 def _choose(dataset: Any, num: int, seed: int) -> list[Example]:
     """Examples with different prompts of at least one token, in an order that the seed decides."""
+    rows: Iterable[Any]
     if isinstance(dataset, datasets.Dataset):
         order = np.random.default_rng([seed, len(dataset)]).permutation(len(dataset)).tolist()
         rows = (dataset[number] for number in order)
     else:
-        rows = iter(dataset)
+        # Of a stream that begins again: its beginning.
+        rows = islice(dataset, 100 * num)
     found: dict[bytes, Example] = {}
     for row in rows:
         example = as_arrays(row)

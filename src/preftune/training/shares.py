@@ -48,7 +48,7 @@ class Shares(BatchSampler):
         self.batch_size = getattr(batches, "batch_size", None)  # type: ignore[assignment]
         self.drop_last = bool(getattr(batches, "drop_last", False))
         self._costs = costs
-        self._rank, self._number = share
+        self._share = share
         self._per_step = per_step
         self._group = group
         self._agree = agree
@@ -60,7 +60,7 @@ class Shares(BatchSampler):
     def __iter__(self) -> Iterator[Numbers]:
         batches = iter(self.batch_sampler if self._agree is None else self._agree(list(self.batch_sampler)))
         while step := list(islice(batches, self._per_step)):
-            for numbers in self._share_of(step):
+            for numbers in share_of(step, self._costs, self._share, self._group):
                 if numbers or self._keep_empty:
                     yield numbers
 
@@ -70,14 +70,25 @@ class Shares(BatchSampler):
             if hasattr(each, "set_epoch"):
                 each.set_epoch(epoch)
 
-    def _share_of(self, step: list[Numbers]) -> list[Numbers]:
-        size = self._group or 1
-        units = [batch[start : start + size] for batch in step for start in range(0, len(batch), size)]
-        costs = [sum(self._costs[number] for number in unit) for unit in units]
-        most = None if self._group is None else len(step)
-        mine = [units[place] for place in share_out(costs, self._number, most)[self._rank]]
-        if self._group is not None:
-            return mine + [[] for _ in range(len(step) - len(mine))]
-        numbers = [number for unit in mine for number in unit]
-        each = -(-len(numbers) // len(step))
-        return [numbers[place * each : (place + 1) * each] for place in range(len(step))]
+
+def share_of(
+    step: Sequence[Numbers], costs: Sequence[float], share: tuple[int, int], group: int | None = None
+) -> list[Numbers]:
+    """One process's share of the batches of a step, in as many batches.
+
+    Args:
+        step: Example numbers, batch by batch.
+        costs: What each example costs, by its number.
+        share: This process's number and the number of processes.
+        group: Examples that have to stay together; by default each goes by itself.
+    """
+    size = group or 1
+    units = [batch[start : start + size] for batch in step for start in range(0, len(batch), size)]
+    most = None if group is None else len(step)
+    shared = share_out([sum(costs[number] for number in unit) for unit in units], share[1], most)
+    mine = [units[place] for place in shared[share[0]]]
+    if group is not None:
+        return mine + [[] for _ in range(len(step) - len(mine))]
+    numbers = [number for unit in mine for number in unit]
+    each = -(-len(numbers) // len(step))
+    return [numbers[place * each : (place + 1) * each] for place in range(len(step))]

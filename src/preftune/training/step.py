@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
@@ -184,6 +185,10 @@ class Step:
     def _row(self, examples: Examples, numbers: Sequence[int], trees: Trees) -> PackedRow:
         return build_row([tree for k, n in enumerate(numbers) for tree in trees(examples[n], k)], numbers)
 
+    def lengths_of(self, examples: Examples) -> list[int]:
+        """Tokens that each example takes in a row."""
+        return self._lengths(examples, self.task.trees)
+
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of a batch: six per parameter and computed token."""
         if self._num_parameters is None:
@@ -252,8 +257,11 @@ class Step:
             sync = partial(self.accelerator.no_sync, model=model)
         self.accelerator.gradient_state._set_sync_gradients(last)
         with sync():
-            # Wrappers average gradients over processes, while the loss is already divided by the global count.
-            self.accelerator.backward(loss * self.processes.number)
+            # Wrappers average gradients over processes, and DeepSpeed over an accumulation, while the loss is already
+            # divided by the global count.
+            deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            own = {"scale_wrt_gas": False} if deepspeed else {}
+            self.accelerator.backward(loss * self.processes.number, **own)
 
     # ---- what a task may ask for before its rows --------------------------------------------------------------------
 

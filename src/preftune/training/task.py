@@ -100,6 +100,8 @@ class Task:
     guards: ClassVar[tuple[str, ...]] = COMMON
     #: Which of :meth:`totals` the loss is divided by.
     denominator: ClassVar[int] = 0
+    #: Whether examples can be prepared block by block, without looking at the others.
+    streams: ClassVar[bool] = True
     #: Add the load-balancing loss wherever a model has one, not only where its configuration asks for it.
     balances_experts: ClassVar[bool] = False
 

@@ -54,6 +54,8 @@ class AnswerTask(PreferenceTask):
         "label",
         *COLUMNS,
     )
+    # Completions are exchanged among the examples of a step, whose number the rows that are left out change.
+    streams = False
     balances_experts = True
 
     def __init__(self, args: KTOConfig) -> None:

@@ -1,0 +1,40 @@
+"""DeepSpeed's ZeRO-1 and ZeRO-2 end with one process's weights, where DeepSpeed is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import cases as given
+from tests.distributed.test_equality import assert_same
+from tests.parity import worlds
+
+pytest.importorskip("deepspeed")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_ends_with_one_processs_weights(stage: int, tmp_path: Path) -> None:
+    world = worlds.World(tmp_path / "world")
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    settings = {
+        **dict.fromkeys(batches, "auto"),
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.distributed.cases"]
+    done = subprocess.run(
+        [*command, world.path, str(tmp_path), json.dumps(given.UNEVEN), json.dumps({"deepspeed": settings})],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PREFTUNE_CACHE": str(tmp_path / "cache")},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, case in given.UNEVEN.items():
+        given.run(case, world.path, tmp_path / "one" / name)
+        assert_same(tmp_path / "one" / name, tmp_path / name, 1e-5)
