@@ -412,7 +412,7 @@ def test_assistant_turns_alone_are_looked_at_too() -> None:
         prepare_sft(rows, make_tokenizer(template=drops), DataOptions(), assistant_only_loss=True)
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"trainable": False}, {"loss": False}])
 def test_turns_marked_as_not_to_be_trained_on_are_told(mark: dict[str, Any], tokenizer: Any) -> None:
     turns = [user("the cat"), assistant("sat") | mark, user("and"), assistant("dogs")]
     _, report = prepare_sft(
