@@ -385,9 +385,9 @@ ATTRIBUTES = {
     ],
     "KTO": [
         *("beta", "loss_type", "desirable_weight", "undesirable_weight", "precompute_ref_logps", "aux_loss_enabled"),
-        "router_aux_loss_coef",
+        *("router_aux_loss_coef", "calculate_KL"),
     ],
-    "SFT": ["aux_loss_enabled", "router_aux_loss_coef"],
+    "SFT": ["aux_loss_enabled", "router_aux_loss_coef", "chat_template"],
     "ORPO": ["beta", "max_length", "aux_loss_enabled", "aux_loss_coef", "is_encoder_decoder"],
     "CPO": [
         *("beta", "label_smoothing", "loss_type", "cpo_alpha", "alpha", "max_length"),
