@@ -164,6 +164,23 @@ def test_data_show_prepares_rows_as_each_verb_does(verb: str, shown: str, cli: C
     assert ("row 19" in out) == (verb == "kto")
 
 
+def test_data_show_goes_on_without_rows_that_cannot_be_shown(cli: Cli) -> None:
+    rows = [
+        {"prompt": "the plot", "chosen": " was nice", "rejected": answer, "context": "aside"}
+        for answer in (" no", None)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    code, out, err = cli("data", "show", "--model_name_or_path", "model", "--dataset_name", "rows.jsonl")
+    assert code == 0, err
+    assert "left out: 1 null; the first is rows.jsonl:2, field 'rejected': 'rejected' is null" in out
+    assert "not used, although they hold a part of the conversation: context" in out
+    assert "row 0" in out
+    strict = ("--on_bad_rows", "error")
+    code, out, err = cli("data", "show", "--model_name_or_path", "model", "--dataset_name", "rows.jsonl", *strict)
+    assert code != 0
+    assert "rows.jsonl:2" in err
+
+
 def test_plain_text_may_stand_in_another_column(cli: Cli) -> None:
     Path("texts.jsonl").write_text('{"body": "the plot was nice"}\n{"body": "a very good film"}\n', encoding="utf-8")
     data = ("--model_name_or_path", "model", "--dataset_name", "texts.jsonl", "--dataset_text_field", "body")

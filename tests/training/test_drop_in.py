@@ -390,9 +390,9 @@ ATTRIBUTES = {
     ],
     "KTO": [
         *("beta", "loss_type", "desirable_weight", "undesirable_weight", "precompute_ref_logps", "aux_loss_enabled"),
-        "router_aux_loss_coef",
+        *("router_aux_loss_coef", "calculate_KL"),
     ],
-    "SFT": ["aux_loss_enabled", "router_aux_loss_coef"],
+    "SFT": ["aux_loss_enabled", "router_aux_loss_coef", "chat_template"],
     "ORPO": ["beta", "max_length", "aux_loss_enabled", "aux_loss_coef", "is_encoder_decoder"],
     "CPO": [
         *("beta", "label_smoothing", "loss_type", "cpo_alpha", "alpha", "max_length"),
@@ -446,6 +446,21 @@ def test_the_reference_that_follows_can_be_looked_at(world: worlds.World, tmp_pa
     assert moved > 2
     ids = torch.tensor([[5, 6, 7, 8]])
     assert not torch.allclose(trainer.ref_model(ids).logits, trainer.model.eval()(ids).logits, atol=1e-4)
+
+
+def test_a_reference_may_lack_tokens_that_the_policy_lacks_too(world: worlds.World, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(world.tokenizer)
+    spare = base(world).get_input_embeddings().weight.shape[0] - len(tokenizer)
+    tokenizer.add_tokens([f"<nobody says {n}>" for n in range(spare + 1)])
+    trainer = preftune.DPOTrainer(
+        base(world),
+        ref_model=base(world),
+        args=preftune.DPOConfig(str(tmp_path), **{**worlds.DEFAULTS, "max_steps": 1}),
+        train_dataset=data_of("DPO"),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_the_usual_reference_is_no_model(world: worlds.World, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from preftune.config import CommandLine, Resolved, split_command_line
 from preftune.config.own import take_own
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, DataError
 from preftune.verbs import ROWS
 
 if TYPE_CHECKING:
@@ -157,12 +157,26 @@ def _show(line: CommandLine) -> None:
         _print_rows(console, read_settings(own.verb, rest, on_bad_rows="warn"), own)
 
 
+def _rows_to_show(settings: Resolved[Any]) -> Any:
+    """The rows, bad ones included where they can be shown at all; otherwise without those, as a run would train."""
+    from preftune.runs.data import load_splits
+
+    try:
+        return load_splits(settings, with_test=False)["train"]
+    except DataError:
+        if settings.trainer.on_bad_rows != "warn":
+            raise
+        settings.trainer.on_bad_rows = "skip"
+        return load_splits(settings, with_test=False)["train"]
+
+
 def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
     from preftune.data import load_report, show
     from preftune.data.export import columns_told
+    from preftune.data.rows import shorten
     from preftune.data.view import ENCLOSING, REMARKS
     from preftune.models.loading import load_tokenizer
-    from preftune.runs.data import dataset_names, load_splits
+    from preftune.runs.data import dataset_names
     from preftune.runs.network import go_offline_if_unreachable
     from preftune.training.setup import data_options, use_template_and_eos
 
@@ -178,9 +192,14 @@ def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
         use_template_and_eos(tokenizer, args.chat_template_path, args.eos_token)
     if verb in REMARKS:
         console.print(REMARKS[verb], highlight=False)
-    rows = load_splits(settings, with_test=False)["train"]
+    rows = _rows_to_show(settings)
     report = load_report(rows)
-    for text in columns_told(report.columns) if report is not None else []:
+    told = columns_told(report.columns) if report is not None else []
+    if report is not None and report.overlooked:
+        told.append(f"not used, although they hold a part of the conversation: {', '.join(report.overlooked)}")
+    if report is not None and report.bad_rows:
+        told.append(f"left out: {shorten(report.bad_rows)}; the first is {report.first}")
+    for text in told:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     show(
         rows,

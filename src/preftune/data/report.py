@@ -142,31 +142,19 @@ def build_report(
         columns: Column of the data -> what is done with it.
         overlooked: Columns that hold a part of the conversation, and are not used.
         ranges: Least and greatest number of columns that change the loss; ``None`` for those that are not there.
-
-    Returns:
-        The report.
     """
     report = PrepareReport(
         name=name,
         format=format_name,
         rows_read=rows_read,
         rows_kept=rows_kept,
-        dropped=dict(tally.dropped),
         bad_rows=dict(bad_rows),
-        num_truncated=tally.num_truncated,
-        merged_share=tally.num_merged / max(1, tally.num_tokenised),
-        merged_example=tally.example,
-        num_doubled_bos_fixed=tally.num_doubled_bos,
-        num_eos_missing=tally.num_eos_missing,
-        num_eos_appended=tally.num_eos_appended,
         num_prompt_tokens=tokens[0],
         num_chosen_tokens=tokens[1],
         num_rejected_tokens=tokens[2],
         lengths=describe_lengths(lengths),
-        num_environment=tally.num_environment,
-        num_transcripts=tally.num_transcripts,
-        num_marked=tally.num_marked,
         columns=dict(columns or {}),
+        **_of_tally(tally),
     )
     more, of_turns = _of_turns(report, options)
     about, told = _of_columns(report.columns, overlooked, ranges or {})
@@ -175,6 +163,22 @@ def build_report(
     if options.warn:
         warn_findings(report)
     return report
+
+
+def _of_tally(tally: Tally) -> dict[str, Any]:
+    """Fields of a report that are sums over the rows."""
+    return {
+        "dropped": dict(tally.dropped),
+        "num_truncated": tally.num_truncated,
+        "merged_share": tally.num_merged / max(1, tally.num_tokenised),
+        "merged_example": tally.example,
+        "num_doubled_bos_fixed": tally.num_doubled_bos,
+        "num_eos_missing": tally.num_eos_missing,
+        "num_eos_appended": tally.num_eos_appended,
+        "num_environment": tally.num_environment,
+        "num_transcripts": tally.num_transcripts,
+        "num_marked": tally.num_marked,
+    }
 
 
 class DataWarning(UserWarning):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 #: Fields of a turn that say whether it is trained on.
-_MARKS = ("weight", "train", "loss", "training")
+_MARKS = ("weight", "train", "trainable", "training", "loss", "loss_mask")
 
 
 @dataclass

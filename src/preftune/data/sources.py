@@ -70,8 +70,7 @@ def load(
     _check_arguments(dataset_name, dataset_mixture, dataset_mixer, streaming)
     _check_settings(pairing, dataset_format, on_bad_rows, quarantine_path)
     if dataset_splits is not None and dataset_mixer is None:
-        value = list(dataset_splits)
-        what = "dataset_splits belongs to dataset_mixer"
+        what, value = "dataset_splits belongs to dataset_mixer", list(dataset_splits)
         raise ConfigError(what, where="dataset_splits", value=value, remedy="use split")
     handler = BadRowHandler(on_bad_rows, quarantine_path)
     loader = Loader(dataset_format, pairing, handler, for_sft, implicit_prompt)

@@ -92,7 +92,8 @@ def explicit_reference(ref_model: Any, policy: Any, tokenizer: Any, args: Refere
         ref_model = _loaded(ref_model, policy, args)
     ref_model = as_peft_model(ref_model, trained=False)
     rows = base_model(ref_model).get_input_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
+    # A token that the policy has no embedding of either is one that no text has.
+    if rows < min(len(tokenizer), base_model(policy).get_input_embeddings().weight.shape[0]):
         raise ModelError(
             "the reference does not know all of the tokenizer's tokens",
             where="ref_model",

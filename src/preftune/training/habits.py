@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ _DERIVED: dict[str, Callable[[Any], Any]] = {
     "padding_free": lambda trainer: bool(trainer.step.verdict.ok),
     "tokenizer": lambda trainer: trainer.processing_class,
     "is_encoder_decoder": lambda trainer: False,
+    "calculate_KL": lambda trainer: bool(trainer.task.objective.uses_kl),
+    # The step offloads by itself, and no template is exchanged for training.
+    "maybe_activation_offload_context": lambda trainer: contextlib.nullcontext(),
+    "chat_template": lambda trainer: None,
 }
 
 

@@ -47,15 +47,11 @@ def audit(
         options: Data options of the planned training. Bad rows are left out and counted whatever ``on_bad_rows`` says,
             and ``num_proc`` has no effect.
         test: Test split to look for in the training data.
-        ref_margins: Log-prob of chosen less rejected under a reference model, one per usable row of ``dataset`` or
-            `(rows, 2)`, see :func:`preftune.data.audit.noise.estimate_noise`.
+        ref_margins: As :func:`preftune.data.audit.noise.estimate_noise` takes them, one per usable row of ``dataset``.
         name: Name of the data set, for the report.
         bad_rows: ``place`` and ``reason`` of bad rows that loading left out.
         seed: Of folds, resampling and samples; the same seed gives the same report.
         show_progress: Draw bars over long loops.
-
-    Returns:
-        The report.
 
     Raises:
         DataError: No usable rows, an unknown format, or reference margins that do not match the rows.
@@ -67,13 +63,10 @@ def audit(
     if not len(rows) and not rows.bad:
         raise DataError("no usable rows", where=name, remedy="check the file and the split")
     held_out = None if test is None else read_rows(test, options, name="test", tokenizer=tokenizer)
-    if ref_margins is not None and len(np.atleast_1d(ref_margins)) != len(rows):
-        raise DataError(
-            "one reference margin per usable row is needed",
-            where="ref_margins",
-            value=len(np.atleast_1d(ref_margins)),
-            allowed=f"{len(rows)}",
-        )
+    given = None if ref_margins is None else len(np.atleast_1d(ref_margins))
+    if given not in (None, len(rows)):
+        what, allowed = "one reference margin per usable row is needed", f"{len(rows)}"
+        raise DataError(what, where="ref_margins", value=given, allowed=allowed)
     this = _Audit(rows, held_out, tokenizer, options, seed, show_progress)
     this.run(ref_margins)
     return AuditReport(
@@ -90,9 +83,7 @@ def audit(
         settings={
             **asdict(options),
             "tokenizer": None if tokenizer is None else str(tokenizer.name_or_path),
-            "reference": ref_margins is not None,
-            "seed": seed,
-            "notes": list(rows.notes),
+            **{"reference": ref_margins is not None, "seed": seed, "notes": list(rows.notes)},
         },
         seconds=time.perf_counter() - start,
     )
