@@ -64,6 +64,7 @@ def test_a_run_trains_without_the_command_line(world: Path, tmp_path: Path) -> N
         assert (tmp_path / "out" / name).exists(), name
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_its_trials_without_the_command_line(world: Path, tmp_path: Path) -> None:
     own = ("--out", "sweep", "--param", "beta=0.05,0.5", "--num_samples", "0", "--eval_share", "0.25")
     in_python(world, tmp_path, SWEEP, *own, *flags(**SMALL_RUN))
