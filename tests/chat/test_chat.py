@@ -148,6 +148,7 @@ def read_until(handle: int, wanted: bytes, seconds: float = 240.0) -> bytes:
     return seen
 
 
+@pytest.mark.slow
 def test_in_a_terminal_answers_stand_side_by_side_and_ctrl_c_ends(make_run: MakeRun) -> None:
     leader, follower = pty.openpty()
     process = start(
