@@ -140,6 +140,7 @@ def test_varlen_gathers_and_offsets(layout: str, spec: str) -> None:
     check(function, layout_of(layout), spec_of(spec, 4, 16), 2, torch.float64, 1e-10)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("layout", ["pairs", "four branches"])

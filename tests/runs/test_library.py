@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import SMALL_RUN, world
 
 __all__ = ["world"]
 
 TRAIN = """
 import sys
-import pytest
-
 from preftune.config import split_command_line
 from preftune.runs.run import Run, build_trainer, train
 from preftune.runs.settings import read_settings, settings_classes

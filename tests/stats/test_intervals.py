@@ -92,6 +92,7 @@ def coverage(draw: Draw, true_mean: float, method: Method, num_simulations: int 
     return hits / num_simulations
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_covers_independent_rows(method: Method) -> None:
     assert coverage(lambda rng: (rng.exponential(size=200), None), 1.0, method=method) == pytest.approx(0.95, abs=0.02)
