@@ -15,6 +15,7 @@ from preftune.advice.case import noise_from_audit
 from preftune.advice.yaml_file import configuration, write_configuration
 from preftune.errors import ConfigError, DataError
 from preftune.files import write_json
+from preftune.training.plan import MemoryEstimate, TimeEstimate
 
 
 def audit(path: Path, noise: Any) -> Path:
@@ -56,11 +57,13 @@ def test_what_is_no_audit_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_json_is_whole_and_holds_the_contract(tmp_path: Path) -> None:
-    advice = advise(Case("dpo", ("sigmoid",), 7_000_000_000, noise=Noise(0.3, 0.2, 0.4)), memory={"total": math.nan})
+    case = Case("dpo", ("sigmoid",), 7_000_000_000, noise=Noise(0.3, 0.2, 0.4))
+    advice = advise(case, memory=MemoryEstimate(weights=3), time=TimeEstimate(seconds=math.nan))
     write_json(tmp_path / "deep" / "advice.json", advice.as_dict())
     content = json.loads((tmp_path / "deep" / "advice.json").read_text(encoding="utf-8"))
     assert {"settings", "flags", "memory", "time"} <= set(content)
-    assert content["memory"] == {"total": None}
+    assert content["memory"]["total"] == 3
+    assert content["time"]["seconds"] is None
     for setting in content["settings"]:
         assert {"field", "value", "low", "high", "reason", "sources", "kind", "contradiction"} == set(setting)
         assert all({"name", "says"} == set(source) for source in setting["sources"])

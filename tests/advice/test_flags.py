@@ -9,6 +9,7 @@ import pytest
 
 from preftune.advice import Case, Lengths, Noise, advise
 from preftune.advice.case import Flag
+from preftune.training.plan import MemoryEstimate
 
 SEVEN = 7_000_000_000
 #: A sound run of 7B parameters: Zephyr's settings but for beta.
@@ -35,7 +36,7 @@ def flags(
     lengths: Lengths | None = None,
     num_pairs: int = 60_000,
     explicit: frozenset[str] = frozenset({"learning_rate"}),
-    memory: dict[str, Any] | None = None,
+    memory: MemoryEstimate | None = None,
     **given: Any,
 ) -> list[Flag]:
     case = Case(
@@ -83,8 +84,8 @@ def test_a_sound_run_is_left_alone() -> None:
         ("the whole run has 10 steps", "note", {"max_steps": 10}),
         ("no warm-up", "note", {"warmup_steps": 0}),
         ("nothing is held out", "note", {"eval_strategy": "no"}),
-        ("may not fit into memory", "problem", {"memory": {"total": 200, "available": 100}}),
-        ("may not fit into memory", "warn", {"memory": {"total": 110, "available": 100}}),
+        ("may not fit into memory", "problem", {"memory": MemoryEstimate(weights=200, available=100)}),
+        ("may not fit into memory", "warn", {"memory": MemoryEstimate(weights=110, available=100)}),
     ],
 )
 def test_a_risk_is_named_with_remedy_and_source(title: str, severity: str, changes: dict[str, Any]) -> None:
@@ -135,7 +136,7 @@ def test_the_gravest_come_first_and_the_head_of_a_training_shows_few() -> None:
             "learning_rate": 1e-7,
         },
     )
-    advice = advise(case, memory={"total": 3, "available": 2})
+    advice = advise(case, memory=MemoryEstimate(weights=3, available=2))
     ranks = [("problem", "warn", "note").index(flag.severity) for flag in advice.flags]
     assert ranks == sorted(ranks)
     assert ranks.count(2) >= 1

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 import preftune
 from preftune.advice import Case, Lengths, advise
-from preftune.advice.machines import MACHINES, Machine, find_machine
-from preftune.advice.memory import Plan, estimate_memory, operations
-from preftune.advice.shapes import config_of_size, load_config, shape_of
+from preftune.advice.advisor import workload_of
 from preftune.errors import ConfigError, ModelError
 from preftune.models.forward import RowForward
 from preftune.models.head import probe_head
+from preftune.models.shapes import config_of_size, load_config, shape_of
+from preftune.training.estimate import Workload, estimate_memory, estimate_time, operations, optimizer_bytes
+from preftune.training.machines import MACHINES, Machine, find_machine
 from preftune.training.memory import activation_bytes_per_token
 from tests.models.tiny import SIZES, tiny_model
 from tests.parity import worlds
@@ -78,19 +79,64 @@ def test_a_model_of_a_given_size_has_about_that_size() -> None:
 
 def test_memory_is_the_sum_of_its_causes() -> None:
     shape = shape_of(config("LlamaConfig"))
-    plan = Plan(8, 100, 1, prompt=20.0, completion=60.0, longest_row=100)
-    found = estimate_memory(shape, plan, CARD)
+    work = Workload(8, 100, 13, prompt=20.0, completion=60.0, longest_row=100)
+    found = estimate_memory(shape, work, CARD)
     n = shape.num_parameters
-    assert found["gradients"] == found["weights"] == 4 * n
-    assert found["optimizer"] == 8 * n
-    assert found["copies"] == 0
-    assert found["row_tokens"] == 8 * 80
+    assert found.gradients == found.weights == 4 * n
+    assert found.optimizer == 8 * n
+    assert found.copies == 0
+    assert found.row_tokens == 8 * 80
     scored = 8 * 60
     # Three tiles of fp32 logits; kept probabilities and the matrix's gradient, as the head trains.
-    assert found["head"] == 3 * 4 * scored * 97 + 4 * scored * 97 + 4 * 97 * 32
-    causes = ("weights", "reference", "gradients", "optimizer", "copies", "activations", "head")
-    assert found["total"] == sum(found[cause] for cause in causes)
-    assert found["store_bytes"] == 4 * 100 * 60
+    assert found.head == 3 * 4 * scored * 97 + 4 * scored * 97 + 4 * 97 * 32
+    assert found.total == sum(found.causes.values())
+    assert found.store == 4 * 100 * 60
+
+
+@pytest.mark.parametrize(
+    ("optim", "each"),
+    [
+        ("adamw_torch", 8.0),
+        ("adamw_torch_fused", 8.0),
+        ("adamw_8bit", 2.03125),
+        ("adamw_bnb_8bit", 2.03125),
+        ("paged_adamw_8bit", 0.0),
+        ("adafactor", 0.01),
+        ("sgd", 0.0),
+        ("rmsprop", 4.0),
+    ],
+)
+def test_optimizers_keep_what_they_keep(optim: str, each: float) -> None:
+    assert optimizer_bytes(optim, 4 * 1000, 1000) == round(1000 * each)
+
+
+def test_recomputed_activations_are_the_inputs_of_the_layers_and_one_layer() -> None:
+    shape = shape_of(config("LlamaConfig", num_hidden_layers=6))
+    rows: dict[str, Any] = {"prompt": 20.0, "completion": 60.0, "longest_row": 100}
+    kept = estimate_memory(shape, Workload(8, 100, 13, **rows, checkpointing="off"), CARD)
+    again = estimate_memory(shape, Workload(8, 100, 13, **rows, checkpointing="always"), CARD)
+    assert not kept.checkpointed
+    assert again.checkpointed
+    layer = shape.activation_bytes / 6
+    assert again.activations == round((6 * 32 * 4 + 2 * layer) * 640)
+    assert kept.activations == round((shape.activation_bytes + layer) * 640)
+    # Where they fit, "needed" keeps them; where they do not, it recomputes.
+    needed = Workload(8, 100, 13, **rows, checkpointing="needed")
+    assert estimate_memory(shape, needed, CARD) == kept
+    small = Machine("small", shape.weight_bytes + 3 * shape.trainable_bytes + 10_000, 1e12, 1e12, "a test")
+    assert estimate_memory(shape, needed, small).checkpointed
+
+
+def test_references_and_shards_are_counted() -> None:
+    shape = shape_of(config("LlamaConfig"))
+    rows: dict[str, Any] = {"prompt": 20.0, "completion": 60.0, "longest_row": 100}
+    plain = estimate_memory(shape, Workload(8, 100, 13, **rows), CARD)
+    assert plain.reference == 0
+    assert estimate_memory(shape, Workload(8, 100, 13, **rows, copies=1), CARD).reference == shape.trainable_bytes
+    assert estimate_memory(shape, Workload(8, 100, 13, **rows, separate_reference=7), CARD).reference == 7
+    halves = estimate_memory(shape, Workload(8, 100, 13, **rows, sharded=2), CARD)
+    for cause in ("weights", "gradients", "optimizer"):
+        assert getattr(halves, cause) == getattr(plain, cause) // 2
 
 
 def test_half_precision_copies_and_quantised_weights_are_counted() -> None:
@@ -112,11 +158,17 @@ def test_operations_are_counted_by_hand() -> None:
     # q 32x32, k and v 16x32 each, o 32x32, three MLP matrices of 64x32.
     body = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 64 * 32
     assert shape.body_matmul == body
-    step, reference = operations(shape, Plan(1, 1, 1, prompt=10.0, completion=20.0, longest_row=30))
+    found = operations(shape, Workload(1, 1, 1, prompt=10.0, completion=20.0, longest_row=30))
     seen = 10 * 10 / 2 + 2 * (10 * 10 + 10 * 10 / 2)
     forward = 2 * body * 30 + 2 * 97 * 32 * 20 + 4 * 32 * seen
-    assert reference == pytest.approx(forward)
-    assert step == pytest.approx(3 * forward)
+    assert found.forward == pytest.approx(forward)
+    assert found.step == pytest.approx(3 * forward)
+    assert found.thin == 0
+    # An adapter: gradients of the frozen matrices are not formed, those of its own are.
+    shape = shape_of(sizes, lora=ADAPTER)
+    found = operations(shape, Workload(1, 1, 1, prompt=10.0, completion=20.0, longest_row=30))
+    assert found.thin == pytest.approx(6 * shape.num_trainable * 30)
+    assert found.step == pytest.approx(2 * forward)
 
 
 def test_an_adapter_needs_less_and_a_longer_run_takes_longer() -> None:
@@ -128,12 +180,17 @@ def test_an_adapter_needs_less_and_a_longer_run_takes_longer() -> None:
     case = Case("dpo", ("sigmoid",), 10**9, num_pairs=10_000, lengths=lengths, given=given)
     full = advise(case, shape_of(sizes, half=True), MACHINES["h200"])
     adapter = advise(case, shape_of(sizes, half=True, lora=ADAPTER), MACHINES["h200"])
+    assert full.memory is not None
+    assert adapter.memory is not None
     # Gradients, two moments and half-precision copies of a billion parameters: fourteen bytes each.
-    assert full.memory["total"] - adapter.memory["total"] > 12 * 0.9e9
-    assert adapter.time["seconds"] < full.time["seconds"]
-    assert full.time["low"] < full.time["seconds"] < full.time["high"]
+    assert full.memory.total - adapter.memory.total > 12 * 0.9e9
+    assert full.time is not None
+    assert adapter.time is not None
+    assert adapter.time.seconds < full.time.seconds
+    assert full.time.low < full.time.seconds < full.time.high
     slower = advise(case, shape_of(sizes, half=True), MACHINES["a100-80g"])
-    assert slower.time["seconds"] == pytest.approx(full.time["seconds"] * 989 / 312)
+    assert slower.time is not None
+    assert slower.time.seconds == pytest.approx(full.time.seconds * 989 / 312)
 
 
 def test_unknown_names_are_refused_with_a_remedy() -> None:
@@ -144,24 +201,47 @@ def test_unknown_names_are_refused_with_a_remedy() -> None:
     assert find_machine("cpu").fp32 > 0
 
 
-def test_the_summary_of_a_training_expects_what_was_advised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_summary_of_a_training_expects_what_was_advised(tmp_path: Path, peft: bool, checkpointing: bool) -> None:
     world = worlds.World(tmp_path)
     data = Dataset.from_list(worlds.pair_rows(32))
-    args = preftune.DPOConfig(output_dir=str(tmp_path / "out"), **worlds.DEFAULTS)
-    trainer = preftune.DPOTrainer(world.path, args=args, train_dataset=data, processing_class=world.tokenizer)
-    told, lengths = trainer.plan().memory, trainer.lengths
-    assert lengths is not None
-    plan = Plan(
-        pairs_per_step=4,
-        num_pairs=32,
-        num_epochs=1,
-        prompt=lengths.prompt.mean(),
-        completion=lengths.completion.mean(),
-        longest_row=lengths.longest_row,
+    settings = {**worlds.DEFAULTS, "gradient_checkpointing": checkpointing, "checkpoint_policy": "always"}
+    args = preftune.DPOConfig(output_dir=str(tmp_path / "out"), **settings)
+    lora = copy.deepcopy(ADAPTER) if peft else None
+    trainer = preftune.DPOTrainer(
+        world.path, args=args, train_dataset=data, processing_class=world.tokenizer, peft_config=lora
     )
-    advised = estimate_memory(shape_of(trainer.model.config), plan, CARD)
-    assert told.weights == advised["weights"]
-    assert told.gradients == advised["gradients"]
-    assert told.optimizer == advised["optimizer"]
-    assert told.head == pytest.approx(advised["head"], rel=0.1)
-    assert told.activations == pytest.approx(advised["activations"], rel=0.3)
+    plan, lengths = trainer.plan(), trainer.lengths
+    assert lengths is not None
+    shape = shape_of(load_config(str(world.path)), lora=ADAPTER if peft else None)
+    batch = args.per_device_train_batch_size
+    case = Case(
+        "dpo",
+        ("sigmoid",),
+        shape.num_parameters,
+        peft,
+        num_pairs=32,
+        lengths=Lengths(
+            lengths.prompt, lengths.sequences[:, 0] - lengths.prompt, lengths.sequences[:, 1] - lengths.prompt
+        ),
+        given={
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "num_train_epochs": args.num_train_epochs,
+            "max_length": args.max_length,
+            "gradient_checkpointing": checkpointing,
+            "checkpoint_policy": "always",
+            "max_steps": args.max_steps,
+            "bf16": args.bf16,
+        },
+    )
+    machine = find_machine("cpu")
+    work = workload_of(case, shape)
+    advised, seconds = estimate_memory(shape, work, machine), estimate_time(shape, work, machine)
+    assert plan.memory.causes == advised.causes
+    assert plan.memory.row_tokens == advised.row_tokens
+    assert plan.time is not None
+    assert plan.time.step_seconds == pytest.approx(seconds.step_seconds)
+    assert plan.time.seconds == pytest.approx(seconds.seconds)
+    assert plan.time.num_steps == seconds.num_steps == plan.num_steps

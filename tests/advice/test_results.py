@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -92,22 +91,21 @@ def test_the_stated_error_holds_for_all_committed_cells() -> None:
     cells = committed(memory.OUT)["cells"]
     assert {cell["peft"] for cell in cells} == {"full", "lora"}
     assert {cell["dtype"] for cell in cells} == {"fp32", "bf16"}
-    assert len({cell["shape"] for cell in cells}) >= 2
+    assert {cell["checkpointing"] for cell in cells} == {False, True}
+    assert {cell["shape"] for cell in cells} >= {"19m", memory.PRETRAINED}
     for cell in cells:
         growth, seconds = memory.ratios(cell)
-        if cell["growth"] > memory.LARGE_GROWTH:
-            assert 1 / memory.STATED_FACTOR < growth < memory.STATED_FACTOR, memory.line(cell)
-            assert 1 / memory.STATED_FACTOR < seconds < memory.STATED_FACTOR, memory.line(cell)
-        # The trainer sees nothing where its half-precision path keeps tensors by itself.
-        if cell["trainer_bytes_per_token"]:
-            assert cell["traced_bytes_per_token"] == pytest.approx(cell["trainer_bytes_per_token"], rel=0.2)
+        assert 1 / memory.STATED_FACTOR < growth < memory.STATED_FACTOR, memory.line(cell)
+        assert 1 / memory.STATED_FACTOR < seconds < memory.STATED_FACTOR, memory.line(cell)
+        # What the plan of the very run said is what was predicted without it.
+        assert cell["dry_run"] == cell["predicted"]["memory"]["total"]
 
 
 @pytest.mark.slow
 def test_a_fresh_run_grows_as_was_predicted(tmp_path: Path) -> None:
-    spec = {"shape": "25m", "peft": "full", "dtype": "fp32", "threads": 1}
+    spec = {"shape": "19m", "rows": "short", "peft": "full", "dtype": "fp32", "checkpointing": False, "threads": 1}
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "benchmarks.memory", "--cell", json.dumps(spec), str(result)]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     growth, _ = memory.ratios(committed(result))
-    assert math.log(memory.STATED_FACTOR) > abs(math.log(growth))
+    assert 1 / memory.STATED_FACTOR < growth < memory.STATED_FACTOR

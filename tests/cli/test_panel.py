@@ -63,7 +63,7 @@ def test_everything_is_said() -> None:
         "1,234 steps of 8 pairs",
         "packed, cpu: passes the probe",
         "from the store",
-        "about 2.0 GiB (weights 1.0 GiB, activations 1.0 GiB); 1.0 GiB free, which may not be enough",
+        "about 2.0 GiB (weights 1.0 GiB, activations 1.0 GiB) of 1.0 GiB; it may not be enough",
         "out/x",
         "- train: w1",
         "- torch_dtype -> dtype",

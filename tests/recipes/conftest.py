@@ -49,6 +49,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"prompt": [user], "completion": [answer], "label": label} for answer, label in ((good, True), (bad, False))
         ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    chats = [{"messages": row["chosen"]} for row in pairs]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
     (folder / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)), encoding="utf-8")
     _save_model(folder / "model", [row["chosen"][1]["content"] for row in pairs])
     return folder

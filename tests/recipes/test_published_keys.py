@@ -85,7 +85,7 @@ def test_datasets_of_trl_become_a_mixture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
-        ("num_processes", 4, "start with accelerate launch --num_processes N -m preftune"),
+        ("num_processes", 4, "start with preftune VERB --num_processes N --config FILE"),
         ("accelerate_config", "zero2", "start with accelerate launch --config_file CONFIG -m preftune"),
     ],
 )

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from preftune.advice.shapes import load_config
 from preftune.config import ModelConfig
 from preftune.errors import ModelError
 from preftune.models import trust
 from preftune.models.loading import load_model_and_tokenizer, load_tokenizer
+from preftune.models.shapes import load_config
 from tests.security.conftest import NEW, OLD, Cli, Coder, write_coder
 
 

@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from preftune.errors import ConfigError, DataError
-from preftune.sweep.holdout import held_out, prompt_key, split_off
+from preftune.runs.holdout import prompt_key
+from preftune.sweep.holdout import held_out, split_off
 from preftune.sweep.scores import (
     ACCURACY,
     GAIN,
@@ -94,12 +95,40 @@ def test_figures_carry_intervals_over_prompts() -> None:
     assert json.dumps(found, allow_nan=False)
 
 
-def test_leaving_the_reference_takes_an_interval_above_the_level() -> None:
+def test_leaving_the_reference_takes_an_effect_and_an_interval_above_the_level() -> None:
     assert left_reference({TAIL: {"mean": 0.02, "low": 0.0101, "high": 0.03, "n": 100}})
     assert not left_reference({TAIL: {"mean": 0.02, "low": 0.0099, "high": 0.03, "n": 100}})
     # Too few prompts for an interval, or no samples at all.
     assert not left_reference({TAIL: {"mean": 0.5, "low": None, "high": None, "n": 1}})
     assert not left_reference({})
+
+
+@pytest.mark.parametrize("number", [100, 10_000, 1_000_000])
+def test_more_samples_do_not_rule_out_a_policy_that_is_near_the_reference(number: int) -> None:
+    # The interval narrows around 1.2 %, above the level: certain, and still next to nothing.
+    reach = 0.02 / number**0.5
+    near = {"mean": 0.012, "low": 0.012 - reach, "high": 0.012 + reach, "n": number}
+    assert not left_reference({TAIL: near})
+    far = {"mean": 0.03, "low": 0.03 - reach, "high": 0.03 + reach, "n": number}
+    assert left_reference({TAIL: far})
+
+
+def test_no_trial_is_ruled_out_by_a_handful_of_samples_or_an_interval_without_width() -> None:
+    assert not left_reference({TAIL: {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 4}})
+    assert not left_reference({TAIL: {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 400}})
+    assert not left_reference({TAIL: {"mean": 0.25, "low": 0.2, "high": 0.3, "n": 7}})
+    assert left_reference({TAIL: {"mean": 0.25, "low": 0.2, "high": 0.3, "n": 8}})
+
+
+def test_the_rule_says_of_the_committed_trials_what_their_file_says() -> None:
+    report = json.loads((Path(__file__).resolve().parents[2] / "benchmarks/results/sweep/demo.json").read_text())
+    cells = [cell for seed in report["seeds"] for cell in seed["cells"]]
+    assert len(cells) == 108
+    assert [left_reference(cell["metrics"]) for cell in cells] == [cell["left_reference"] for cell in cells]
+    # What docs/sweep.md says of them.
+    shares = [(cell["metrics"][TAIL]["mean"], cell["left_reference"]) for cell in cells]
+    assert f"{100 * max(share for share, left in shares if not left):.2f}" == "1.17"
+    assert f"{100 * min(share for share, left in shares if left):.2f}" == "1.46"
 
 
 def test_what_is_not_a_number_becomes_null() -> None:

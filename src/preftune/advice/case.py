@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from preftune.advice.sources import link_of
 from preftune.errors import ConfigError, DataError
 from preftune.files import parse_json
 
@@ -81,6 +82,12 @@ class Lengths:
         longest: Counts = self.prompt + np.maximum(self.chosen, self.rejected)
         return longest
 
+    @property
+    def both(self) -> Counts:
+        """Tokens of both completions of each pair, ``(pairs,)``."""
+        both: Counts = self.chosen + self.rejected
+        return both
+
     def quantile(self, share: float) -> int:
         """Length that this share of the pairs does not exceed."""
         return math.ceil(float(np.quantile(self.longest, share, method="inverted_cdf")))
@@ -115,6 +122,7 @@ class Case:
         max_positions: Longest sequence that the model was made for, if known.
         given: Settings as they are now, by name.
         explicit: Names that somebody has set; the others are defaults.
+        has_test: Whether the data have a test split; ``None`` where no data are known.
     """
 
     verb: str
@@ -129,6 +137,7 @@ class Case:
     max_positions: int | None = None
     given: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     explicit: frozenset[str] = frozenset()
+    has_test: bool | None = None
 
     def __post_init__(self) -> None:
         if self.num_parameters < 1:
@@ -174,6 +183,11 @@ class Source:
     name: str
     says: str
 
+    @property
+    def link(self) -> str:
+        """Where it can be read; empty for what nobody printed."""
+        return link_of(self.name)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -212,6 +226,7 @@ class Flag:
         remedy: What to do.
         source: Who says so.
         threshold_kind: ``published``, ``heuristic`` or ``computed``.
+        always: Whether it stands though nobody has set those settings.
     """
 
     severity: str
@@ -221,6 +236,7 @@ class Flag:
     remedy: str
     source: str
     threshold_kind: str
+    always: bool = False
 
 
 def noise_from_audit(path: str | Path) -> Noise | None:

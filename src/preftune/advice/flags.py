@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from preftune.advice.case import Case, Flag, Setting, size_text
-from preftune.advice.published import BLOG, HANDBOOK, LEARNING, NOTES, PLAYBOOK
 from preftune.advice.rules import CLEAN, SURE_NOISE, label_state
+from preftune.advice.sources import BLOG, HANDBOOK, LEARNING, NOTES, PLAYBOOK
 from preftune.objectives import METHODS
+from preftune.training.plan import MemoryEstimate, TimeEstimate
 
 #: How far outside its method's published range beta is no longer a choice but a mistake; heuristic.
 _OFF_SCALE = 5.0
 #: Notes: below this, DPO's policy chases reward.
 _LOW_BETA = 0.05
+#: Notes: above this, DPO's policy barely moves.
+_HIGH_BETA = 0.3
 #: Fewer steps than this hardly move a model at the advised rates; heuristic.
 _FEW_STEPS = 20
 #: Shares of truncated pairs to mention, and to warn of; heuristic.
@@ -30,14 +33,14 @@ class View:
     Attributes:
         case: The run with its settings as they are.
         advised: Advised settings by name.
-        memory: Estimate of :func:`~preftune.advice.memory.estimate_memory`, or empty.
-        time: Estimate of :func:`~preftune.advice.memory.estimate_time`, or empty.
+        memory: Estimate of :func:`~preftune.training.estimate.estimate_memory`, or ``None``.
+        time: Estimate of :func:`~preftune.training.estimate.estimate_time`, or ``None``.
     """
 
     case: Case
     advised: Mapping[str, Setting]
-    memory: Mapping[str, Any]
-    time: Mapping[str, Any]
+    memory: MemoryEstimate | None
+    time: TimeEstimate | None
 
     def number(self, name: str) -> float | None:
         """A setting as it is, if it is a number."""
@@ -63,6 +66,54 @@ def _beta_scale(view: View) -> Iterator[Flag]:
     )
 
 
+def _advised(view: View, name: str) -> Any:
+    setting = view.advised.get(name)
+    return None if setting is None else setting.value
+
+
+def _beta_bands(view: View) -> Iterator[Flag]:
+    """The bands of beta for the logistic loss, as users tell them."""
+    beta = view.number("beta")
+    if beta is None or view.case.method not in ("sigmoid", "robust") or beta == _advised(view, "beta"):
+        return
+    if beta > _HIGH_BETA:
+        detail = f"beta {beta:g}; above {_HIGH_BETA:g} the policy barely moves; 0.1 is sound, 0.1 to 0.5 usual"
+        yield Flag("note", ("beta",), "a high beta", detail, "beta: 0.1", NOTES, "published")
+    elif beta < _LOW_BETA:
+        detail = f"beta {beta:g}; below {_LOW_BETA:g} the policy chases reward; recipes of 7B models do take 0.01"
+        remedy = "watch KL and samples, or beta: 0.1; raising beta is safer than lowering it"
+        yield Flag("note", ("beta",), "a low beta", detail, remedy, f"{NOTES}; {HANDBOOK}", "published")
+
+
+def _conventions(view: View) -> Iterator[Flag]:
+    """Numbers that mean something else than in the paper."""
+    given = view.case.given
+    if given.get("f_divergence_type") == "alpha_divergence":
+        alpha = view.number("f_alpha_divergence_coef")
+        if alpha is not None:
+            yield Flag(
+                "note",
+                ("f_divergence_type", "f_alpha_divergence_coef"),
+                "alpha runs the other way than in the f-DPO paper",
+                f"{alpha:g} here, as in TRL, is {1 - alpha:g} there: 1 is reverse KL and 0 forward KL here",
+                f"f_alpha_divergence_coef: {1 - alpha:g} for the paper's {alpha:g}",
+                "arXiv:2309.16240",
+                "published",
+            )
+    beta = view.number("beta")
+    averages = view.case.method == "ipo" and given.get("ipo_normalize", True)
+    if averages and beta and beta < _LOW_BETA and beta != _advised(view, "beta"):
+        yield Flag(
+            "note",
+            ("beta", "ipo_normalize"),
+            f"a target of {1 / (2 * beta):g} nats a token",
+            f"beta {beta:g} with averages over tokens; no policy comes near it, so that the loss is all but linear",
+            "ipo_normalize: false for the paper's sums, or beta: 0.5 to 5",
+            "arXiv:2310.12036",
+            "computed",
+        )
+
+
 def _rate(view: View) -> Iterator[Flag]:
     """Rate against the advised range; an adapter's and a full rate are told apart from a plain mistake."""
     rate, advised = view.number("learning_rate"), view.advised.get("learning_rate")
@@ -81,7 +132,7 @@ def _rate(view: View) -> Iterator[Flag]:
     elif rate > 3 * advised.high:
         title = "learning rate far too high even for an adapter"
         yield Flag("warn", fields, title, said, remedy, names, "heuristic")
-    elif view.case.lora and rate < advised.value / 4:
+    elif view.case.lora and rate < advised.low / 2:
         title = "a full-fine-tuning rate for an adapter: it will hardly move"
         source = f"{HANDBOOK} (5e-7 and 5e-6), {PLAYBOOK} (about 10x)"
         yield Flag("warn", (*fields, "use_peft"), title, said, remedy, source, "heuristic")
@@ -212,6 +263,10 @@ def _steps(view: View) -> Iterator[Flag]:
     if not pairs or not count or epochs is None:
         return
     limit = view.number("max_steps") or 0
+    batch, accumulation = _advised(view, "per_device_train_batch_size"), _advised(view, "gradient_accumulation_steps")
+    if limit <= 0 and batch and accumulation and pairs <= batch * accumulation * view.case.num_processes:
+        # As many steps as these data give.
+        return
     steps = int(limit) if limit > 0 else max(1, round(epochs * -(-count // pairs)))
     if steps < _FEW_STEPS:
         yield Flag(
@@ -271,7 +326,7 @@ def _evaluation(view: View) -> Iterator[Flag]:
             NOTES,
             "published",
         )
-    hours = float(view.time.get("seconds", 0.0)) / 3600
+    hours = 0.0 if view.time is None else view.time.seconds / 3600
     if str(given.get("save_strategy", "")) == "no" and hours > _LONG_HOURS:
         yield Flag(
             "warn",
@@ -285,24 +340,59 @@ def _evaluation(view: View) -> Iterator[Flag]:
 
 
 def _memory(view: View) -> Iterator[Flag]:
-    total, available = view.memory.get("total"), view.memory.get("available")
-    if not total or not available or total <= available:
+    memory = view.memory
+    if memory is None or memory.fits or memory.available is None:
         return
     yield Flag(
-        "problem" if total > 1.2 * available else "warn",
+        "problem" if memory.total > 1.2 * memory.available else "warn",
         ("max_tokens_per_row", "use_peft"),
         "it may not fit into memory",
-        f"about {total / 2**30:.1f} GiB are needed, {available / 2**30:.1f} GiB are there",
-        "use_peft: true, dtype: bfloat16, or a smaller max_tokens_per_row",
+        f"about {memory.total / 2**30:.1f} GiB are needed, {memory.available / 2**30:.1f} GiB are there"
+        + (f", most of it for {max(memory.causes, key=lambda cause: memory.causes[cause])}" if memory.causes else ""),
+        "; ".join(_room(view, memory)[:3]),
         "estimate, docs/advice.md",
         "computed",
+        always=True,
     )
+
+
+def _room(view: View, memory: MemoryEstimate) -> list[str]:
+    """What would make room and is not done yet, what saves most first."""
+    given, case = view.case.given, view.case
+    accelerator = "processor" not in memory.machine
+    quantised = bool(given.get("load_in_4bit") or given.get("load_in_8bit"))
+    half_weights = given.get("dtype") in ("bfloat16", "float16")
+    optim = str(given.get("optim", ""))
+    saved: list[tuple[float, str]] = []
+    if not case.lora:
+        saved.append((0.9 * (memory.gradients + memory.optimizer + memory.copies), "use_peft: true"))
+    elif not half_weights and not quantised:
+        saved.append((memory.weights / 2, "dtype: bfloat16"))
+    elif accelerator and not quantised:
+        saved.append((0.7 * memory.weights, "load_in_4bit: true"))
+    if accelerator and "8bit" not in optim and "adafactor" not in optim and not case.lora:
+        share = 0.75 if not half_weights else 0.5
+        saved.append((share * memory.optimizer, "optim: adamw_8bit (paged_adamw_8bit where that is not enough)"))
+    if not memory.checkpointed:
+        keep = "gradient_checkpointing: true" if given.get("gradient_checkpointing") is False else ""
+        always = "checkpoint_policy: always"
+        saved.append((0.9 * memory.activations, keep or always))
+    elif accelerator and not given.get("activation_offloading"):
+        saved.append((0.5 * memory.activations, "activation_offloading: true"))
+    limit = view.number("max_length")
+    if limit is not None and memory.row_tokens > limit:
+        saved.append((0.5 * memory.activations, "a shorter max_length"))
+    if accelerator and case.num_processes == 1:
+        saved.append((0.5 * (memory.weights + memory.gradients + memory.optimizer), "more devices with FSDP or ZeRO-3"))
+    saved.sort(key=lambda each: -each[0])
+    return [text for size, text in saved if size > 0.02 * memory.total] or ["a smaller model"]
 
 
 CHECKS: tuple[Callable[[View], Iterator[Flag]], ...] = (
     _memory,
     _rate_and_beta,
     _beta_scale,
+    _beta_bands,
     _rate,
     _epochs,
     _smoothing,
@@ -312,6 +402,7 @@ CHECKS: tuple[Callable[[View], Iterator[Flag]], ...] = (
     _evaluation,
     _warmup,
     _steps,
+    _conventions,
 )
 _ORDER = {"problem": 0, "warn": 1, "note": 2}
 #: What the checks rest on, for the documentation.

@@ -8,22 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from preftune.advice.advisor import Advice, advise
 from preftune.advice.case import Case, Lengths, Noise, noise_from_audit
-from preftune.advice.machines import find_machine
-from preftune.advice.shapes import Shape, config_of_size, load_config, shape_of
 from preftune.config import CommandLine, Resolved
 from preftune.config.fields import fields_of
 from preftune.config.sources import settings_from_file
 from preftune.data import prepare
+from preftune.data.unpaired import prepare_unpaired
 from preftune.errors import ConfigError, PreftuneError
 from preftune.models.loading import load_tokenizer, peft_config_from
+from preftune.models.shapes import Shape, config_of_size, load_config, shape_of
 from preftune.objectives import METHODS
 from preftune.runs.data import dataset_names, load_splits
 from preftune.runs.network import go_offline_if_unreachable
 from preftune.runs.run import Run
 from preftune.runs.settings import settings_classes
 from preftune.training.lengths import pair_lengths
+from preftune.training.machines import find_machine
 from preftune.training.setup import data_options
 from preftune.verbs import PREFERENCE_VERBS, ROWS
 
@@ -49,7 +52,19 @@ _GIVEN = (
     "optim",
     "bf16",
     "fp16",
+    "gradient_checkpointing",
+    "checkpoint_policy",
+    "activation_offloading",
+    "generation_steps",
+    "reference_store",
+    "sync_ref_model",
+    "fsdp",
+    "deepspeed",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
 )
+#: Settings of the model that it looks at.
+_OF_MODEL = ("dtype", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "lora_target_modules")
 
 
 @dataclass
@@ -62,6 +77,7 @@ class Known:
         num_pairs: In place of data that are not at hand.
         noise: Share of flipped labels, in place of an audit.
         audit: An ``audit.json``, or its folder.
+        has_test: Whether the data have a test split; found with them.
     """
 
     machine: str | None = None
@@ -69,6 +85,7 @@ class Known:
     num_pairs: int | None = None
     noise: float | None = None
     audit: str | None = None
+    has_test: bool | None = None
 
 
 def find_verb(line: CommandLine) -> str:
@@ -109,7 +126,13 @@ def advise_on(verb: str, settings: Resolved[Any], known: Known) -> tuple[Advice,
     notes: list[str] = []
     machine = find_machine(known.machine)
     shape = _shape(settings, known, notes)
-    return advise(_case(verb, settings, known, shape, notes), shape, machine), notes
+    case = _case(verb, settings, known, shape, notes)
+    first = advise(case, set_alone=True)
+    # What is shown is for the settings as they are advised, the adapter's included.
+    adapter = {name: value for name, value in first.values().items() if name in _OF_MODEL}
+    if any(value != case.given.get(name) for name, value in adapter.items()):
+        shape = _shape(replace(settings, model=replace(settings.model, **adapter)), known, [])
+    return advise(case, shape, machine, set_alone=True), notes
 
 
 def advise_at_start(this: Run, trainer: Any, plan: Any) -> Advice:
@@ -134,11 +157,16 @@ def advise_at_start(this: Run, trainer: Any, plan: Any) -> Advice:
         num_processes=this.args.world_size,
         noise=noise,
         truncated_share=getattr(report, "num_truncated", 0) / kept if kept else None,
-        given=_given({name: snapshot.get(name) for name in (*_GIVEN, *_knobs(trainer.task.objective.names))}, None),
+        given=_given(
+            {
+                **{name: snapshot.get(name) for name in (*_GIVEN, *_knobs(trainer.task.objective.names))},
+                **{name: getattr(this.settings.model, name, None) for name in _OF_MODEL},
+            },
+            None,
+        ),
         explicit=frozenset(name for name, origin in this.settings.origins.items() if origin.kind != "default"),
     )
-    parts = {name: getattr(plan.memory, name) for name in ("weights", "gradients", "optimizer", "activations", "head")}
-    return advise(case, memory={**parts, "total": plan.memory.total, "available": plan.memory.available})
+    return advise(case, memory=plan.memory, time=plan.time)
 
 
 def _shape(settings: Resolved[Any], known: Known, notes: list[str]) -> Shape:
@@ -163,6 +191,7 @@ def _shape(settings: Resolved[Any], known: Known, notes: list[str]) -> Shape:
         lora=peft_config_from(model),
         half=bool(args.bf16 or args.fp16),
         bits=bits,
+        nested=bool(model.use_bnb_nested_quant),
     )
 
 
@@ -179,7 +208,8 @@ def _case(verb: str, settings: Resolved[Any], known: Known, shape: Shape, notes:
     return Case(
         verb,
         methods,
-        shape.num_parameters,
+        # A name like 7B is a rounded number, and rules begin at it.
+        shape.num_parameters if known.num_parameters is None else round(known.num_parameters),
         shape.num_trainable < shape.num_parameters // 2,
         num_pairs=num_pairs,
         num_processes=args.world_size,
@@ -187,10 +217,14 @@ def _case(verb: str, settings: Resolved[Any], known: Known, shape: Shape, notes:
         noise=_noise(known, args.output_dir, notes),
         max_positions=shape.max_positions if known.num_parameters is None else None,
         given=_given(
-            {name: getattr(args, name, None) for name in (*_GIVEN, *_knobs(methods))},
+            {
+                **{name: getattr(args, name, None) for name in (*_GIVEN, *_knobs(methods))},
+                **{name: getattr(settings.model, name, None) for name in _OF_MODEL},
+            },
             settings.model.ref_model_name_or_path,
         ),
         explicit=frozenset(name for name, origin in settings.origins.items() if origin.kind != "default"),
+        has_test=known.has_test,
     )
 
 
@@ -223,15 +257,13 @@ def _data(verb: str, settings: Resolved[Any], known: Known, notes: list[str]) ->
     offline = go_offline_if_unreachable(dataset_names(settings.script))
     if offline:
         notes.append(offline)
-    rows = load_splits(settings, with_test=False)["train"]
+    splits = load_splits(settings, with_test=None)
+    rows, known.has_test = splits["train"], "test" in splits
     if not hasattr(rows, "__len__"):
         notes.append("streamed data: their number and lengths are not known")
         return 0, None
     if model.model_name_or_path is None and model.tokenizer_name_or_path is None:
         notes.append("without a model or tokenizer lengths are not known, and are guessed from max_length")
-        return len(rows), None
-    if ROWS[verb] == "labelled":
-        notes.append("lengths of single answers are not counted, and are guessed from max_length")
         return len(rows), None
     step = max(1, -(-len(rows) // _SAMPLE_ROWS))
     sample = rows.select(range(0, len(rows), step)) if step > 1 else rows
@@ -248,6 +280,16 @@ def _data(verb: str, settings: Resolved[Any], known: Known, notes: list[str]) ->
     except PreftuneError as error:
         notes.append(f"lengths are not known, and are guessed from max_length ({error})")
         return len(rows), None
+    if verb == "kto":
+        # A pair is two answers, each an example of its own.
+        prepared, _ = prepare_unpaired(sample, tokenizer, options, "train")
+        share = len(prepared) / max(len(sample), 1)
+        found = pair_lengths(prepared)
+        if found is None or not len(found.row):
+            return len(rows), None
+        own = found.sequences[:, 0] - found.prompt
+        counted = _counted(len(prepared), round(share * len(rows)), step)
+        return round(share * len(rows)), Lengths(found.prompt, own, np.zeros_like(own), counted)
     prepared, _ = prepare(sample, tokenizer, options, "train")
     found = pair_lengths(prepared)
     if found is None or not len(found.row):
@@ -255,5 +297,11 @@ def _data(verb: str, settings: Resolved[Any], known: Known, notes: list[str]) ->
     prompts = found.row - found.completion
     sides = found.sequences - found.prompt[:, None]
     # Two prompts are only kept apart where truncation cut them, which it did not.
-    counted = f"a sample of {len(found.row):,} of {len(rows):,} pairs" if step > 1 else "counted"
-    return len(rows), Lengths(prompts, sides[:, 0], found.completion - sides[:, 0], counted)
+    counted = _counted(len(found.row), len(rows), step)
+    # Rows that training would leave out for want of a scored token are no examples.
+    number = len(found.row) if step == 1 else len(rows)
+    return number, Lengths(prompts, sides[:, 0], found.completion - sides[:, 0], counted)
+
+
+def _counted(sample: int, whole: int, step: int) -> str:
+    return f"a sample of {sample:,} of {whole:,}" if step > 1 else "counted"

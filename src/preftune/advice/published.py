@@ -15,24 +15,21 @@ from types import MappingProxyType
 from typing import Any
 
 from preftune.advice.case import Case, Source
+from preftune.advice.sources import BLOG, HANDBOOK, NOTES, PLAYBOOK, TRL_ORPO
 from preftune.objectives import METHODS
 from preftune.recipes.catalogue import RECIPES
 
-#: The practice notes that the project was asked to follow.
-NOTES = "practice notes"
-PLAYBOOK = "Smol Training Playbook"
-BLOG = "Hugging Face, preference tuning blog"
-HANDBOOK = "alignment-handbook, zephyr-7b-beta"
-#: This project's own measurement.
-LEARNING = "docs/learning.md (measured here)"
-NOISE_TABLE = "docs/noise.md (measured here)"
-
 #: Sizes of the models that papers of preference methods train, where the row does not say.
 USUAL_SIZE = 7e9
+#: From here on a model is called one of 7B: Llama-2-7B has 6.74 billion parameters.
+SEVEN_BILLION = 6.5e9
+#: A recipe of a model of about the same size, within this factor, comes before a method's general numbers.
+NEAR = 1.5
 
 # Names of the method table that differ from those of the settings.
 _FIELDS = MappingProxyType({"batch_size": "batch_size", "epochs": "num_train_epochs"})
 _ADVISED = ("beta", "learning_rate", "batch_size", "num_train_epochs", "warmup_steps", "label_smoothing")
+_OF_RECIPES = ("beta", "learning_rate", "num_train_epochs", "warmup_steps", "lora_r", "lora_alpha")
 # CPO's authors train an adapter of ALMA-13B, so that its rate is an adapter's.
 _ADAPTER_METHODS = frozenset({"cpo"})
 
@@ -109,7 +106,25 @@ _FURTHER = (
     Published("beta", "arXiv:2403.07691", low=0.1, high=0.25, methods=frozenset({"orpo"})),
     Published("beta", "arXiv:2405.14734", low=2.0, high=10.0, methods=frozenset({"simpo"})),
     Published(
-        "learning_rate", NOTES, low=5e-7, high=1e-6, lora=False, smallest=7e9, says="5e-7 to 1e-6 from 7B parameters on"
+        "learning_rate",
+        NOTES,
+        low=5e-7,
+        high=1e-6,
+        lora=False,
+        smallest=SEVEN_BILLION,
+        says="5e-7 to 1e-6 from 7B parameters on",
+    ),
+    Published(
+        "learning_rate", TRL_ORPO, 8e-6, methods=frozenset({"orpo"}), lora=False, num_parameters=124e6, says="8e-6"
+    ),
+    Published(
+        "learning_rate",
+        TRL_ORPO,
+        8e-5,
+        methods=frozenset({"orpo"}),
+        lora=True,
+        num_parameters=124e6,
+        says="8e-5 for an adapter",
     ),
     Published("learning_rate", "arXiv:2405.14734", low=3e-7, high=1e-6, methods=frozenset({"simpo"}), lora=False),
     Published("learning_rate", "arXiv:2402.01306", low=5e-7, high=5e-6, methods=frozenset({"kto"}), lora=False),
@@ -155,6 +170,8 @@ def _from_recipes() -> Iterator[Published]:
     import yaml
 
     for recipe in RECIPES.values():
+        if not recipe.published or recipe.verb == "sft":
+            continue
         content: dict[str, Any] = yaml.safe_load(recipe.text())
         size = re.search(r"(\d+(?:\.\d+)?)B", recipe.model)
         about = Published(
@@ -163,13 +180,22 @@ def _from_recipes() -> Iterator[Published]:
             methods=frozenset({"+".join(recipe.method)}),
             num_parameters=float(size.group(1)) * 1e9 if size else USUAL_SIZE,
         )
-        for field in ("beta", "learning_rate", "num_train_epochs", "warmup_steps"):
+        knobs = {knob for name in recipe.method for knob in METHODS[name].knobs if knob != "label_smoothing"}
+        for field in (*_OF_RECIPES, *sorted(knobs)):
             value = content.get(field)
-            if value is not None:
+            if isinstance(value, (int, float, str)) and not isinstance(value, bool) and _is_number(value):
                 adapter = bool(content.get("use_peft")) if field == "learning_rate" else None
                 number = float(value)
                 says = f"{number:g} for an adapter" if adapter else ""
                 yield replace(about, field=field, value=number, low=math.nan, high=math.nan, lora=adapter, says=says)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(str(value))
+    except ValueError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)
@@ -196,6 +222,34 @@ def rows_for(field: str, case: Case, labels: str | None = None) -> list[Publishe
     exact = [row for row in found if whole in row.methods]
     first = [row for row in found if case.method in row.methods and row not in exact]
     return [*exact, *first, *(row for row in found if not row.methods)]
+
+
+def nearest(rows: list[Published], case: Case) -> Published | None:
+    """The published number to begin with.
+
+    That of a recipe for a model of about this size comes first where it is nearer in size than the method's general
+    number, or as near and for an adapter where one is trained; among equals the order of the rows decides.
+
+    Args:
+        rows: Rows about one setting and one case, those of its method first.
+        case: The run.
+    """
+    valued = [row for row in rows if row.value is not None]
+    own = [row for row in valued if row.methods] or valued
+    if not own:
+        return None
+    close = [row for row in own if distance(case, row) <= math.log(NEAR)]
+
+    def rank(row: Published) -> tuple[float, int]:
+        # Sizes are rounded: 8.03 billion are 8B.
+        return round(distance(case, row), 1), int(row.lora is not None and row.lora is not case.lora)
+
+    return min(close, key=rank) if close else own[0]
+
+
+def distance(case: Case, row: Published) -> float:
+    """How far apart in size, as a logarithm."""
+    return abs(math.log(case.num_parameters / row.num_parameters))
 
 
 def contradiction(rows: list[Published], factor: float = 2.5) -> str | None:

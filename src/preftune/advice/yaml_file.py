@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from preftune.advice.advisor import Advice
-from preftune.advice.case import Setting
+from preftune.advice.case import Setting, Source
 from preftune.config.secrets import REDACTED, redact
 from preftune.errors import ConfigError
 
@@ -35,7 +35,8 @@ def configuration(advice: Advice, kept: Mapping[str, Any]) -> str:
         "# published: somebody printed the number; computed: it follows from the data; heuristic: a rule of thumb.",
         "",
     ]
-    advised = {setting.field for setting in advice.settings}
+    held = held_out(advice, kept)
+    advised = {setting.field for setting in advice.settings} | set(held)
     for name, value in kept.items():
         if name not in advised:
             # Such a file is kept, passed on and put under version control.
@@ -45,15 +46,43 @@ def configuration(advice: Advice, kept: Mapping[str, Any]) -> str:
     lines.append("")
     for setting in advice.settings:
         lines += [*_comment(setting), _entry(setting.field, setting.value)]
+    if held:
+        lines.append("# held out, whole prompts at a time: a growing training margin looks the same with and without")
+        lines.append("#   overfitting")
+        lines += [_entry(name, value) for name, value in held.items()]
     return "\n".join(lines) + "\n"
+
+
+#: What is held out where the data have no test split, and how often it is looked at, as shares.
+_HELD_OUT, _EVERY = 0.1, 0.25
+
+
+def held_out(advice: Advice, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that hold data out and evaluate on them, where nothing does so yet."""
+    case = advice.case
+    found: dict[str, Any] = {}
+    if str(case.given.get("eval_strategy", "no")) == "no":
+        found |= {"eval_strategy": "steps", "eval_steps": _EVERY}
+    mixture = kept.get("dataset_mixture")
+    divided = kept.get("test_split_size") or (isinstance(mixture, Mapping) and mixture.get("test_split_size"))
+    if not case.has_test and not divided:
+        found["test_split_size"] = _HELD_OUT
+    # Without data there is nothing to divide.
+    return {} if case.has_test is None else found
 
 
 def _comment(setting: Setting) -> list[str]:
     span = "" if setting.low is None or setting.high is None else f" [{setting.low:g} to {setting.high:g}]"
-    text = f"{setting.kind}{span}: {setting.reason}. " + "; ".join(f"{s.name}: {s.says}" for s in setting.sources)
+    text = f"{setting.kind}{span}: {setting.reason}. " + "; ".join(map(quoted, setting.sources))
     if setting.contradiction:
         text += f". {setting.contradiction[0].upper()}{setting.contradiction[1:]}"
     return textwrap.wrap(text, _WIDTH, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
+
+
+def quoted(source: Source) -> str:
+    """A source with its link and what it says."""
+    link = f" ({source.link})" if source.link else ""
+    return f"{source.name}{link}: {source.says}"
 
 
 def _entry(name: str, value: Any) -> str:

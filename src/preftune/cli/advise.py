@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 VERBS = PREFERENCE_VERBS
 
-_HELP = """usage: preftune advise [--config FILE.yaml ...] [--name value ...] [--json] [--write OUT.yaml]
+_HELP = """usage: preftune advise [--config FILE.yaml ...] [--name value ...] [--json] [--verbose] [--write OUT.yaml]
 
-Advise on a run: beta, learning rate, epochs, label smoothing, batch, warm-up and max_length, each with range, reason
-and sources; risks of the settings as they are; memory and time. Nothing is trained; of a model, only config.json and
-the tokenizer are read.
+Advise on a run: beta, learning rate, epochs, label smoothing, batch, warm-up, adapter and max_length, each with range,
+reason and sources; risks of the settings that are set; memory and time with the advised ones. Nothing is trained; of a
+model, only config.json and the tokenizer are read.
 
 {flags}
 
@@ -46,6 +47,7 @@ class _Own:
         num_pairs: Number of pairs, in place of data that are not at hand.
         noise: Share of flipped labels in [0, 0.5], in place of an audit.
         audit: An audit.json or its folder; by default that of output_dir, if there is one.
+        verbose: Also print every reason, with its sources and where they disagree.
     """
 
     verb: str | None = None
@@ -57,6 +59,7 @@ class _Own:
     num_pairs: int | None = None
     noise: float | None = None
     audit: str | None = None
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_parameters", "num_pairs"):
@@ -105,10 +108,18 @@ def main(argv: Sequence[str]) -> int:
         if own.json:
             print(json.dumps(finite(advice.as_dict()), indent=2, ensure_ascii=False, allow_nan=False))
         else:
-            show(console, advice, [*settings.notes, *notes])
+            following = _following(verb, argv, own)
+            show(console, advice, [*settings.notes, *notes], verbose=own.verbose, following=following)
         for path in written:
             console.print(f"wrote {path}", markup=False, highlight=False)
     return 0
+
+
+def _following(verb: str, argv: Sequence[str], own: _Own) -> str:
+    """The command that goes on from here: writing the file, or training with it."""
+    if own.write:
+        return shlex.join(["preftune", verb, "--config", own.write])
+    return shlex.join(["preftune", "advise", *argv, "--write", "advised.yaml"])
 
 
 def _written(advice: Advice, settings: Resolved[Any], own: _Own) -> list[str]:

@@ -11,20 +11,27 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from preftune.advice import Advice, Case
-    from preftune.advice.case import Setting
+    from preftune.training.plan import MemoryEstimate, TimeEstimate
 
 _STYLES = {"problem": "red", "warn": "yellow", "note": "dim"}
-#: Columns from which on reasons and sources fit into the table.
-_WIDE = 120
 
 
-def show(console: Console, advice: Advice, notes: Sequence[str]) -> None:
-    """Print an advice: what it is about, settings, contradictions, flags, memory and time.
+def show(
+    console: Console,
+    advice: Advice,
+    notes: Sequence[str],
+    *,
+    verbose: bool = False,
+    following: str | None = None,
+) -> None:
+    """Print an advice: what it is about, settings, flags, memory and time, and what to do next.
 
     Args:
         console: Where to.
         advice: What.
         notes: Lines about settings and data.
+        verbose: Also every reason, with its sources and where they disagree.
+        following: The next command.
     """
     from rich.table import Table
     from rich.text import Text
@@ -32,11 +39,9 @@ def show(console: Console, advice: Advice, notes: Sequence[str]) -> None:
     console.print(Text(_about(advice.case), style="bold"))
     for note in dict.fromkeys(notes):
         console.print(Text(f"- {note}", style="yellow"))
-    table = Table("setting", pad_edge=False)
+    table = Table("setting", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.columns[0].no_wrap = True
-    # In a narrow terminal, sentences stand below: beside the figures they would be a word wide.
-    wide = console.width >= _WIDE
-    for heading in ("now", "advised", "range", "kind", *(("why", "sources") if wide else ())):
+    for heading in ("now", "advised", "range", "kind"):
         table.add_column(heading, overflow="fold")
     for setting in advice.settings:
         is_loss = setting.field == "loss_type"
@@ -47,22 +52,32 @@ def show(console: Console, advice: Advice, notes: Sequence[str]) -> None:
             Text(_shown(setting.value), style="" if now == setting.value else "bold"),
             Text("" if setting.low is None or setting.high is None else f"{setting.low:g} to {setting.high:g}"),
             setting.kind,
-            *((Text(setting.reason), Text(_sources(setting))) if wide else ()),
         )
     console.print(table)
-    for setting in () if wide else advice.settings:
-        console.print(Text.assemble((f"{setting.field}: ", "bold"), setting.reason, (f" ({_sources(setting)})", "dim")))
-    for setting in advice.settings:
-        if setting.contradiction:
-            console.print(Text.assemble((f"{setting.field}: ", "bold"), setting.contradiction))
-    _flags(console, advice)
+    if verbose:
+        _reasons(console, advice)
+    _flags(console, advice, verbose)
     for label, text in (("memory", memory_line(advice.memory)), ("time", time_line(advice.time))):
         if text:
             console.print(Text.assemble((f"{label}: ", "bold"), text))
+    if not verbose:
+        console.print(Text("reasons and sources: --verbose", style="dim"))
+    if following:
+        console.print(Text.assemble(("next: ", "bold"), following), soft_wrap=True)
 
 
-def _sources(setting: Setting) -> str:
-    return ", ".join(dict.fromkeys(source.name for source in setting.sources))
+def _reasons(console: Console, advice: Advice) -> None:
+    """Reason, sources and contradiction of each setting."""
+    from rich.text import Text
+
+    from preftune.advice.yaml_file import quoted
+
+    for setting in advice.settings:
+        console.print(Text.assemble((f"{setting.field}: ", "bold"), setting.reason))
+        for source in dict.fromkeys(setting.sources):
+            console.print(Text(f"  - {quoted(source)}", style="dim"))
+        if setting.contradiction:
+            console.print(Text(f"  {setting.contradiction}"))
 
 
 def _about(case: Case) -> str:
@@ -74,17 +89,17 @@ def _about(case: Case) -> str:
     return f"{case.verb}, {'+'.join(case.methods)}: {count(case.num_parameters)} parameters, {trained}{pairs}, {noise}"
 
 
-def _flags(console: Console, advice: Advice) -> None:
+def _flags(console: Console, advice: Advice, verbose: bool) -> None:
     from rich.text import Text
 
     if not advice.flags:
         console.print(Text("nothing looks risky", style="green"))
     for flag in advice.flags:
         kind = f"{flag.threshold_kind} threshold" if flag.threshold_kind != "computed" else "computed"
+        where = f" ({kind}; {flag.source})" if verbose else ""
         console.print(
             Text.assemble(
-                (f"{flag.severity}: {flag.title}", _STYLES[flag.severity]),
-                f": {flag.detail}; {flag.remedy} ({kind}; {flag.source})",
+                (f"{flag.severity}: {flag.title}", _STYLES[flag.severity]), f": {flag.detail}; {flag.remedy}{where}"
             )
         )
 
@@ -97,27 +112,33 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def memory_line(memory: Any) -> str:
+def memory_line(memory: MemoryEstimate | None) -> str:
     """Peak memory and its causes; empty where it is not known."""
-    if not memory:
+    if memory is None or not memory.total:
         return ""
-    causes = ("weights", "reference", "gradients", "optimizer", "copies", "activations", "head")
-    parts = ", ".join(f"{cause} {size(memory[cause])}" for cause in causes if memory.get(cause))
-    text = f"about {size(memory['total'])} ({parts}) of {size(memory['available'])} on {memory['machine']}"
-    text += f"; rows of up to {memory['row_tokens']:,} tokens"
-    if memory["store_bytes"]:
-        text += f"; reference log-probs {size(memory['store_bytes'])} on disk"
-    return text + ("; lengths guessed" if memory["lengths_assumed"] else "")
+    parts = ", ".join(f"{cause} {size(taken)}" for cause, taken in memory.causes.items())
+    text = f"about {size(memory.total)} ({parts})"
+    if memory.available is not None:
+        text += f" of {size(memory.available)}" + (f" on {memory.machine}" if memory.machine else "")
+    if memory.row_tokens:
+        text += f"; rows of up to {memory.row_tokens:,} tokens"
+        text += ", their activations recomputed" if memory.checkpointed else ""
+    if memory.store:
+        text += f"; reference log-probs {size(memory.store)} on disk"
+    return text + ("; lengths guessed" if memory.assumed else "")
 
 
-def time_line(time: Any) -> str:
+def time_line(time: TimeEstimate | None) -> str:
     """Time of the run and of a step; empty where it is not known."""
-    if not time:
+    if time is None or not time.step_seconds:
         return ""
-    if not time["plan"]["num_pairs"]:
-        return f"about {time['step_seconds']:.2g} s a step"
-    return (
-        f"about {duration(time['seconds'])} ({duration(time['low'])} to {duration(time['high'])}): "
-        f"{plural(time['num_steps'], 'step')} of {time['step_seconds']:.2g} s, "
-        f"reference pass {duration(time['reference_seconds'])}"
+    measured = "" if time.is_measured else "; a guess from the data sheet's peak rate"
+    if not time.num_pairs:
+        return f"about {time.step_seconds:.2g} s a step{measured}"
+    text = (
+        f"about {duration(time.seconds)} ({duration(time.low)} to {duration(time.high)}): "
+        f"{plural(time.num_steps, 'step')} of {time.step_seconds:.2g} s"
     )
+    if time.reference_seconds:
+        text += f", reference pass {duration(time.reference_seconds)}"
+    return text + measured

@@ -10,7 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from preftune.cli.style import count, plural, share, size
+from preftune.cli.advise_view import memory_line, time_line
+from preftune.cli.style import count, plural, share
 from preftune.runs.records import data_lines, facts_of
 from preftune.training.plan import MemoryEstimate, TrainingPlan
 
@@ -41,7 +42,8 @@ def summary(
     body: list[RenderableType] = [grid]
     if told:
         body += [Text(""), *(Text(f"- {line}", style="yellow") for line in told)]
-    title = Text(f"preftune {verb}" if plan.method == verb else f"preftune {verb}: {plan.method}")
+    usual = plan.method in (verb, "sigmoid" if verb == "dpo" else verb)
+    title = Text(f"preftune {verb}" if usual else f"preftune {verb}: {plan.method}")
     return Panel(Group(*body), title=title, title_align="left", expand=False, border_style="cyan")
 
 
@@ -56,6 +58,7 @@ def _rows(plan: TrainingPlan, unit: str, paired: bool, output_dir: str) -> list[
         ("path", f"{plan.path}, {plan.backend}: {plan.backend_reason}"),
         *([("reference", plan.reference)] if plan.reference != "none" else []),
         ("memory", memory(plan.memory)),
+        *([("time", time_line(plan.time))] if time_line(plan.time) else []),
         ("output", output_dir),
     ]
 
@@ -75,13 +78,9 @@ def saved(plan: TrainingPlan, paired: bool) -> str:
 
 def memory(estimate: MemoryEstimate) -> str:
     """Estimated peak and its causes, and what there is."""
-    causes = ("weights", "gradients", "optimizer", "activations", "head")
-    parts = [f"{cause} {size(getattr(estimate, cause))}" for cause in causes if getattr(estimate, cause)]
-    text = f"about {size(estimate.total)} ({', '.join(parts)})" if parts else "unknown"
-    if estimate.available is not None:
-        text += f"; {size(estimate.available)} free"
-        if estimate.total > estimate.available:
-            text += ", which may not be enough: lower max_tokens_per_row, or use_peft"
+    text = memory_line(estimate) or "unknown"
+    if not estimate.fits:
+        text += "; it may not be enough: preftune advise says what makes room"
     return text
 
 

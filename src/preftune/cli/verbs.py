@@ -13,6 +13,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 
 VERBS: dict[str, str] = {
+    "run": "the whole path from a file of rows: audit, advised settings, training, evaluation, report",
     **{verb: about.summary for verb, about in TRAINING.items()},
     "eval": "accuracy, calibration, KL, samples and comparisons of a model on held-out pairs, with intervals",
     "data": "look at prepared rows: prompt, chosen, rejected, and what is trained on",
@@ -28,5 +29,26 @@ VERBS: dict[str, str] = {
     "cite": "print BibTeX for the methods of a run",
     "demo": "teach a small model to write friendlier reviews, in minutes, without downloads",
 }
+
+SYNONYMS: dict[str, str] = {
+    **dict.fromkeys(("tune", "train", "fit", "finetune", "fine-tune", "start", "go"), "run"),
+    **dict.fromkeys(("merge", "gguf", "serve", "save", "deploy", "publish"), "export"),
+    **dict.fromkeys(("talk", "generate", "sample", "ask", "infer", "inference"), "chat"),
+    **dict.fromkeys(("evaluate", "evaluation", "score", "benchmark"), "eval"),
+    **dict.fromkeys(("audit", "check", "validate"), "data audit"),
+    **dict.fromkeys(("show", "view", "inspect", "tokenize"), "data show"),
+    "convert": "data convert",
+    **dict.fromkeys(("dashboard", "serve-ui", "web"), "ui"),
+    **dict.fromkeys(("plot", "compare", "html"), "report"),
+    **dict.fromkeys(("search", "grid", "hpo"), "sweep"),
+    **dict.fromkeys(("plan", "estimate", "recommend", "suggest"), "advise"),
+    **dict.fromkeys(("simpo",), "cpo --loss_type simpo"),
+    **dict.fromkeys(("ipo", "apo", "robust"), "dpo --loss_type"),
+    "recipe": "recipes list",
+    "method": "methods",
+    "bibtex": "cite",
+    "version": "--version",
+}
+"""What people call a verb, or say when they mean one."""
 
 TRAINING_VERBS = tuple(TRAINING)

@@ -17,6 +17,8 @@ class ScriptConfig:
         dataset_config: Configuration of a Hub dataset.
         dataset_train_split: Split to train on.
         dataset_test_split: Split to evaluate on, when evaluation is switched on.
+        test_split_size: Rows of the training data to hold out: a share of the prompts, or about how many
+            rows. Whole prompts are held out, so that none is on both sides.
         dataset_mixture: Several datasets, in the form ``{datasets: [{id, config, split, columns, weight}], seed,
             test_split_size, shuffle}``.
         dataset_mixer: Several datasets, in the older form ``{id: share}``.
@@ -39,6 +41,10 @@ class ScriptConfig:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    test_split_size: float | None = field(
+        default=None,
+        metadata={"help": "Hold out this share of the prompts, or about so many rows, to evaluate on."},
+    )
     dataset_mixture: dict[str, Any] | None = field(
         default=None,
         metadata={
@@ -74,6 +80,14 @@ class ScriptConfig:
         ]
         if len(sources) > 1:
             raise ConfigError(f"both {' and '.join(sources)} are set", where="data", remedy="keep one of them")
+        size = self.test_split_size
+        if size is not None and not (0 < size < 1 or (size >= 1 and float(size).is_integer())):
+            allowed = "a share between 0 and 1, or a whole number of rows"
+            raise ConfigError("not a share or a number of rows", where="test_split_size", value=size, allowed=allowed)
+        if size is not None and (self.dataset_mixture or {}).get("test_split_size") is not None:
+            raise ConfigError(
+                "set twice, beside dataset_mixture and in it", where="test_split_size", value=size, remedy="keep one"
+            )
         if self.dataset_splits is not None and self.dataset_mixer is None:
             raise ConfigError(
                 "belongs to dataset_mixer, which is not set",

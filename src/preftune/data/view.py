@@ -14,6 +14,7 @@ from preftune.data.prepare import PairWorker, enclosed, pair_format, pair_rows
 from preftune.data.rows import BadRowHandler, to_error
 from preftune.data.sft import SftWorker, sft_format
 from preftune.data.sft_tokens import enter
+from preftune.data.stages import Stages
 from preftune.data.tokenise import TokenisedPair, sequences, tokenise_pairs
 from preftune.data.truncate import TokenPair, truncate
 from preftune.data.unpaired import UnpairedWorker, labelled_rows
@@ -101,11 +102,13 @@ class Viewer:
                 assistant_only_loss=assistant_only_loss,
             )
         elif kind == "labelled":
-            dataset = labelled_rows(dataset, options, name)[0]
-            self._worker = UnpairedWorker(tokenizer, options, name)
+            stages = Stages.begin(dataset, options, name)
+            self._worker = UnpairedWorker(tokenizer, options, name, format_name=labelled_rows(stages))
+            dataset = stages.dataset
         else:
-            dataset, spec, _, _ = pair_rows(dataset, pair_format(dataset, options, name), options, name)
-            self._worker = PairWorker(tokenizer, options, spec, name)
+            stages = Stages.begin(dataset, options, name)
+            spec = pair_rows(stages, pair_format(dataset, options, name))
+            self._worker, dataset = PairWorker(tokenizer, options, spec, name), stages.dataset
         self._dataset = dataset
 
     def __len__(self) -> int:

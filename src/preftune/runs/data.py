@@ -7,7 +7,9 @@ from typing import Any
 
 from preftune.config import Resolved, ScriptConfig
 from preftune.data import load
+from preftune.data.loader import carry_report
 from preftune.errors import ConfigError, DataError
+from preftune.runs.holdout import hold_out
 
 #: Settings that decide what is loaded, and how its columns are read.
 _READING = ("dataset_config", "dataset_format", "pairing", "on_bad_rows", "seed", "implicit_prompt")
@@ -65,7 +67,11 @@ def load_rows(values: Mapping[str, Any], *, with_test: bool | None, named_test: 
     several = {key: values[key] for key in _SEVERAL if values.get(key) is not None}
     common = {key: values[key] for key in _READING if values.get(key) is not None}
     common["for_sft"] = "implicit_prompt" not in values
-    first: dict[str, Any] = {"quarantine_path": values.get("quarantine_path"), "with_test": with_test is not False}
+    size = values.get("test_split_size")
+    first: dict[str, Any] = {
+        "quarantine_path": values.get("quarantine_path"),
+        "with_test": with_test is not False and size is None,
+    }
     if name is None:
         if not several:
             raise DataError("no data are named", where="dataset_name")
@@ -74,12 +80,25 @@ def load_rows(values: Mapping[str, Any], *, with_test: bool | None, named_test: 
         text = values.get("dataset_text_field") or "text"
         common["columns"] = columns or ({text: "text"} if text != "text" else None)
         splits = load(name, split=values.get("dataset_train_split") or "train", **first, **common)
-        if (named_test and with_test is not False) or (with_test and "test" not in splits):
+        if size is None and ((named_test and with_test is not False) or (with_test and "test" not in splits)):
             splits["test"] = load(name, split=values["dataset_test_split"], with_test=False, **common)["train"]
+    if size is not None:
+        splits = _divided(splits, size, values, named_test=named_test)
     if with_test and "test" not in splits:
         raise ConfigError(
             "evaluation is switched on, and the data have no test split",
             where="eval_strategy",
-            remedy="set test_split_size in dataset_mixture, or eval_strategy: 'no'",
+            remedy="set test_split_size: 0.1 to hold a tenth out, or eval_strategy: 'no'",
         )
     return splits
+
+
+def _divided(splits: dict[str, Any], size: float, values: Mapping[str, Any], *, named_test: bool) -> dict[str, Any]:
+    """The training rows with some held out; what was read of them is told of those that are left."""
+    if named_test or "test" in splits:
+        raise ConfigError(
+            "the data have a test split already", where="test_split_size", value=size, remedy="keep one of them"
+        )
+    parts = hold_out(splits["train"], size, int(values.get("seed") or 0))
+    carry_report(splits["train"], parts["train"])
+    return parts

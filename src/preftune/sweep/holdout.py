@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from preftune.errors import ConfigError, DataError
 from preftune.ownership import RunFolder
+from preftune.runs.holdout import chosen_prompts, prompt_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,12 +18,6 @@ if TYPE_CHECKING:
 FOLDER = "data"
 #: What a sweep's record is called.
 KIND = "sweep"
-
-
-def prompt_key(row: Any) -> str:
-    """What two rows have in common that answer the same prompt."""
-    prompt = row.get("prompt")
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
 def held_out(keys: Sequence[Hashable], share: float, seed: int) -> list[bool]:
@@ -45,7 +37,7 @@ def held_out(keys: Sequence[Hashable], share: float, seed: int) -> list[bool]:
     """
     if not 0 < share < 1:
         raise ConfigError("not a share", where="--eval_share", value=share, allowed="more than 0, less than 1")
-    prompts = list(dict.fromkeys(keys))
+    prompts = set(keys)
     number = max(2, round(share * len(prompts)))
     if len(prompts) < number + 2:
         raise DataError(
@@ -54,9 +46,7 @@ def held_out(keys: Sequence[Hashable], share: float, seed: int) -> list[bool]:
             value=len(prompts),
             allowed=f"{number + 2} or more",
         )
-    chosen = set(np.random.default_rng([seed, 11]).permutation(len(prompts))[:number].tolist())
-    out = {prompt for position, prompt in enumerate(prompts) if position in chosen}
-    return [key in out for key in keys]
+    return chosen_prompts(keys, number, seed)
 
 
 def split_off(dataset: Dataset, share: float, seed: int, folder: Path) -> tuple[int, int]:

@@ -140,14 +140,28 @@ def held_out_of(rewards: Any, dataset: Any, beta: float) -> HeldOut:
     )
 
 
-def left_reference(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a trial's own samples hold more of the reference's far tail than the reference's samples would.
+#: A trial has left the reference where its share of the far tail is at least this many times the most that texts of the
+#: reference hold on average. Chosen on the runs of docs/sweep.md, between 1.17 and 1.46 times; heuristic.
+LEFT_FACTOR = 1.4
+#: Samples below which nothing is concluded; heuristic.
+LEAST_SAMPLES = 8
 
-    The interval of the share has to be above :data:`TAIL_LEVEL`, which no text of the reference exceeds on average.
+
+def left_reference(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a trial's own samples hold far more of the reference's far tail than the reference's samples would.
+
+    An effect of some size, and not chance: the share is at least :data:`LEFT_FACTOR` times :data:`TAIL_LEVEL`, which no
+    text of the reference exceeds on average, and its interval lies above that level. A trained policy is never the
+    reference, so that a test for any difference would rule out every trial with samples enough. A few samples, and an
+    interval without width, show nothing.
+
     What such a policy writes is nothing that the preferences were about; its held-out figures do not speak for it.
     """
-    low = metrics.get(TAIL, {}).get("low")
-    return low is not None and float(low) > TAIL_LEVEL
+    found = metrics.get(TAIL, {})
+    mean, low, high = (found.get(name) for name in ("mean", "low", "high"))
+    if mean is None or low is None or high is None or int(found.get("n") or 0) < LEAST_SAMPLES:
+        return False
+    return float(high) > float(low) > TAIL_LEVEL and float(mean) >= LEFT_FACTOR * TAIL_LEVEL
 
 
 def figure(mean: Any, low: float | None = None, high: float | None = None, n: int = 0) -> dict[str, Any]:

@@ -255,7 +255,7 @@ def _proposed(settings: Resolved[Any], base: Mapping[str, Any], verb: str) -> tu
 def _advised(settings: Resolved[Any], verb: str, methods: Sequence[str], adapter: bool) -> dict[str, tuple[float, str]]:
     """Beta and learning rate for a model of this size, with the reason."""
     from preftune.advice import Case, advise
-    from preftune.advice.shapes import empty_model, load_config
+    from preftune.models.shapes import empty_model, load_config
 
     model = settings.model
     try:

@@ -1,4 +1,4 @@
-"""Memory: what a run will need, and how long a packed row may be."""
+"""Memory: what a token of a row takes, and how long a packed row may be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from preftune.kernels.device import free_bytes
 from preftune.models.forward import RowForward
 from preftune.models.head import base_model
 from preftune.packing import build_row, pair_trees
-from preftune.training.plan import MemoryEstimate
 
 #: Longer rows do not run faster: the matmuls are large enough, and caches prefer shorter ones.
 MOST_TOKENS = {"cpu": 1024, "cuda": 32768}
@@ -115,31 +114,18 @@ def row_budget(per_token: float, device: torch.device, reserved: int) -> int:
         device: Where the model lies.
         reserved: Bytes that gradients and optimizer state are still going to take.
     """
-    most = most_tokens(device)
-    free = free_bytes(device)
-    if free is None or per_token <= 0:
-        return most
-    fits = int(max(free - reserved, free // 10) * _ACTIVATION_SHARE / per_token)
-    return max(256, min(most, fits))
+    return row_limits(per_token, device, reserved, free_bytes(device))[0]
 
 
 def tokens_that_fit(per_token: float, device: torch.device, reserved: int) -> int:
     """Tokens whose activations fit into the free memory; see :func:`row_budget` for the arguments."""
-    free = free_bytes(device)
-    return 1 << 62 if free is None or per_token <= 0 else int(max(free - reserved, free // 10) / per_token)
+    return row_limits(per_token, device, reserved, free_bytes(device))[1]
 
 
-def estimate(
-    model: nn.Module, *, per_token: float, row_tokens: int, head_bytes: int, reference_bytes: int, device: torch.device
-) -> MemoryEstimate:
-    """Peak memory of training by cause, with an Adam-like optimizer of two fp32 moments."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return MemoryEstimate(
-        weights=weights + reference_bytes,
-        gradients=sum(p.numel() * p.element_size() for p in trainable),
-        optimizer=sum(2 * p.numel() * p.element_size() for p in trainable),
-        activations=int(per_token * row_tokens),
-        head=head_bytes,
-        available=free_bytes(device),
-    )
+def row_limits(per_token: float, device: torch.device, reserved: int, free: int | None) -> tuple[int, int]:
+    """Both of them for a given amount of free memory; ``None`` where it is unknown."""
+    most = most_tokens(device)
+    if free is None or per_token <= 0:
+        return most, 1 << 62
+    left = max(free - reserved, free // 10)
+    return max(256, min(most, int(left * _ACTIVATION_SHARE / per_token))), int(left / per_token)

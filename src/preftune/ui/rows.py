@@ -132,5 +132,5 @@ def _row(viewer: Viewer, index: int) -> dict[str, Any]:
             text = str(viewer.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
             runs.append({"label": label, "num_tokens": len(ids), "text": text})
         sides.append({"name": name, "num_tokens": len(tokens), "runs": runs})
-    problem = f"the whole row is dropped: {shown.dropped}" if shown.dropped else shown.problem
+    problem = f"the whole row is dropped: {shown.dropped.replace('_', ' ')}" if shown.dropped else shown.problem
     return {"index": index, "problem": problem, "sides": sides}

@@ -50,7 +50,7 @@ _LOOSE = frozenset(
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
         *("activation_checkpointing_kwargs", "activation_offloading", "per_device_train_batch_size"),
         *("gradient_accumulation_steps", "torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"),
-        *("num_processes", "path", *_LIBRARIES, "preftune"),
+        *("num_processes", "fsdp", "fsdp_config", "path", *_LIBRARIES, "preftune"),
     ]
 )
 _BLOCK = 1024

@@ -20,6 +20,7 @@ class SavedTrainer(Trainer):
     """
 
     args: PackedConfig
+    model: Any
     output: Output
     example_columns: tuple[str, ...]
     verdict: Verdict

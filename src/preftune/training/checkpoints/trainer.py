@@ -1,7 +1,8 @@
 """transformers' trainer with checkpoints that are whole or absent, and with exact resuming.
 
 transformers decides when to save; what is written, how it gets its name and what is read back is decided here. Under
-FSDP and DeepSpeed the parts that are sharded stay in those libraries' own formats; the manifest covers them as well.
+FSDP2 a checkpoint is that of one process; under DeepSpeed the parts that are sharded stay in its own format, and the
+manifest covers them as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from preftune.errors import ConfigError
 from preftune.files import write_text
 from preftune.ownership import HOME, holding
-from preftune.training.checkpoints import folders, rng, state
+from preftune.training.checkpoints import folders, rng, shards, state
 from preftune.training.checkpoints.files import is_write_failure, plain_failures, reason_of
 from preftune.training.checkpoints.hub import push_checkpoint, push_result
 from preftune.training.checkpoints.identity import compare, describe_run
@@ -138,8 +139,23 @@ class CheckpointedTrainer(SavedTrainer):
         if checkpoint is None or self._is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        state.load_optimizer(self.optimizer, Path(checkpoint))
+        if self.is_fsdp_enabled:
+            shards.load_optimizer(self.model, self.optimizer, Path(checkpoint))
+        else:
+            state.load_optimizer(self.optimizer, Path(checkpoint))
         state.load_scheduler(self.lr_scheduler, Path(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            shards.load_model(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            shards.load_model(self.model, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -160,7 +176,7 @@ class CheckpointedTrainer(SavedTrainer):
     @property
     def _is_sharded(self) -> bool:
         loaded_in_parts = getattr(self, "is_distributed_loading_by_transformers", False)
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded_in_parts)
+        return bool(self.is_deepspeed_enabled or loaded_in_parts)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         epoch = kwargs["epoch"] if "epoch" in kwargs else args[4]
@@ -204,8 +220,12 @@ class CheckpointedTrainer(SavedTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            save_tree(Path(output_dir), "optimizer", self.optimizer.state_dict())  # type: ignore[union-attr]
+            return
+        sharded = self.is_fsdp_enabled
+        optimizer: Any = self.optimizer
+        whole = shards.whole_optimizer(self.model, optimizer) if sharded else None
+        if self.args.should_save:
+            save_tree(Path(output_dir), "optimizer", optimizer.state_dict() if whole is None else whole)
             state.save_scheduler(self.lr_scheduler, Path(output_dir))
 
     def _prepare_staging(self, staging: Path, final: Path) -> None:

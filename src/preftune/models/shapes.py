@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ _SAMPLE_TOKENS = 53
 #: A model of this many parameters has about one layer per 128 units of width: 12 x 128^2 parameters per cubed layer.
 _WIDTH_PER_LAYER = 128
 _TYPICAL_VOCAB = 32_000
-#: Bytes of a quantised weight: its bits and one fp32 constant per block of 64 (nf4), or per row (int8).
-_QUANTISED_BYTES = {4: 0.5 + 4 / 64, 8: 1.0}
+#: Bytes of a quantised weight: its bits, and one constant per block of 64 (nf4; in fp32, or itself quantised to a byte
+#: with an fp32 constant per 256 of them) or per row (int8).
+_QUANTISED_BYTES = {(4, False): 0.5 + 4 / 64, (4, True): 0.5 + 1 / 64 + 4 / (64 * 256), (8, False): 1.0, (8, True): 1.0}
+#: Activations are traced on so few layers, and what a layer adds counts for all.
+_FEW_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Shape:
         trainable_bytes: Bytes of the trainable ones.
         cast_bytes: Bytes of the half-precision copies that autocast keeps of fp32 matrices over a step.
         activation_bytes: Bytes per row token that the body keeps for the backward.
+        checkpoint_bytes: Bytes per row token that it keeps where activations are recomputed: the inputs of the layers.
+        largest_matrix: Elements of its largest weight matrix.
         body_matmul: Elements of the body's weight matrices that every token is multiplied with.
         head_elements: Elements of the head's matrix.
         vocab: Vocabulary size.
@@ -42,6 +47,8 @@ class Shape:
         max_positions: Longest sequence that the model was made for, or ``None``.
         head_trains: Whether the head's matrix is trained.
         exact: Whether activations were traced, or estimated by formula.
+        itemsize: Bytes of an element of the frozen or trained weights, before quantisation.
+        quantised: Whether frozen matrices are quantised.
     """
 
     name: str
@@ -51,6 +58,8 @@ class Shape:
     trainable_bytes: int
     cast_bytes: int
     activation_bytes: float
+    checkpoint_bytes: float
+    largest_matrix: int
     body_matmul: int
     head_elements: int
     vocab: int
@@ -59,6 +68,8 @@ class Shape:
     max_positions: int | None
     head_trains: bool
     exact: bool
+    itemsize: int = 4
+    quantised: bool = False
 
 
 def config_of_size(num_parameters: float) -> Any:
@@ -127,6 +138,7 @@ def shape_of(
     lora: Any = None,
     half: bool = False,
     bits: int | None = None,
+    nested: bool = False,
 ) -> Shape:
     """Measure a model without its weights.
 
@@ -137,6 +149,7 @@ def shape_of(
         lora: A ``peft.PeftConfig``, or ``None`` for all weights.
         half: Whether training runs under bf16 autocast.
         bits: 4 or 8 where frozen matrices are quantised.
+        nested: Whether the constants of the quantisation are quantised too.
 
     Returns:
         Sizes; parameters are exact, activations traced with PyTorch's own scaled-dot-product attention.
@@ -147,53 +160,122 @@ def shape_of(
     import torch
 
     kind = getattr(torch, dtype if dtype in ("bfloat16", "float16") else "float32")
-    text = config.get_text_config()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model: Any = empty_model(config, kind)
-            base = model
             if lora is not None:
                 from peft import get_peft_model
 
                 model = get_peft_model(model, copy.deepcopy(lora))
-                base = model.get_base_model()
         except Exception as error:
             said = " ".join(str(error).split())[:160]
             raise ModelError(f"no causal language model can be built ({said})", where=name or "config") from error
-        traced = _activation_bytes(base, kind, half, lora is not None)
+    shape = shape_of_model(model, name=name, half=half)
+    if bits is None:
+        return shape
+    frozen = [p for p in _matrices(model) if not p.requires_grad]
+    saved = round(sum(p.numel() * (p.element_size() - _QUANTISED_BYTES[bits, nested]) for p in frozen))
+    return replace(shape, weight_bytes=shape.weight_bytes - saved, quantised=True)
+
+
+def shape_of_model(model: Any, *, name: str = "", half: bool = False, per_token: float | None = None) -> Shape:
+    """The same of a model that is there, or of one without memory.
+
+    Args:
+        model: A causal language model, or a ``peft.PeftModel`` of one.
+        name: For messages.
+        half: Whether training runs under bf16 autocast.
+        per_token: Bytes of activations per token, for a model whose configuration cannot be traced.
+    """
+    import torch
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config
+    text = config.get_text_config()
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     head = base.get_output_embeddings()
     weight = None if head is None else getattr(head, "weight", None)
-    head_elements = 0 if weight is None else weight.numel()
-    embedding = base.get_input_embeddings()
-    skipped = {id(p) for p in (weight, getattr(embedding, "weight", None)) if p is not None}
-    matrices = [p for p in parameters if p.dim() >= 2 and id(p) not in skipped]
+    matrices = _matrices(model)
+    kinds = [p.dtype for p in parameters if p.is_floating_point() and (p.requires_grad is False or base is model)]
+    kind = kinds[0] if kinds else torch.float32
     cast = [*matrices, *([] if weight is None else [weight])] if half and kind is torch.float32 else []
-    saved = 0
-    if bits is not None:
-        frozen = [p for p in matrices if not p.requires_grad]
-        saved = round(sum(p.numel() * (p.element_size() - _QUANTISED_BYTES[bits]) for p in frozen))
-    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    adapters = dict(getattr(model, "peft_config", None) or {}) if base is not model else {}
+    traced = _traced(config, kind, half, next(iter(adapters.values()), None))
+    # Four bits to a byte and eight to one: what bitsandbytes holds of a quantised matrix are its packed bytes.
+    packed = {id(p): int(p.quant_state.shape.numel()) for p in matrices if hasattr(p, "quant_state") and p.quant_state}
+    known = traced if traced is not None else per_token
     return Shape(
         name=name,
-        num_parameters=sum(p.numel() for p in parameters),
+        num_parameters=sum(packed.get(id(p), p.numel()) for p in parameters),
         num_trainable=sum(p.numel() for p in trainable),
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters) - saved,
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         trainable_bytes=sum(p.numel() * p.element_size() for p in trainable),
         # Autocast caches the copies of weights that require a gradient, and makes the others anew at each use.
         cast_bytes=sum(2 * p.numel() for p in cast if p.requires_grad),
-        activation_bytes=_by_formula(text, half) if traced is None else traced,
-        body_matmul=sum(p.numel() for p in matrices),
-        head_elements=head_elements,
+        activation_bytes=known or _by_formula(text, half),
+        # The residual stream has the type of the weights.
+        checkpoint_bytes=float(int(text.num_hidden_layers) * int(text.hidden_size) * kind.itemsize),
+        largest_matrix=max((packed.get(id(p), p.numel()) for p in matrices), default=0),
+        body_matmul=sum(packed.get(id(p), p.numel()) for p in matrices),
+        head_elements=0 if weight is None else weight.numel(),
         vocab=int(text.vocab_size),
-        hidden=hidden,
-        layers=layers,
+        hidden=int(text.hidden_size),
+        layers=int(text.num_hidden_layers),
         max_positions=getattr(text, "max_position_embeddings", None),
         head_trains=weight is not None and weight.requires_grad,
         exact=traced is not None,
+        itemsize=kind.itemsize,
+        quantised=bool(packed),
     )
+
+
+def _matrices(model: Any) -> list[Any]:
+    """Weight matrices of the body: everything of two axes but embedding and head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = (base.get_output_embeddings(), base.get_input_embeddings())
+    skipped = {id(getattr(module, "weight", None)) for module in ends if module is not None}
+    return [p for p in model.parameters() if p.dim() >= 2 and id(p) not in skipped]
+
+
+def _traced(config: Any, kind: Any, half: bool, lora: Any) -> float | None:
+    """Bytes per token that the body keeps, from few layers where all are alike; ``None`` where tracing fails."""
+    layers = int(config.get_text_config().num_hidden_layers)
+    counts = [layers] if layers <= 2 * _FEW_LAYERS else [_FEW_LAYERS, 2 * _FEW_LAYERS]
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for count in counts:
+            try:
+                base: Any = empty_model(_shortened(config, count), kind)
+                if lora is not None:
+                    from peft import get_peft_model
+
+                    base = get_peft_model(base, copy.deepcopy(lora)).get_base_model()
+                traced = _activation_bytes(base, kind, half, lora is not None)
+            except Exception:
+                # Whatever a model's own code makes of a changed number of layers: there is the formula.
+                traced = None
+            if traced is None:
+                return None
+            found.append(traced)
+    if len(found) == 1:
+        return found[0]
+    each = (found[1] - found[0]) / _FEW_LAYERS
+    return found[0] + each * (layers - _FEW_LAYERS)
+
+
+def _shortened(config: Any, layers: int) -> Any:
+    """The configuration with its first layers alone."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    whole = int(text.num_hidden_layers)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return short
 
 
 def empty_model(config: Any, dtype: Any = None) -> Any:
