@@ -1,8 +1,9 @@
 """How Sphinx builds these pages: `make docs`."""
 
-from preftune.version import __version__ as release
+import preftune.version
 
 project = "preftune"
+release = preftune.version.__version__
 copyright = "the authors of preftune"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["images"]

@@ -90,13 +90,15 @@ def test_what_is_cautious_about_every_setting(setting: str, cautious: float, bol
     for order in ((cautious, bold), (bold, cautious)):
         careful = order.index(cautious)
         # As good as each other: the cautious one is the best and the one to take.
-        found = choose([candidate(n, flags(150), **{setting: v}) for n, v in enumerate(order)], ACCURACY, "maximize", 0)
+        found = choose(
+            [candidate(n, flags(150), "same", **{setting: v}) for n, v in enumerate(order)], ACCURACY, "maximize", 0
+        )
         assert found is not None
         assert (found.best, found.sweet_spot) == (careful, careful)
         # Right on one pair more and wrong on two more: worse by .005, standard error .009.
         worse = flags(148) | (np.arange(200) == 150)
         right = [worse if value == cautious else flags(150) for value in order]
-        trials = [candidate(n, right[n], **{setting: value}) for n, value in enumerate(order)]
+        trials = [candidate(n, right[n], "same", **{setting: value}) for n, value in enumerate(order)]
         found = choose(trials, ACCURACY, "maximize", 0)
         assert found is not None
         assert (found.best, found.sweet_spot) == (1 - careful, careful)
@@ -110,7 +112,9 @@ def test_settings_count_in_their_order() -> None:
     for place in range(1, len(names)):
         first = {**bold, names[place - 1]: cautious[names[place - 1]]}
         later = {**bold, **{name: cautious[name] for name in names[place:]}}
-        found = choose([candidate(n, flags(150), **p) for n, p in enumerate((later, first))], ACCURACY, "maximize", 0)
+        found = choose(
+            [candidate(n, flags(150), "same", **p) for n, p in enumerate((later, first))], ACCURACY, "maximize", 0
+        )
         assert found is not None
         assert found.sweet_spot == 1
 

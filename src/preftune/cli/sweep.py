@@ -152,7 +152,7 @@ def _next(result: Mapping[str, Any], plan: Plan, folder: Path) -> str:
     from preftune.sweep.scores import GAIN, MARGIN, PER_TOKEN
 
     best, metric = result["best"], result["metric"]
-    chosen = next((each for each in result["trials"] if each["number"] == best["number"]), {})
+    chosen: Mapping[str, Any] = next((each for each in result["trials"] if each["number"] == best["number"]), {})
     mean = ((chosen.get("metrics") or {}).get(metric) or {}).get("mean")
     if metric in (GAIN, MARGIN, PER_TOKEN) and mean is not None and mean < 0:
         told = f"even the sweet spot prefers the rejected answers ({metric.removeprefix('eval_')} {mean:.3g})"

@@ -42,7 +42,9 @@ def options_of_run(tuned: Tuned) -> DataOptions:
         tuned: What the run left.
     """
     defaults = DataOptions()
-    names = ("max_length", "max_prompt_length", "truncation_mode", "implicit_prompt", "transcripts")
-    names += ("environment_turns", "append_eos")
+    names = (
+        *("max_length", "max_prompt_length", "truncation_mode", "implicit_prompt", "transcripts"),
+        *("environment_turns", "append_eos"),
+    )
     given = {name: tuned.setting("trainer", name, getattr(defaults, name)) for name in names}
     return DataOptions(**given, on_bad_rows="skip")

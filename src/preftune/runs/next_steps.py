@@ -21,7 +21,7 @@ def evaluation(run: str | os.PathLike[str]) -> str:
 
 def report(*runs: str | os.PathLike[str]) -> str:
     """Report on runs."""
-    return command("report", *map(os.fspath, runs))
+    return command("report", *(os.fspath(run) for run in runs))
 
 
 def chat(run: str | os.PathLike[str]) -> str:
