@@ -23,7 +23,7 @@ from tests.evaluation.hostile_server import WAYS, completion, hostile, whole
 QUESTION = [Question("question", "first answer", "second answer")]
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_one_clear_line_within_time_and_memory(way: str, tmp_path: Path) -> None:
     with hostile(WAYS[way]) as server:
@@ -46,7 +46,7 @@ def test_one_clear_line_within_time_and_memory(way: str, tmp_path: Path) -> None
         assert all(b"Bearer sk-0123456789" in request for request in server.heard)
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_server_of_samples_is_trusted_no_further(way: str) -> None:
     with hostile(WAYS[way]) as server:

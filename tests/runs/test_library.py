@@ -60,6 +60,7 @@ def in_python(world: Path, folder: Path, program: str, *argv: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_trains_without_the_command_line(world: Path, tmp_path: Path) -> None:
     in_python(world, tmp_path, TRAIN, *flags(**SMALL_RUN, output_dir="out", save_strategy="no"))
     for name in ("model.safetensors", "provenance.json", "README.md", "train_results.json"):
