@@ -11,8 +11,8 @@ import pytest
 
 from preftune.advice import Case, Lengths, Noise, advise
 from preftune.advice.case import Setting
+from preftune.advice.labels import label_state
 from preftune.advice.published import contradiction, rows_for, table
-from preftune.advice.rules import label_state
 from preftune.advice.scaling import rate_at_size
 from preftune.errors import ConfigError
 from preftune.objectives import METHODS

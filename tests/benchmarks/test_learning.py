@@ -189,6 +189,7 @@ def test_the_share_of_flips_is_told_to_the_smoothed_methods_alone() -> None:
     assert smoothing == {"DPO": None, "cDPO": 0.3, "robust": 0.3, "IPO": None}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_tiny_run_fills_the_file_and_a_second_one_adds_to_it(tmp_path: Path) -> None:
     out = tmp_path / "learning.json"

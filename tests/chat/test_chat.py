@@ -126,6 +126,7 @@ def start(run: Path, *flags: str, **keywords: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env={**os.environ, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}, **keywords)
 
 
+@pytest.mark.slow
 def test_every_line_of_a_pipe_is_a_question(make_run: MakeRun) -> None:
     pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = start(make_run(), "--max_new_tokens", "5", "--temperature", "0", **pipe)
@@ -147,6 +148,7 @@ def read_until(handle: int, wanted: bytes, seconds: float = 240.0) -> bytes:
     return seen
 
 
+@pytest.mark.slow
 def test_in_a_terminal_answers_stand_side_by_side_and_ctrl_c_ends(make_run: MakeRun) -> None:
     leader, follower = pty.openpty()
     process = start(

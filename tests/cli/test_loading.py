@@ -105,6 +105,7 @@ def test_quantisation_needs_its_library() -> None:
         assert made.bnb_4bit_compute_dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_code_that_lies_beside_weights_is_not_run(world: Path, tmp_path: Path) -> None:
     for file in (world / "model").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

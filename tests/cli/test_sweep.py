@@ -56,6 +56,7 @@ def compared(first: dict[str, float], second: dict[str, float]) -> None:
         assert second[name] == pytest.approx(first[name], rel=1e-6, abs=1e-9), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_trials_are_the_runs_of_their_verb_and_the_reference_is_computed_once(cli: Cli, peft: bool) -> None:
     more = {"use_peft": True, "lora_target_modules": "all-linear"} if peft else {}
@@ -84,6 +85,7 @@ def test_trials_are_the_runs_of_their_verb_and_the_reference_is_computed_once(cl
         assert (run / weights).read_bytes() == (Path("alone") / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_trials_in_one_forward_end_as_each_alone(cli: Cli) -> None:
     settings = base(use_peft=True, lora_target_modules="all-linear")
     more = ("--eval_share", "0.3", "--keep", "all")

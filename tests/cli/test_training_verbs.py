@@ -228,6 +228,7 @@ def test_resume_command_replaces_its_own_flag() -> None:
     assert resume_command("dpo", argv) == "preftune dpo --a 'x y' --b=1 --resume_from_checkpoint true"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(world: Path, tmp_path: Path, number: signal.Signals) -> None:
     paths = ("--model_name_or_path", str(world / "model"), "--dataset_name", str(world / "pairs.jsonl"))

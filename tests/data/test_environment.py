@@ -221,6 +221,7 @@ def test_turns_of_one_speaker_are_joined_and_empty_ones_left_out() -> None:
     assert found["prompt"] == [user("a\n\nb\n\nc")]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_real_transcripts_turn_by_turn(family: str, preference_files: Path) -> None:
     """Every turn of the file, found by a reader of its own, is in what the model sees, in its order."""

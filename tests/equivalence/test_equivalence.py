@@ -77,7 +77,7 @@ def baseline(world: World, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(world, tmp_path_factory.mktemp("baseline"), packing_mode="padded")
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -23,6 +23,7 @@ from tests.evaluation.hostile_server import WAYS, completion, hostile, whole
 QUESTION = [Question("question", "first answer", "second answer")]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_one_clear_line_within_time_and_memory(way: str, tmp_path: Path) -> None:
     with hostile(WAYS[way]) as server:
@@ -45,6 +46,7 @@ def test_one_clear_line_within_time_and_memory(way: str, tmp_path: Path) -> None
         assert all(b"Bearer sk-0123456789" in request for request in server.heard)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_server_of_samples_is_trusted_no_further(way: str) -> None:
     with hostile(WAYS[way]) as server:
@@ -116,6 +118,7 @@ def test_an_answer_within_the_limit_passes(tmp_path: Path) -> None:
         assert Judge(server.url, "m").ask(QUESTION) == ["second"]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("way", ["a drip", "a drip of headers", "silence", "endless body"])
 def test_ctrl_c_is_heard_within_two_seconds(way: str) -> None:
     script = (

@@ -52,6 +52,7 @@ def settings(world: Path, out: Path, server: Server, **more: Any) -> dict[str, A
     return common | more
 
 
+@pytest.mark.slow
 def test_both_models_are_sampled_by_the_server(
     world: Path, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +87,7 @@ def test_both_models_are_sampled_by_the_server(
     assert again.samples == found.samples
 
 
+@pytest.mark.slow
 def test_other_weights_behind_the_name_are_noticed(world: Path, tmp_path: Path, start: Start) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -48,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_is_the_adapter_in_fp32(make_run: MakeRun, tmp_path: Path, kind: str) -> None:
     run = make_run(**KINDS[kind])

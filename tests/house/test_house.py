@@ -69,6 +69,31 @@ def test_make_has_the_target_and_sets_up_first(target: str) -> None:
     assert f"make {target} " in listed
 
 
+def test_nothing_is_skipped_for_want_of_data_or_packages() -> None:
+    skips = re.compile(r"pytest\.(?:skip|importorskip)\(|mark\.skip(?:if)?\b")
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("*.py")
+        if path != Path(__file__) and skips.search(path.read_text(encoding="utf-8"))
+    }
+    # Two tests mount a file system of their own, which takes root.
+    assert found == {"tests/faults/test_faults.py"}
+
+
+def test_the_default_tier_takes_some_parameter_sets_and_the_full_one_all() -> None:
+    where = "tests/objectives/test_properties.py::test_only_the_difference_to_the_reference_counts"
+
+    def collected(*options: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", where, *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    every, some = collected(), collected("-m", "not slow")
+    assert len(some) == 4 < len(every)
+    assert set(some) < set(every)
+    assert {every[0], every[-1]} <= set(some)
+
+
 def test_ci_runs_what_contributors_run() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111

@@ -104,6 +104,7 @@ def check(function: Any, layout: RowLayout, spec: AttentionSpec, groups: int, dt
         torch.testing.assert_close(g.double(), w.double(), atol=10 * tol, rtol=10 * tol)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -117,6 +118,7 @@ def test_cpu_backend_in_bf16(layout: str) -> None:
     check(cpu.attend, layout_of(layout), spec_of("plain", 4, 16), 2, torch.bfloat16, 1.6e-2)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reference_backend(layout: str, spec: str) -> None:
@@ -140,6 +142,7 @@ def test_varlen_gathers_and_offsets(layout: str, spec: str) -> None:
     check(function, layout_of(layout), spec_of(spec, 4, 16), 2, torch.float64, 1e-10)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("layout", ["pairs", "four branches"])

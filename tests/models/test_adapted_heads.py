@@ -75,7 +75,7 @@ def draw(length: int, seed: int) -> Any:
     return torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(seed)).numpy()
 
 
-@pytest.mark.thin(6)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -49,6 +49,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.thin(9)
 @pytest.mark.parametrize(("name", "sizes"), PACKABLE, ids=[name for name, _ in PACKABLE])
 def test_packable_models_pass_gate_and_probe(name: str, sizes: dict[str, Any]) -> None:
     model = tiny_model(name, **sizes)

@@ -27,6 +27,7 @@ def half_autocast() -> Any:
     return torch.autocast("cpu", torch.bfloat16)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", broken.OF_ATTENTION)
 def test_faults_of_the_attention_are_named(name: str, dtype: torch.dtype) -> None:
@@ -74,7 +75,7 @@ def test_positions_that_the_model_ignores_are_found(config: str) -> None:
     assert "on packed rows (they differ by" in verdict.reason
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", [broken.window_off_by_one, broken.window_ignored])
 @pytest.mark.parametrize("config", ["MistralConfig", "Gemma3TextConfig", "Qwen3Config"])
@@ -192,7 +193,7 @@ def test_the_tolerance_of_kernels_lies_between_rounding_and_faults() -> None:
 # ---- what must not be refused ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.thin(8)
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("seed", range(20))
 def test_rounding_is_no_reason(seed: int) -> None:
     torch.manual_seed(seed)

@@ -71,7 +71,7 @@ def close(left: Tensor, right: Tensor) -> None:
     torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.thin(7)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", WITH_REFERENCE)
 @given(batch=batches(), beta=BETA, shift=st.floats(-50.0, 50.0))
 def test_only_the_difference_to_the_reference_counts(name: str, batch: PairLogps, beta: float, shift: float) -> None:
@@ -89,6 +89,7 @@ def test_only_the_difference_to_the_reference_counts(name: str, batch: PairLogps
     torch.testing.assert_close(loss_of(name, moved, beta), loss_of(name, batch, beta), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("name", DIFFERENCE)
 @given(batch=batches(equal_lengths=True), beta=BETA, shift=st.floats(-50.0, 50.0))
 def test_difference_losses_ignore_a_common_shift(name: str, batch: PairLogps, beta: float, shift: float) -> None:

@@ -12,8 +12,6 @@ import pytest
 from preftune.report.read import read_all
 from tests.pipeline.conftest import Shell, following, start
 
-pytest.importorskip("plotly")
-
 #: So that the tiny model answers in little time.
 SHORT = "--num_prompts 4 --max_new_tokens 8"
 

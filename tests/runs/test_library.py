@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import SMALL_RUN, world
 
 __all__ = ["world"]
@@ -58,12 +60,14 @@ def in_python(world: Path, folder: Path, program: str, *argv: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_trains_without_the_command_line(world: Path, tmp_path: Path) -> None:
     in_python(world, tmp_path, TRAIN, *flags(**SMALL_RUN, output_dir="out", save_strategy="no"))
     for name in ("model.safetensors", "provenance.json", "README.md", "train_results.json"):
         assert (tmp_path / "out" / name).exists(), name
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_its_trials_without_the_command_line(world: Path, tmp_path: Path) -> None:
     own = ("--out", "sweep", "--param", "beta=0.05,0.5", "--num_samples", "0", "--eval_share", "0.25")
     in_python(world, tmp_path, SWEEP, *own, *flags(**SMALL_RUN))

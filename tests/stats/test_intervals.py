@@ -92,11 +92,13 @@ def coverage(draw: Draw, true_mean: float, method: Method, num_simulations: int 
     return hits / num_simulations
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_covers_independent_rows(method: Method) -> None:
     assert coverage(lambda rng: (rng.exponential(size=200), None), 1.0, method=method) == pytest.approx(0.95, abs=0.02)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_covers_proportions(method: Method) -> None:
     def draw(rng: np.random.Generator) -> Rows:
@@ -110,6 +112,7 @@ def clustered_rows(rng: np.random.Generator) -> Rows:
     return 0.5 + rng.normal(size=80)[groups] + 0.5 * rng.normal(size=len(groups)), groups.tolist()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_covers_clustered_rows(method: Method) -> None:
     assert coverage(clustered_rows, 0.5, method=method) == pytest.approx(0.95, abs=0.02)

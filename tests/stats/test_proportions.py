@@ -149,6 +149,7 @@ def test_paired_proportions_cover(better: float, worse: float, num: int) -> None
     assert 0.925 <= share <= 0.985
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("scenario", "num_groups"), [("margins", 20), ("changed", 20), ("outcomes 0.6", 50)])
 def test_covers(scenario: str, num_groups: int) -> None:
     cells = coverage.measure(scenario, num_groups, 1200, 400)

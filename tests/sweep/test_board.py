@@ -33,6 +33,7 @@ def storage_of(kind: str, folder: Path) -> str | None:
     return None if kind == "journal" else f"sqlite:///{folder / 'study.db'}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 def test_three_processes_run_every_trial_once(kind: str, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")

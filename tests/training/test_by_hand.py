@@ -114,7 +114,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Callable[[Pairs], T
 }  # fmt: skip
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", CASES)
 def test_four_steps(world: worlds.World, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, rows, loss = CASES[name]
@@ -293,7 +293,7 @@ def merged(base: Any, adapter: dict[str, Tensor]) -> Any:
     return model
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("share", [0.6, 1.0], ids=["soft", "hard"])
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("mode", ["packed", "padded"])

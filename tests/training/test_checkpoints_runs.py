@@ -91,7 +91,7 @@ def test_a_finished_run_trains_no_further_step(world: Path, tmp_path: Path) -> N
     assert math.isclose(again.state.log_history[-1]["train_loss"], first.state.log_history[-1]["train_loss"])
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -59,6 +59,7 @@ def test_the_changed_values_are_not_the_defaults() -> None:
         assert METHODS[loss].knobs[name].default != value
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("loss", ["dpop", "odpo"])
 def test_methods_beyond_trl_train(tmp_path: Path, loss: str) -> None:
     rows: list[dict[str, Any]] = [{**row, "margin": 1.0 + n % 3} for n, row in enumerate(make_rows(8))]

@@ -173,6 +173,7 @@ def nothing_trained(world: worlds.World, adapter: str, how: str) -> Any:
     return model
 
 
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("how", ["inference", "frozen", "idle"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:default is trained, and of the model's other adapters:UserWarning")
@@ -353,7 +354,7 @@ def test_a_list_that_is_changed_in_place_counts_as_changed(world: worlds.World, 
 # ---- predict --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["rows", "stream", "own"])
 def test_predict_takes_what_evaluate_takes(world: worlds.World, tmp_path: Path, kind: str, form: str) -> None:

@@ -124,6 +124,7 @@ def test_lengths_count_scored_tokens_alone(loss: str, divides: bool, tmp_path: P
     assert line["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("config", "trainer_class"), [(KTOConfig, KTOTrainer), (ORPOConfig, ORPOTrainer)])
 def test_the_other_trainers_take_the_switch(config: Any, trainer_class: Any, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()

@@ -32,6 +32,7 @@ def ids(length: int) -> Any:
     return np.full(length, 5, dtype=np.int64)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("packed", [True, False])
 def test_noise_is_uniform_within_the_papers_bound(packed: bool) -> None:
     alpha, size, times = 7.0, 32, 400

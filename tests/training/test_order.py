@@ -39,7 +39,7 @@ def losses(trainer: Any) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_visits_in_trls_order(world: Any, tmp_path: Path, strategy: str) -> None:
     trl = importlib.import_module("trl")

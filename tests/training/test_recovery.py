@@ -89,7 +89,7 @@ def test_other_errors_are_no_lack_of_memory() -> None:
 # ---- values that are not finite ------------------------------------------------------------------------------------
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.filterwarnings("ignore:.*step is skipped:UserWarning")
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])

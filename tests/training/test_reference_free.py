@@ -28,7 +28,7 @@ def train(world: Any, verb: str, out: Path, rows: list[Any], **options: Any) -> 
     return worlds.train(*VERBS[verb], out, world.path, world.tokenizer, data, **{"max_steps": 2, **options})
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(
     "options",
@@ -52,6 +52,7 @@ def test_the_split_of_a_step_changes_nothing(
     worlds.assert_same_weights(split, whole, 1e-5)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("verb", VERBS)
 def test_evaluation_does_not_depend_on_its_batches(world: worlds.World, tmp_path: Path, verb: str) -> None:
     rows = worlds.pair_rows(14)

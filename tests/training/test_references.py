@@ -34,7 +34,7 @@ def small(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("small"), world.tokenizer, initializer_range=0.3, **sizes)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("form", ["path", "model"])
 @pytest.mark.parametrize("options", [{}, {"reference_store": False}, {"precompute_ref_log_probs": True}], ids=str)
 def test_another_model(world: worlds.World, tmp_path: Path, small: str, form: str, options: dict[str, Any]) -> None:
@@ -98,6 +98,7 @@ def alone(world: worlds.World, model: Any, name: str) -> Any:
     return merged.merge_and_unload()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("options", [{}, {"reference_store": False}], ids=["stored", "live"])
 @pytest.mark.parametrize("named", [True, False], ids=["named", "active"])
 def test_another_adapter(world: worlds.World, tmp_path: Path, options: dict[str, Any], named: bool) -> None:
@@ -128,6 +129,7 @@ def test_an_adapter_that_plays_no_part_is_said(world: worlds.World, tmp_path: Pa
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("precompute", [False, True])
 def test_an_adapter_folder_goes_on_training_and_is_its_own_reference(
     world: worlds.World, tmp_path: Path, precompute: bool

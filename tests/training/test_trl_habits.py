@@ -253,6 +253,7 @@ def test_parsers_made_from_the_fields_take_every_setting(tmp_path: Path, kind: s
         assert {name: getattr(parsed, name) for name in names} == {name: getattr(plain, name) for name in names}
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", ["DPO", "SFT", "KTO", "ORPO"])
 def test_a_card_with_names_and_tags(world: worlds.World, tmp_path: Path, kind: str) -> None:
     data = Dataset.from_list(rows_of("DPO" if kind == "ORPO" else kind, 8))
@@ -313,6 +314,7 @@ def test_fused_losses_of_liger_are_left_out_and_its_other_kernels_kept(tmp_path:
     assert args.liger_kernel_config == expected
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", ["DPO", "SFT"])
 def test_tokens_seen(world: worlds.World, tmp_path: Path, kind: str) -> None:
     data = Dataset.from_list(rows_of(kind, 12))
@@ -471,7 +473,7 @@ def test_rows_longer_than_learned_positions_are_refused(world: worlds.World, tmp
     make(preftune, "DPO", world, tmp_path, data, model=model, max_length=16, max_steps=1).train()
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_tells_the_tokens_trained_on(world: worlds.World, tmp_path: Path, kind: str) -> None:
     figures = []

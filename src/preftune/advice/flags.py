@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from preftune.advice.case import Case, Flag, Setting, size_text
-from preftune.advice.rules import CLEAN, SURE_NOISE, label_state
+from preftune.advice.case import Flag, Setting, size_text
+from preftune.advice.labels import CLEAN, SURE_NOISE, label_state
+from preftune.advice.room import memory_flags
+from preftune.advice.seen import View
 from preftune.advice.sources import BLOG, HANDBOOK, LEARNING, NOTES, PLAYBOOK
 from preftune.objectives import METHODS
-from preftune.training.plan import MemoryEstimate, TimeEstimate
 
 #: How far outside its method's published range beta is no longer a choice but a mistake; heuristic.
 _OFF_SCALE = 5.0
@@ -24,28 +24,6 @@ _FEW_STEPS = 20
 _CUT_NOTE, _CUT_WARN = 0.01, 0.05
 #: Hours after which a run that saves nothing is a risk; heuristic.
 _LONG_HOURS = 1.0
-
-
-@dataclass(frozen=True)
-class View:
-    """What a check sees.
-
-    Attributes:
-        case: The run with its settings as they are.
-        advised: Advised settings by name.
-        memory: Estimate of :func:`~preftune.training.estimate.estimate_memory`, or ``None``.
-        time: Estimate of :func:`~preftune.training.estimate.estimate_time`, or ``None``.
-    """
-
-    case: Case
-    advised: Mapping[str, Setting]
-    memory: MemoryEstimate | None
-    time: TimeEstimate | None
-
-    def number(self, name: str) -> float | None:
-        """A setting as it is, if it is a number."""
-        value = self.case.given.get(name)
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _beta_scale(view: View) -> Iterator[Flag]:
@@ -339,57 +317,8 @@ def _evaluation(view: View) -> Iterator[Flag]:
         )
 
 
-def _memory(view: View) -> Iterator[Flag]:
-    memory = view.memory
-    if memory is None or memory.fits or memory.available is None:
-        return
-    yield Flag(
-        "problem" if memory.total > 1.2 * memory.available else "warn",
-        ("max_tokens_per_row", "use_peft"),
-        "it may not fit into memory",
-        f"about {memory.total / 2**30:.1f} GiB are needed, {memory.available / 2**30:.1f} GiB are there"
-        + (f", most of it for {max(memory.causes, key=lambda cause: memory.causes[cause])}" if memory.causes else ""),
-        "; ".join(_room(view, memory)[:3]),
-        "estimate, docs/advice.md",
-        "computed",
-        always=True,
-    )
-
-
-def _room(view: View, memory: MemoryEstimate) -> list[str]:
-    """What would make room and is not done yet, what saves most first."""
-    given, case = view.case.given, view.case
-    accelerator = "processor" not in memory.machine
-    quantised = bool(given.get("load_in_4bit") or given.get("load_in_8bit"))
-    half_weights = given.get("dtype") in ("bfloat16", "float16")
-    optim = str(given.get("optim", ""))
-    saved: list[tuple[float, str]] = []
-    if not case.lora:
-        saved.append((0.9 * (memory.gradients + memory.optimizer + memory.copies), "use_peft: true"))
-    elif not half_weights and not quantised:
-        saved.append((memory.weights / 2, "dtype: bfloat16"))
-    elif accelerator and not quantised:
-        saved.append((0.7 * memory.weights, "load_in_4bit: true"))
-    if accelerator and "8bit" not in optim and "adafactor" not in optim and not case.lora:
-        share = 0.75 if not half_weights else 0.5
-        saved.append((share * memory.optimizer, "optim: adamw_8bit (paged_adamw_8bit where that is not enough)"))
-    if not memory.checkpointed:
-        keep = "gradient_checkpointing: true" if given.get("gradient_checkpointing") is False else ""
-        always = "checkpoint_policy: always"
-        saved.append((0.9 * memory.activations, keep or always))
-    elif accelerator and not given.get("activation_offloading"):
-        saved.append((0.5 * memory.activations, "activation_offloading: true"))
-    limit = view.number("max_length")
-    if limit is not None and memory.row_tokens > limit:
-        saved.append((0.5 * memory.activations, "a shorter max_length"))
-    if accelerator and case.num_processes == 1:
-        saved.append((0.5 * (memory.weights + memory.gradients + memory.optimizer), "more devices with FSDP or ZeRO-3"))
-    saved.sort(key=lambda each: -each[0])
-    return [text for size, text in saved if size > 0.02 * memory.total] or ["a smaller model"]
-
-
 CHECKS: tuple[Callable[[View], Iterator[Flag]], ...] = (
-    _memory,
+    memory_flags,
     _rate_and_beta,
     _beta_scale,
     _beta_bands,

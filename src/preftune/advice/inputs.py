@@ -280,7 +280,7 @@ def _data(verb: str, settings: Resolved[Any], known: Known, notes: list[str]) ->
     except PreftuneError as error:
         notes.append(f"lengths are not known, and are guessed from max_length ({error})")
         return len(rows), None
-    if verb == "kto":
+    if ROWS[verb] == "labelled":
         # A pair is two answers, each an example of its own.
         prepared, _ = prepare_unpaired(sample, tokenizer, options, "train")
         share = len(prepared) / max(len(sample), 1)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from preftune.advice.case import Case, Noise, Setting, Source, size_text
+from preftune.advice.case import Case, Setting, Source, size_text
+from preftune.advice.labels import label_state, surely_noisy
 from preftune.advice.published import (
     NEAR,
     SEVEN_BILLION,
@@ -21,13 +22,8 @@ from preftune.advice.scaling import ADAPTER_FACTOR, MOST, SAME_SIZE, TOY_RATE, T
 from preftune.advice.sources import HANDBOOK, LEARNING, NOISE_TABLE, NOTES, PLAYBOOK, QLORA
 from preftune.objectives import METHODS
 from preftune.objectives.knobs import LABEL_SMOOTHING
+from preftune.verbs import ROWS
 
-#: Notes: noisy is where annotators agree on 50 to 60 % of the pairs.
-NOISY_AGREEMENT = 0.6
-#: Share of flipped labels up to which data are called clean; heuristic.
-CLEAN = 0.1
-#: Labels are called noisy at all only where the interval's low end is above this share; heuristic.
-SURE_NOISE = 0.05
 #: Smoothing beyond this leaves little of the signal: the loss keeps 1 - 2 e of it.
 MOST_SMOOTHING = 0.4
 #: Optimizer steps that a run should at least have; heuristic.
@@ -37,24 +33,6 @@ LEAST_BATCH, USUAL_BATCH = 8, 64
 UNCUT_SHARE = 0.995
 #: Lengths are advised in multiples of this.
 LENGTH_STEP = 64
-
-
-def label_state(noise: Noise | None) -> str:
-    """``noisy``, ``mixed``, ``clean`` or ``unknown``.
-
-    Noisy is an agreement of two independent annotators of at most 60 %, as in the notes: a share of flipped labels of
-    27.6 % or more.
-    """
-    if noise is None:
-        return "unknown"
-    if noise.agreement <= NOISY_AGREEMENT:
-        return "noisy"
-    return "clean" if noise.estimate < CLEAN else "mixed"
-
-
-def surely_noisy(noise: Noise | None) -> bool:
-    """Whether flipped labels can be told from none."""
-    return noise is not None and noise.low > SURE_NOISE
 
 
 def _first(rows: list[Published]) -> Published | None:
@@ -353,7 +331,8 @@ def max_length(case: Case) -> Setting | None:
         )
     sources = (
         Source(
-            "the data", f"{len(lengths.longest):,} {'answers' if case.verb == 'kto' else 'pairs'}, {lengths.source}"
+            "the data",
+            f"{len(lengths.longest):,} {'answers' if ROWS[case.verb] == 'labelled' else 'pairs'}, {lengths.source}",
         ),
     )
     return Setting("max_length", wanted, low, high, reason, sources, "computed")

@@ -156,9 +156,7 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     key_from(config.judge_key_env, JUDGE)
     key_from(config.sampling_key_env, SERVER)
     offline = go_offline_if_unreachable([config.model, config.ref_model, config.compare, script.dataset_name])
-    if offline:
-        console.print(offline, style="yellow", highlight=False)
-    for note in settings.notes:
+    for note in (*([offline] if offline else []), *settings.notes):
         console.print(note, style="yellow", highlight=False, markup=False)
     quarantine = script.quarantine_path
     if script.on_bad_rows == "skip" and quarantine is None:

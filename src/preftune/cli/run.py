@@ -47,7 +47,7 @@ class _Own:
     Attributes:
         model: Model to tune: Hub id or folder; the same as --model_name_or_path.
         out: Folder for everything that the run leaves; the same as --output_dir.
-        verb: Training verb: dpo, orpo, cpo, kto or sft; found from the rows and from loss_type by default.
+        verb: Training verb, such as dpo; found from the rows and from loss_type by default.
         audit: Look the data over first; --no_audit leaves it out.
         evaluate: Evaluate on the held-out rows in the end; --no_evaluate leaves it out.
         num_prompts: Prompts that answers are drawn for in the evaluation; 0 draws none.

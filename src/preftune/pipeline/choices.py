@@ -13,14 +13,16 @@ from preftune.config import CommandLine, is_secret
 from preftune.config.coerce import coerce
 from preftune.config.sources import settings_from_file
 from preftune.errors import ConfigError
+from preftune.verbs import ROWS
 
 if TYPE_CHECKING:
     from preftune.advice import Advice
 
 #: Verbs that it may choose.
-VERBS = ("dpo", "kto", "sft", "orpo", "cpo")
+VERBS = tuple(ROWS)
 #: Verbs of each kind of rows.
-_BY_KIND = {"preference": "dpo", "ranked": "dpo", "rated": "dpo", "unpaired": "kto", "sft": "sft"}
+_LABELLED = next(verb for verb, rows in ROWS.items() if rows == "labelled")
+_BY_KIND = {"preference": "dpo", "ranked": "dpo", "rated": "dpo", "unpaired": _LABELLED, "sft": "sft"}
 _WIDTH = 110
 #: Most rows that are held out, and the share of the rows where that is fewer.
 MOST_HELD_OUT, HELD_OUT_SHARE = 500, 0.1

@@ -14,6 +14,7 @@ from preftune.errors import ConfigError, DataError, SetupError, flat
 from preftune.files import parse_json
 from preftune.ownership import RunFolder, check_places, claim_files
 from preftune.pipeline.choices import Asked, Settled, advised_choices, look_at, own_choices, settle, verb_for
+from preftune.verbs import PREFERENCE_VERBS, ROWS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +28,7 @@ STATE, SETTINGS, KIND = "run.json", "run.yaml", "run"
 #: Settings that say how to run, not what.
 _NOT_WRITTEN = ("dry_run", "resume_from_checkpoint", "existing_output")
 #: Verbs that there is an advice for.
-_ADVISED = ("dpo", "orpo", "cpo", "kto")
+_ADVISED = PREFERENCE_VERBS
 
 
 @dataclass
@@ -304,7 +305,7 @@ class Pipeline:
                 on_result=show,
             )
         except DataError as error:
-            if self.verb == "kto":
+            if ROWS[self.verb] == "labelled":
                 # Single answers make pairs only where a prompt has a good and a bad one.
                 return flat(error)
             raise

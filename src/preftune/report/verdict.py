@@ -19,6 +19,7 @@ from preftune.report.tables import figure, interval, is_interval, level_of, perc
 from preftune.runs.next_steps import chat, command, evaluation
 from preftune.stats.intervals import wilson_interval
 from preftune.stats.significance import mcnemar
+from preftune.verbs import PREFERENCE_VERBS
 
 GOOD, BAD, UNCLEAR = "good", "bad", "unclear"
 PROXY = (
@@ -129,7 +130,7 @@ def _method(run: Run, method: str) -> str:
     """What people call the method: ``DPO`` where the verb is dpo, with the loss where that is another one."""
     words = strings(run.provenance.get("command"))
     verb = words[1] if len(words) > 1 else ""
-    if verb not in ("dpo", "orpo", "cpo", "kto"):
+    if verb not in PREFERENCE_VERBS:
         return method
     usual = {"dpo": "sigmoid"}.get(verb, verb)
     return verb.upper() if method == usual else f"{verb.upper()}, loss {method}"

@@ -26,6 +26,7 @@ def rows_of(finding: Finding) -> set[Any]:
     return {example["row"] for example in finding.examples}
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_clean_set_gives_no_alarm(look: Look, seed: int) -> None:
     report = look(clean_rows(seed=seed), make_tokenizer(), test=clean_rows(30, seed=seed + 100))

@@ -44,7 +44,8 @@ def progress(trainer: SavedTrainer) -> dict[str, Any]:
         "flos": trainer.current_flos,
         "total_loss": trainer._total_loss_scalar,
         "last_logged": trainer._globalstep_last_logged,
-        "first_step": trainer._initial_global_step,
+        # transformers 5.17 does not have it, and does not need it.
+        "first_step": getattr(trainer, "_initial_global_step", 0),
         "seconds": trainer.seconds_trained(),
         "skipped": trainer.num_skipped_in_a_row,
         "max_tokens_per_row": trainer.max_tokens_per_row,
