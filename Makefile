@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 TEST_ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo real test check format bench gpu learning noise parity differential faults reliability audit guards fuzz coverage advisories clean
+.PHONY: help setup demo real test check format bench gpu learning noise parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -44,6 +44,10 @@ check: setup  ## lint, format, types, import layers, documentation coverage
 	@$(BIN)/mypy src tests
 	@$(BIN)/lint-imports
 	@$(BIN)/interrogate --config pyproject.toml src/preftune
+	@$(BIN)/python -m benchmarks.stale --docs
+
+stale: setup  ## results that were made by code that has changed since
+	@$(BIN)/python -m benchmarks.stale
 
 format: setup  ## apply the formatter and the safe fixes
 	@$(BIN)/ruff check --fix .
