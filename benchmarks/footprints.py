@@ -152,9 +152,10 @@ def _rows() -> list[Footprint]:
             assumed="activations recomputed; 8 devices, FSDP",
         ),
     ]
-    for tokens, published in ((1024, 6), (2048, 7), (4096, 9), (8192, 12), (16384, 19), (32768, 32)):
+    for tokens, published in ((1024, 6.0), (2048, 7), (4096, 9), (8192, 12), (16384, 19), (32768, 32)):
         rows.append(Footprint(FACTORY, "Llama-2-7B", "qlora", tokens, published * GB, assumed="activations recomputed"))
     litgpt: dict[str, Any] = {"targets": "q_proj v_proj", "recompute": False, "is_allocated": True, "logits": 0.1}
+    litgpt["assumed"] = "logits in pieces of 128 tokens"
     for model, trained, batch, nested, published in (
         ("Llama-2-7B", "lora", 1, False, 21.30),
         ("Llama-2-7B", "lora", 2, False, 29.07),

@@ -75,7 +75,10 @@ def stamp(*patterns: str) -> dict[str, Any]:
 
 def why_stale(content: Any) -> str | None:
     """Why the figures of a result file may not be those of today's code; ``None`` where they are."""
-    made = content.get(KEY) if isinstance(content, dict) else None
+    made = None
+    if isinstance(content, dict):
+        # Most results record it with the machine that they were made on.
+        made = content.get(KEY) or (content.get("machine") or {}).get(KEY)
     if not isinstance(made, dict) or not made.get("patterns") or not made.get("digest"):
         return "no record of what it was made with"
     if digest(made["patterns"]) != made["digest"]:

@@ -48,6 +48,15 @@ def test_qlora_of_70b_fits_into_80_gb(policy: str) -> None:
     assert not [flag for flag in advice.flags if "memory" in flag.title]
 
 
+def test_on_48_gb_it_is_said_that_it_may_not() -> None:
+    shape = qlora_70b()
+    given = {"max_length": 1024, "bf16": True, "load_in_4bit": True, "dtype": "bfloat16"}
+    case = Case("dpo", ("sigmoid",), shape.num_parameters, True, num_pairs=60_000, given=given)
+    (found,) = [flag for flag in advise(case, shape, MACHINES["l40s"]).flags if "memory" in flag.title]
+    assert found.severity == "warn"
+    assert "FSDP" in found.remedy
+
+
 def test_remedies_are_not_what_the_run_has_already() -> None:
     shape = qlora_70b()
     given = {"max_length": 1024, "bf16": True, "load_in_4bit": True, "dtype": "bfloat16"}
@@ -89,3 +98,7 @@ def test_recomputation_is_counted(trained: str) -> None:
     assert not totals[False].checkpointed
     # 32 layers keep their inputs instead of all that is in them.
     assert totals[True].activations < 0.15 * totals[False].activations
+
+
+def test_the_document_holds_the_table() -> None:
+    assert footprints.summary() in footprints.DOCS.read_text(encoding="utf-8")
