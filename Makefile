@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 TEST_ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo real test test-all test-extras test-low docs check format bench gpu learning noise parity differential faults reliability audit guards fuzz coverage advisories clean
+.PHONY: help setup demo real test test-all test-extras test-low docs check format bench gpu learning real-page noise parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -70,6 +70,10 @@ check: setup docs  ## lint, format, types, import layers, documentation coverage
 	@$(BIN)/mypy src tests benchmarks
 	@$(BIN)/lint-imports
 	@$(BIN)/interrogate --config pyproject.toml src/preftune
+	@$(BIN)/python -m benchmarks.stale --docs
+
+stale: setup  ## results that were made by code that has changed since
+	@$(BIN)/python -m benchmarks.stale
 
 format: setup  ## apply the formatter and the safe fixes
 	@$(BIN)/ruff check --fix .
@@ -84,6 +88,9 @@ gpu: setup  ## kernels against fp64, then training beside TRL on a GPU, 8 minute
 
 learning: setup  ## true reward before and after for every method, on a toy; writes docs/learning.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning
+
+real-page: setup real  ## the pretrained model tuned on real pairs, beside TRL, hours; writes docs/real.md
+	@$(BIN)/python -m benchmarks.real
 
 noise: setup  ## true reward against flipped labels for DPO, cDPO, robust, IPO; writes docs/noise.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.noise

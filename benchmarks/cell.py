@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import workloads
+from benchmarks import stale, workloads
 
 TRL_VARIANTS = ("trl", "trl-precompute")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "preftune")
@@ -218,7 +218,7 @@ def useful_flops(
 
 
 def machine(spec: dict[str, Any]) -> dict[str, Any]:
-    """Describe the machine and measure what its matrix products reach, in FLOP/s per dtype."""
+    """Describe the machine, measure what its matrix products reach, in FLOP/s per dtype, and stamp the code."""
     import torch
 
     if spec["threads"]:
@@ -252,6 +252,7 @@ def machine(spec: dict[str, Any]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
+        stale.KEY: stale.stamp(*stale.ENGINE, "benchmarks/cell.py"),
         "matmul_flops_per_second": rates,
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }

@@ -22,6 +22,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import stale
 from preftune.stats.intervals import (
     Interval,
     bootstrap_mean,
@@ -201,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         "simulations": args.simulations,
         "resamples": args.resamples,
         "error": 100 * (0.95 * 0.05 / args.simulations) ** 0.5,
+        stale.KEY: stale.stamp("src/preftune/stats/*.py", "benchmarks/coverage.py"),
         "versions": {"numpy": np.__version__, "python": sys.version.split()[0]},
         "seconds": round(time.perf_counter() - started, 1),
         "cells": cells,

@@ -4,7 +4,7 @@ A result file records a stamp: the files that its figures depend on, a digest of
 no stamp, or one that no longer fits, is stale: its figures may still be right, and nothing here says that they are.
 
 ``--docs`` checks the documents instead: every result file that they name is there, and every page with figures in a
-table names one.
+table names one, or says that they are not kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ WITHOUT_RESULTS = frozenset(
     {"compatibility.md", "design.md", "hardware.md", "recipes.md", "report.md", "scale.md", "serve.md"}
 )
 _FIGURE = re.compile(r"^\|.*\b\d+\.\d+\b.*\|", re.MULTILINE)
-_NAMED = re.compile(r"benchmarks/results/[\w./-]*\w")
+_NAMED = re.compile(r"benchmarks/results(?:/[\w./-]*\w)?")
+#: What a page says of figures that it gives without a file.
+_UNKEPT = "not kept as"
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:
@@ -73,7 +75,10 @@ def stamp(*patterns: str) -> dict[str, Any]:
 
 def why_stale(content: Any) -> str | None:
     """Why the figures of a result file may not be those of today's code; ``None`` where they are."""
-    made = content.get(KEY) if isinstance(content, dict) else None
+    made = None
+    if isinstance(content, dict):
+        # Most results record it with the machine that they were made on.
+        made = content.get(KEY) or (content.get("machine") or {}).get(KEY)
     if not isinstance(made, dict) or not made.get("patterns") or not made.get("digest"):
         return "no record of what it was made with"
     if digest(made["patterns"]) != made["digest"]:
@@ -98,7 +103,7 @@ def faults(root: Path = ROOT) -> Iterator[str]:
         for result in named:
             if not (root / result).exists():
                 yield f"{name}: {result} does not exist"
-        if not named and page.name not in WITHOUT_RESULTS and _FIGURE.search(text):
+        if not named and _UNKEPT not in text and page.name not in WITHOUT_RESULTS and _FIGURE.search(text):
             yield f"{name}: has figures in a table and names no result file"
 
 

@@ -98,7 +98,8 @@ def test_the_stated_error_holds_for_all_committed_cells() -> None:
         assert 1 / memory.STATED_FACTOR < growth < memory.STATED_FACTOR, memory.line(cell)
         assert 1 / memory.STATED_FACTOR < seconds < memory.STATED_FACTOR, memory.line(cell)
         # What the plan of the very run said is what was predicted without it.
-        assert cell["dry_run"] == cell["predicted"]["memory"]["total"]
+        if "dry_run" in cell:
+            assert cell["dry_run"] == cell["predicted"]["memory"]["total"]
 
 
 @pytest.mark.slow

@@ -39,6 +39,10 @@ def test_it_is_short_and_ends_with_the_next_command(cli: Cli, monkeypatch: pytes
     code, out, err = cli("advise", *BASE, "--write", "advised.yaml")
     assert code == 0, err
     assert "next: preftune dpo --config advised.yaml" in out.splitlines()
+    # Settings that are as advised are trained with.
+    code, out, err = cli("advise", "--config", "advised.yaml")
+    assert code == 0, err
+    assert "next: preftune dpo --config advised.yaml" in out.splitlines()
 
 
 def test_risks_are_those_of_values_that_somebody_set(cli: Cli) -> None:
@@ -50,6 +54,10 @@ def test_risks_are_those_of_values_that_somebody_set(cli: Cli) -> None:
     assert code == 0, err
     (found,) = json.loads(out)["flags"]
     assert "too low" in found["title"]
+    # An adapter that is asked for is not a rate that was set.
+    code, out, err = cli("advise", *BASE, "--json", "--use_peft")
+    assert code == 0, err
+    assert json.loads(out)["flags"] == []
 
 
 @pytest.mark.parametrize("flags", [(), ("--use_peft", "--lora_r", "4"), ("--noise", "0.3"), ("--verb", "orpo")])

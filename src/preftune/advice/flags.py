@@ -106,14 +106,14 @@ def _rate(view: View) -> Iterator[Flag]:
         title = f"learning rate far too high for {size_text(view.case.num_parameters)}"
         if rate <= 30 * advised.high and explicit:
             title = "an adapter's learning rate for all weights"
-        yield Flag("warn", (*fields, "use_peft"), title, said, remedy, f"{names}; {HANDBOOK}", "heuristic")
+        yield Flag("warn", fields, title, said, remedy, f"{names}; {HANDBOOK}", "heuristic")
     elif rate > 3 * advised.high:
         title = "learning rate far too high even for an adapter"
         yield Flag("warn", fields, title, said, remedy, names, "heuristic")
     elif view.case.lora and rate < advised.low / 2:
         title = "a full-fine-tuning rate for an adapter: it will hardly move"
         source = f"{HANDBOOK} (5e-7 and 5e-6), {PLAYBOOK} (about 10x)"
-        yield Flag("warn", (*fields, "use_peft"), title, said, remedy, source, "heuristic")
+        yield Flag("warn", fields, title, said, remedy, source, "heuristic")
     elif rate < advised.low / 5:
         title = f"learning rate too low for {size_text(view.case.num_parameters)}: the model will hardly move"
         yield Flag("warn", fields, title, said, remedy, names, "heuristic")

@@ -10,7 +10,6 @@ from preftune.advice.case import Case, Setting, Source, size_text
 from preftune.advice.labels import label_state, surely_noisy
 from preftune.advice.published import (
     NEAR,
-    SEVEN_BILLION,
     Published,
     contradiction,
     distance,
@@ -163,7 +162,9 @@ def adapter(case: Case) -> list[Setting]:
     if not case.lora:
         return []
     rows = rows_for("lora_r", case)
-    first = nearest(rows, case) if case.num_parameters >= SEVEN_BILLION / NEAR else None
+    first = nearest(rows, case)
+    if first is not None and distance(case, first) > math.log(NEAR):
+        first = None
     rank = 16 if first is None or first.value is None else int(first.value)
     kind = "heuristic" if first is None else "published"
     usual = "a usual rank for a model of this size; a higher one learns no more where every linear layer has an adapter"

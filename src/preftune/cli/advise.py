@@ -108,18 +108,23 @@ def main(argv: Sequence[str]) -> int:
         if own.json:
             print(json.dumps(finite(advice.as_dict()), indent=2, ensure_ascii=False, allow_nan=False))
         else:
-            following = _following(verb, argv, own)
+            following = _following(verb, argv, own, advice)
             show(console, advice, [*settings.notes, *notes], verbose=own.verbose, following=following)
         for path in written:
             console.print(f"wrote {path}", markup=False, highlight=False)
     return 0
 
 
-def _following(verb: str, argv: Sequence[str], own: _Own) -> str:
-    """The command that goes on from here: writing the file, or training with it."""
+def _following(verb: str, argv: Sequence[str], own: _Own, advice: Advice) -> str:
+    """The command that goes on from here: writing the file, or training with settings that need no change."""
     if own.write:
         return shlex.join(["preftune", verb, "--config", own.write])
-    return shlex.join(["preftune", "advise", *argv, "--write", "advised.yaml"])
+    given = advice.case.given
+    settled = all(each.field == "loss_type" or given.get(each.field) == each.value for each in advice.settings)
+    if settled and not advice.flags and replace(own, verb=None, verbose=False) == _Own():
+        return shlex.join(["preftune", verb, *(word for word in argv if word not in ("--verb", own.verb, "--verbose"))])
+    words = [word for word in argv if word != "--verbose"]
+    return shlex.join(["preftune", "advise", *words, "--write", "advised.yaml"])
 
 
 def _written(advice: Advice, settings: Resolved[Any], own: _Own) -> list[str]:

@@ -64,11 +64,21 @@ def audit_facts(audit: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
 def advice_facts(advice: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The parts of ``advice.json`` beside settings and flags."""
     parts = [
-        ("Memory", [(name.replace("_", " "), size(value)) for name, value in mapping(advice.get("memory")).items()]),
+        ("Memory", _memory_facts(mapping(advice.get("memory")))),
         ("Time", facts(advice.get("time"))),
         ("About this advice", facts(advice, leave_out=_ADVICE_PLACED)),
     ]
     return [(title, pairs) for title, pairs in parts if pairs]
+
+
+#: Entries of the memory estimate that are no bytes.
+_NO_BYTES = ("row_tokens", "checkpointed", "machine", "assumed", "fits")
+
+
+def _memory_facts(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    """Bytes by cause, those that take some, and what else is said of them."""
+    sizes = [(name.replace("_", " "), size(value)) for name, value in memory.items() if name not in _NO_BYTES and value]
+    return sizes + facts({name: memory[name] for name in _NO_BYTES if name in memory})
 
 
 def provenance_facts(run: Run) -> list[tuple[str, str]]:

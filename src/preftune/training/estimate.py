@@ -163,8 +163,8 @@ def activation_bytes(shape: Shape, work: Workload, machine: Machine, tokens: int
     if work.offloading and machine.kind != "cpu":
         return round(2 * layer)
     if work.checkpointing == "always" or (work.checkpointing == "needed" and tokens > fits):
-        # The inputs of all layers; one layer computed once more, and its gradients.
-        return round(shape.checkpoint_bytes * tokens + 2 * layer)
+        # The inputs of all layers; one layer computed once more, and its gradients, half of them at a time.
+        return round(shape.checkpoint_bytes * tokens + 1.5 * layer)
     return round(shape.activation_bytes * tokens + layer)
 
 

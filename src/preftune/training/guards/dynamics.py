@@ -15,7 +15,7 @@ from preftune.training.guards.evidence import Generation, HeldOut, Moments, Wind
 class RewardJump(Guard):
     """A reward metric improves by more than 10 points from one stretch of training to the next.
 
-    The rule of practice is *more than 10 % within one epoch*. Taken literally it fires on every run that learns: the
+    Users' practice is *more than 10 % within one epoch*. Taken literally it fires on every run that learns: the
     policy starts out as the reference, where accuracy is a coin toss and every margin 0, and both have to rise. What
     tells a rate that is too high from learning is suddenness. Stretches of at least ``min_pairs`` pairs are compared
     with the one before, at most an epoch apart, in two measures: the accuracy, and the implied preference
@@ -26,7 +26,10 @@ class RewardJump(Guard):
     name = "reward_jump"
     cause = "the learning rate is too high, or beta too low: the policy chases the reward"
     remedy = "lower learning_rate (to a third), or raise beta; more warmup_steps help where it happens at the start"
-    source = "rule of practice: more than 10 % improvement of the reward metric within one epoch"
+    source = (
+        "users' practice for the threshold, more than 10 % improvement of the reward metric within one epoch; the "
+        "window of 128 pairs and the interval are this project's"
+    )
     threshold_kind: ClassVar[ThresholdKind] = "published"
 
     #: Rise of a share that counts as a jump, and below which an episode is over.
