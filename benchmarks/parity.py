@@ -1,8 +1,8 @@
 """How closely training agrees with TRL's, method by method: measures the matrix of the tests and renders it.
 
-Both libraries train a tiny model for three steps on rows of real preference data, with the same settings in fp32; the
+Both libraries train a tiny model for three steps on rows of preference data, with the same settings in fp32; the
 largest relative differences of every figure go to ``docs/parity.md`` with the environment. The data lie beside the
-checkout in ``../shared/data``; without them there is nothing to measure.
+checkout in ``../shared/data``; without them the rows are those that the tests make.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ INTRODUCTION = """\
 Rendered by `benchmarks/parity.py` from `benchmarks/results/parity.json`; the tests hold every row to the same bound
 (`tests/parity/test_matrix.py`).
 
-**What is compared.** TRL {trl} and preftune train the same tiny Llama for three steps of four rows of HH-RLHF, with the
+**What is compared.** TRL {trl} and preftune train the same tiny Llama for three steps of four rows of {data}, with the
 same settings, seed and fp32 arithmetic. TRL runs its reference along and pads; preftune takes the reference from its
 store and packs, but for the rows that say otherwise. Every number is the largest relative difference over the steps:
 of the loss, of rewards and their margin, of the log-probs and the gradient's norm, of the whole gradient as a vector,
 and of the trained weights tensor by tensor after the last step. Rewards are beta times small differences of large sums;
 those smaller than {floor:g} of beta times the sums are measured against that size, since TRL's fp32 sums are no finer.
 
-**Where the two differ on purpose** is listed in the design document; those rows have tests of their own that say why.
+**Where the two differ on purpose** is listed in [migration](migration.md#differences); those rows have tests of their
+own that say why.
 """
 
 
@@ -45,26 +46,27 @@ def measure_all(names: list[str]) -> dict[str, Any]:
     """Measure the named cases, or all of them."""
     import torch
     from benchmarks.cell import machine
+    from tests.own_rows import write_files
     from tests.parity.conftest import hh_rows
     from tests.parity.matrix import CASES, Ground, measure
     from tqdm import tqdm
 
-    data = ROOT.parent / "shared" / "data"
-    if not data.is_dir():
-        sys.exit(f"nothing to measure: {data} is absent")
+    published = ROOT.parent / "shared" / "data"
     torch.set_num_threads(1)
     cases = [case for case in CASES if not names or case.name in names]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         # The reference store of the measurement is its own.
         os.environ["PREFTUNE_CACHE"] = str(Path(folder, "cache"))
+        data = published if published.is_dir() else write_files(Path(folder))
+        source = "HH-RLHF" if data is published else "transcripts in the shape of HH-RLHF, made by the tests"
         ground = Ground(Path(folder), hh_rows(data))
         start = time.perf_counter()
         for number, case in enumerate(tqdm(cases, desc="Parity", unit="case")):
             found = measure(case, ground, Path(folder, str(number)))
             rows.append({"name": case.name, "verb": case.verb, **asdict(found)})
         seconds = time.perf_counter() - start
-    return {"machine": machine({"threads": 1}), "seconds": seconds, "rows": rows}
+    return {"machine": machine({"threads": 1}), "seconds": seconds, "data": source, "rows": rows}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -80,7 +82,9 @@ def render(report: dict[str, Any]) -> str:
     return (
         "\n\n".join(
             [
-                INTRODUCTION.format(trl=report["machine"]["versions"]["trl"], floor=REWARD_FLOOR).strip(),
+                INTRODUCTION.format(
+                    data=report.get("data", "HH-RLHF"), trl=report["machine"]["versions"]["trl"], floor=REWARD_FLOOR
+                ).strip(),
                 f"**Result.** {result}",
                 f"**Environment.** {machine_text(report['machine'])}",
                 markdown_table(

@@ -16,8 +16,8 @@ schedule, random state, the sums since the last log line, what callbacks remembe
 reference and the running mean. All of it is safetensors and JSON; nothing is pickled. Every file is waited for until it
 is on the disk, then a manifest with the size and SHA-256 of each is written, and one rename gives the folder its name.
 Only a folder whose every file agrees with its manifest is resumed from; another one is passed over with a word, never
-deleted, and never counted when old checkpoints make room. Under FSDP and DeepSpeed the sharded parts stay in those
-libraries' own formats, some of which are pickled; the manifest covers them.
+deleted, and never counted when old checkpoints make room. Under FSDP2 a checkpoint is that
+of one process. Under DeepSpeed the sharded parts stay in its own format, some of it pickled; the manifest covers them.
 
 **What a run is.** The manifest holds the settings, the digest of the prepared data and the content key of the
 reference. A resumed run that differs in anything that changes what is learned is refused, with the old and the new
@@ -61,16 +61,18 @@ sentences say. A data-loader worker (`dataloader_num_workers`) or a process that
 makes no progress for `worker_timeout` seconds (600), or dies, ends the run with one error, and so does a training
 process that takes no part in an exchange for `ddp_timeout` seconds (1800); `resume_from_checkpoint: true` goes on from
 the last checkpoint, to the bit. Without an accelerator too: transformers hands `ddp_timeout` on only where there is
-one. The launcher ends the process that hangs, after 30 seconds, and adds its own report. A sweep runs the trial of a
+one. Processes that are left name the one
+that has gone, where it ran on their machine. `--num_processes` names it with its signal at once, and ends the others
+after at most ten seconds; torchrun does after 30. A sweep runs the trial of a
 worker that has died at once, and of one that has shown no sign of life for 300 seconds, again, and ends its own worker;
 a trial that waits for ever inside a healthy process is not noticed. A file system that never answers cannot be
 interrupted by any program.
 
-**What is untested.** Checkpoints under FSDP and DeepSpeed: manifest, rename and refusal are the same code, but no fault
-of this suite has been injected there, nobody has compared a resumed sharded run with an undisturbed one, and the limits
-above do not hold where those libraries wait on their own. Processes on several machines, and NCCL, whose watchdog ends
-a process that waits too long with a message of its own, have not been tried either. Two processes here are two on one
-machine's processor, by gloo.
+**What is untested.** Two processes were killed and gone on with by themselves (`tests/distributed`), not by this suite.
+Checkpoints under DeepSpeed: manifest, rename and refusal are the same code, but nobody has compared a resumed run with
+an undisturbed one, and the limits above do not hold where DeepSpeed or FSDP2 wait on their own. Processes on
+several machines, and NCCL, whose watchdog ends a process that waits too long with a message of its own, have not been
+tried either. Two processes here are two on one machine's processor, by gloo.
 """
 
 _EQUALITIES = """## What is equal, and how closely

@@ -119,6 +119,15 @@ def make_rows(name: str, num_rows: int, tokenizer: Any, scale: float = 1.0, seed
     return rows
 
 
+def rows_of_file(path: Path, num_rows: int) -> list[Row]:
+    """Rows of a JSON lines file with TRL's columns, at even steps along its lengths, in a fixed order."""
+    columns = ("prompt", "chosen", "rejected")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = _spread([{name: row[name] for name in columns} for row in rows], num_rows)
+    random.Random(0).shuffle(rows)
+    return rows
+
+
 def source_of(name: str) -> str:
     """Where a workload's rows come from, for the report."""
     if name not in FILES:
@@ -170,7 +179,7 @@ def _numbered(row: Row, number: int) -> Row:
 
 def _hh_rows() -> list[Row]:
     rows: list[Row] = []
-    for row in _file_rows("hh"):
+    for row in published_rows("hh"):
         cuts = {side: row[side].rfind(TURN) + len(TURN) for side in ("chosen", "rejected")}
         prompt = row["chosen"][: cuts["chosen"]]
         sides = {side: row[side][cut:] for side, cut in cuts.items()}
@@ -181,8 +190,8 @@ def _hh_rows() -> list[Row]:
     return rows
 
 
-def _file_rows(name: str) -> list[Row]:
-    """Rows as published: of the file beside the checkout, else of the Hub, else none."""
+def published_rows(name: str) -> list[Row]:
+    """Rows as published, of a key of :data:`FILES`: of the file beside the checkout, else of the Hub, else none."""
     file = DATA / FILES[name]
     if not file.exists():
         return _from_hub(name) or []
@@ -205,7 +214,7 @@ def _dpo_en_rows() -> list[Row]:
             "chosen": [message(row["chosen"])],
             "rejected": [message(row["rejected"])],
         }
-        for row in _file_rows("dpo_en")
+        for row in published_rows("dpo_en")
         if row["chosen"]["value"] and row["rejected"]["value"]
     ]
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.own_rows import write_files
+
 # Before anything imports torch, datasets or huggingface_hub, which read these once.
 _CACHES = tempfile.mkdtemp(prefix="preftune-tests-")
 os.environ["PREFTUNE_CACHE"] = os.path.join(_CACHES, "preftune")
@@ -25,15 +27,41 @@ settings.register_profile("preftune", deadline=None)
 settings.load_profile("preftune")
 
 
+#: Folders whose tests are all left to the slow tier: a real browser, runs that are killed, a pretrained model.
+_SLOW_FOLDERS = {"browser", "faults", "real"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave all but some parameter sets of a test marked ``thin`` to the slow tier: the first, the last, even steps."""
+    groups: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if _SLOW_FOLDERS & set(item.path.relative_to(item.config.rootpath).parts):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("thin") and not item.get_closest_marker("slow"):
+            groups.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    for group in groups.values():
+        marker = group[0].get_closest_marker("thin")
+        assert marker is not None
+        (kept,) = marker.args
+        places = {round(n * (len(group) - 1) / max(kept - 1, 1)) for n in range(kept)}
+        for place, item in enumerate(group):
+            if place not in places:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_unconfigure() -> None:
     """Remove the caches that this process made."""
     shutil.rmtree(_CACHES, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder of the preference files that lie beside the checkout, or a skip that says so."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no preference files beside the checkout ({folder.name} is absent)")
-    return folder
+#: Published preference files beside the checkout; without them the tests run on rows of their own alone.
+PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
+_SOURCES = ["own", *([pytest.param("published", marks=pytest.mark.slow)] if PUBLISHED.is_dir() else [])]
+
+
+@pytest.fixture(scope="session", params=_SOURCES)
+def preference_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the two files of :mod:`tests.own_rows`: the tests' own, and the published ones where they are."""
+    if request.param == "published":
+        return PUBLISHED
+    return write_files(tmp_path_factory.mktemp("preference-files"))

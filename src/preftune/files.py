@@ -58,7 +58,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until a folder's entries are on the disk; file systems that cannot do it for folders say so, and are let."""
+    """Wait until a folder's entries are on the disk; a file system that cannot do it for folders is not an error."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:

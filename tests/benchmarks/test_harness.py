@@ -154,7 +154,9 @@ def test_growth_changes_one_thing_at_a_time(capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("name", ["hh", "dpo_en"])
-def test_few_rows_have_the_lengths_of_all(name: str, shared_data: Path) -> None:
+def test_few_rows_have_the_lengths_of_all(name: str, preference_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "DATA", preference_files)
+
     def length(row: dict[str, Any]) -> int:
         return sum(len(str(row[side])) for side in ("prompt", "chosen", "rejected"))
 
@@ -166,7 +168,8 @@ def test_few_rows_have_the_lengths_of_all(name: str, shared_data: Path) -> None:
     assert workloads.make_rows(name, 24, tokenizer=None) == rows
 
 
-def test_more_rows_than_the_file_has_are_all_different(shared_data: Path) -> None:
+def test_more_rows_than_the_file_has_are_all_different(preference_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "DATA", preference_files)
     rows = workloads.make_rows("dpo_en", 650, tokenizer=None)
     assert len(rows) == 650
     assert len({json.dumps(row) for row in rows}) == 650

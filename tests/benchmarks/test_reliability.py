@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("trl")
-
 from benchmarks.reliability import begin, group_of, plan
 from benchmarks.reliability_document import render
 from tests.faults.campaign import Trial

@@ -45,11 +45,12 @@ class Watched:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """The system's Chromium, or a skip that says what is missing."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    """The system's Chromium."""
+    from playwright import sync_api
+
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.fail("no Chromium on this machine: install it with the system's package manager")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
@@ -83,7 +84,8 @@ def watched(chromium: Any) -> Iterator[Any]:
 
 def axe_violations(page: Any) -> list[str]:
     """What axe-core finds wrong with a page: rule and element."""
-    module = pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+    import axe_playwright_python as module
+
     script = Path(module.__file__).parent / "axe.min.js"
     # Through the debugger, as the page's own policy lets no other script in.
     page.evaluate(script.read_text(encoding="utf-8"))

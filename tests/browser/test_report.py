@@ -14,8 +14,6 @@ from preftune.report import build
 from tests.browser.conftest import Watched, axe_violations
 from tests.report.folders import HOSTILE, make_run, make_sweep, make_trl_run, write_json
 
-pytest.importorskip("plotly")
-
 Tab = Callable[..., Watched]
 
 

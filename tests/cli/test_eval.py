@@ -86,7 +86,6 @@ def test_what_is_refused_is_not_offered(cli: Cli, name: str) -> None:
 
 
 def test_the_table_is_seen_before_a_tracker_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorboard")
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     def broken(*_: object, **__: object) -> None:

@@ -58,7 +58,6 @@ def test_letters_that_the_output_does_not_know_do_not_end_the_program() -> None:
     assert b"sigmoid" in done.stdout
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("argv", [["methods"], ["methods", "--json"], ["cite", "sigmoid"]])
 def test_an_output_that_takes_no_more_is_one_line(argv: list[str], unbuffered: str) -> None:

@@ -10,8 +10,6 @@ import pytest
 from preftune.cli.main import main
 from tests.report.folders import make_trl_run
 
-pytest.importorskip("plotly")
-
 
 def test_the_page_is_written_where_it_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_trl_run(tmp_path / "run")

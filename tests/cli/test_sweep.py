@@ -289,7 +289,6 @@ def test_two_workers_share_the_trials(cli: Cli) -> None:
 
 @pytest.mark.slow
 def test_ray_gives_the_same_trials_and_figures(cli: Cli) -> None:
-    pytest.importorskip("ray")
     # A process of its own: Ray leaves threads and sockets behind that the next test would be blamed for.
     process = start("sweep", "--config", base(), *GRID, "--out", "ray", "--ray", "local", "--workers", "2")
     out, err = process.communicate(timeout=500)
@@ -309,8 +308,8 @@ def test_ray_gives_the_same_trials_and_figures(cli: Cli) -> None:
 
 
 @pytest.mark.slow
-def test_three_by_three_on_transcripts_from_one_command(cli: Cli, shared_data: Path) -> None:
-    data = {"dataset_name": str(shared_data / "hh_harmless_1700.jsonl.gz"), "dataset_train_split": "train[:80]"}
+def test_three_by_three_on_transcripts_from_one_command(cli: Cli, preference_files: Path) -> None:
+    data = {"dataset_name": str(preference_files / "hh_harmless_1700.jsonl.gz"), "dataset_train_split": "train[:80]"}
     settings = base(**data, max_length=192, max_steps=2, on_bad_rows="skip", max_dropped_share=0.9)
     grid = ("--param", "beta=0.05,0.1,0.2", "--param", "learning_rate=1e-6,1e-5,1e-4")
     code, out, _ = cli("sweep", "--config", settings, *grid, "--out", "out", "--keep", "none")
@@ -552,7 +551,6 @@ def test_retraining_the_sweet_spot(cli: Cli) -> None:
 
 
 def test_trackers_show_the_trials_together(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorboard")
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     settings = base(report_to="tensorboard")

@@ -21,7 +21,7 @@ import yaml
 
 from tests.cli.conftest import SMALL_RUN
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.extras
 
 SWEEP = ("sweep", "--config", "base.yaml", "--out", "out", "--keep", "none", "--param", "beta=0.05,0.5,0.9")
 # In a process of its own, as trackers keep their state. Trial 1 fails when everything has been logged.
@@ -38,15 +38,6 @@ sweep_trial.PairTrials._leave = fails
 sys.exit(main(sys.argv[1:]))
 """
 NAMES = ["out-000", "out-001", "out-002"]
-
-
-def needs(package: str, least: tuple[int, ...]) -> None:
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{package} is not installed")
-    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < least:
-        pytest.skip(f"{package} {version} is too old for transformers' integration")
 
 
 @pytest.fixture
@@ -122,7 +113,6 @@ def mlflow_runs(place: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_mlflow_has_a_run_per_trial_in_one_experiment(place: Path) -> None:
-    needs("mlflow-skinny", (2, 8))
     run(place, *SWEEP, "--report_to", "mlflow", script=FAILING)
     assert states(place) == ["complete", "failed", "complete"]
     runs = mlflow_runs(place)
@@ -135,14 +125,12 @@ def test_mlflow_has_a_run_per_trial_in_one_experiment(place: Path) -> None:
 
 
 def test_mlflow_tables_are_made_by_one_of_several_workers(place: Path) -> None:
-    needs("mlflow-skinny", (2, 8))
     run(place, *SWEEP, "--report_to", "mlflow", "--workers", "2")
     assert states(place) == ["complete"] * 3
     check_losses(place, {name: one["metrics"]["loss"] for name, one in mlflow_runs(place).items()})
 
 
 def test_mlflow_has_a_run_per_trial_of_one_forward(place: Path) -> None:
-    needs("mlflow-skinny", (2, 8))
     run(place, *SWEEP, "--report_to", "mlflow", "--fuse", "3", "--use_peft", "--lora_target_modules", "all-linear")
     runs = mlflow_runs(place)
     assert sorted(runs) == NAMES
@@ -156,7 +144,6 @@ def test_mlflow_has_a_run_per_trial_of_one_forward(place: Path) -> None:
 
 
 def test_mlflow_has_one_run_for_a_run_of_a_training_verb(place: Path) -> None:
-    needs("mlflow-skinny", (2, 8))
     options = ("--output_dir", "one", "--run_name", "one", "--report_to", "mlflow")
     splits = ("--dataset_test_split", "train", "--do_eval")
     run(place, "dpo", "--config", "base.yaml", *options, *splits)
@@ -211,7 +198,6 @@ def wandb_run(path: Path) -> dict[str, Any]:
 
 
 def test_wandb_has_a_run_per_trial_in_one_group(place: Path) -> None:
-    needs("wandb", (0, 19))
     run(place, *SWEEP, "--report_to", "wandb", script=FAILING)
     assert states(place) == ["complete", "failed", "complete"]
     runs = [wandb_run(path) for path in sorted(place.glob("wandb/offline-run-*/*.wandb"))]
@@ -228,7 +214,6 @@ def test_wandb_has_a_run_per_trial_in_one_group(place: Path) -> None:
 
 
 def test_trackio_has_a_run_per_trial_in_one_project(place: Path) -> None:
-    needs("trackio", (0, 21))
     run(place, *SWEEP, "--report_to", "trackio", script=FAILING)
     assert states(place) == ["complete", "failed", "complete"]
     # One file per project.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,44 @@ def test_any_command_line_resolves_or_is_one_line(flags: list[str], values: list
     except ConfigError as error:
         said = str(error)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("source", ["--dataset_name", "--config"])
+def test_settings_of_a_files_own_data_do_not_meet_other_data(tmp_path: Path, source: str) -> None:
+    """Split names and columns of a recipe belong to the data that it names."""
+    recipe, other = tmp_path / "recipe.yaml", tmp_path / "other.yaml"
+    recipe.write_text("dataset_name: hub/set\ndataset_train_split: train_sft\ndataset_columns: [chosen]\nbeta: 0.2\n")
+    other.write_text("dataset_name: mine.jsonl\n")
+    found = dpo("--config", str(recipe), source, "mine.jsonl" if source == "--dataset_name" else str(other))
+    assert found.script.dataset_name == "mine.jsonl"
+    assert found.script.dataset_train_split == "train"
+    assert found.script.dataset_columns is None
+    assert found.origins["dataset_train_split"].kind == "default"
+    assert found.trainer.beta == 0.2
+    (note,) = found.notes
+    for name in ("dataset_train_split", "dataset_columns"):
+        assert name in note
+
+
+def test_settings_beside_the_newer_data_count(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset_name: hub/set\ndataset_train_split: train_sft\n")
+    found = dpo("--config", str(recipe), "--dataset_name", "mine", "--dataset_train_split", "train[:9]")
+    assert found.script.dataset_train_split == "train[:9]"
+    assert dpo("--config", str(recipe)).script.dataset_train_split == "train_sft"
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("dataset_mixture:\n  datasets: [{id: a}]\n")
+    assert dpo("--config", str(mixture), "--dataset_name", "mine").script.dataset_mixture is None
+    # A file that names no data gives settings for whatever data there are.
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("dataset_train_split: train_prefs\n")
+    assert dpo("--config", str(plain), "--dataset_name", "mine").script.dataset_train_split == "train_prefs"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [("1e-4x", "did you mean 1e-4?"), ("0.1.2", "did you mean 0.1?"), ("much", "a number")]
+)
+def test_a_number_with_something_behind_it_is_recognised(value: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+        dpo("--learning_rate", value)
+    assert "did you mean 1e-6" not in str(caught.value)

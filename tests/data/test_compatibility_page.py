@@ -16,7 +16,8 @@ def test_every_format_and_every_kind_of_file_is_on_the_page() -> None:
     for name in FORMATS:
         assert f"`{name}`" in PAGE, name
     for suffix in SUFFIXES:
-        assert suffix.removesuffix(".gz") in PAGE, suffix
+        for part in suffix.removeprefix(".").split("."):
+            assert f"`.{part}`" in PAGE, suffix
 
 
 def test_every_test_on_the_page_exists() -> None:

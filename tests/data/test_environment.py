@@ -222,9 +222,9 @@ def test_turns_of_one_speaker_are_joined_and_empty_ones_left_out() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_real_transcripts_turn_by_turn(family: str, shared_data: Path) -> None:
+def test_real_transcripts_turn_by_turn(family: str, preference_files: Path) -> None:
     """Every turn of the file, found by a reader of its own, is in what the model sees, in its order."""
-    with gzip.open(shared_data / "hh_harmless_1700.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(preference_files / "hh_harmless_1700.jsonl.gz", "rt", encoding="utf-8") as file:
         raw = [json.loads(line) for line in file][:120]
     tokenizer = make_tokenizer(template=FAMILIES[family])
     options = DataOptions(max_length=None, transcripts="messages", implicit_prompt="transcript", on_bad_rows="skip")

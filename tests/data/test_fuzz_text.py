@@ -215,6 +215,7 @@ def one_case(seed: int, folder: Path) -> str:
     return "kept"
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("block", range(6))
 def test_nothing_is_lost_without_a_word(block: int, tmp_path: Path) -> None:
     outcomes = []

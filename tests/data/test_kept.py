@@ -304,6 +304,7 @@ print(*sorted(path.name for path in kept.files()))
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same_files(place: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     names = []

@@ -101,6 +101,7 @@ IMPLICIT_CHAT = [
 LENGTHS = [None, 1, 2, 3, 7, 12, 20, 33, 1024]
 
 
+@pytest.mark.thin(20)
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("max_length", LENGTHS)
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -109,6 +110,7 @@ def test_plain_text_equals_trl(rows: list[Any], adds_bos: bool, max_length: int 
     _compare(rows, make_tokenizer(adds_bos=adds_bos), max_length, mode)
 
 
+@pytest.mark.thin(30)
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("max_length", LENGTHS)
 @pytest.mark.parametrize("template", TEMPLATES)

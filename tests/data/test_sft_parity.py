@@ -65,6 +65,7 @@ def ours(rows: list[Any], tokenizer: Any, options: DataOptions, **settings: Any)
     return [(row["input_ids"], row["loss_mask"]) for row in dataset]
 
 
+@pytest.mark.thin(30)
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("max_length", [None, 3, 9, 14, 1024])
 @pytest.mark.parametrize("only", [None, True, False])

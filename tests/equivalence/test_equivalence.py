@@ -77,6 +77,7 @@ def baseline(world: World, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(world, tmp_path_factory.mktemp("baseline"), packing_mode="padded")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -113,6 +114,7 @@ def test_an_unequal_last_accumulation_still_weighs_every_pair_alike(world: World
     assert_same_updates(split, whole, world)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
 def test_losses_that_join_the_batch_do_not_depend_on_its_split(world: World, tmp_path: Path, loss: str) -> None:
     whole = train(world, tmp_path / "a", loss_type=[loss])
@@ -172,6 +174,7 @@ def test_a_wrong_reference_is_noticed_at_the_first_step(world: World, tmp_path: 
         trainer.train()
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_one_processs_weights(world: World, tmp_path: Path) -> None:
     """Over gloo, with rows of uneven number and length on the two processes."""
     flags = (

@@ -59,6 +59,7 @@ def _alone(world: World, folder: Path, settings: dict[str, Any], **shared: Any) 
     return trainer, trainer.evaluate()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("shared", [{}, {"max_tokens_per_row": 64}, {"gradient_checkpointing": True}])
 def test_each_configuration_ends_where_it_ends_alone(world: World, tmp_path: Path, shared: dict[str, Any]) -> None:
     fused = FusedTrainer(

@@ -1,4 +1,4 @@
-"""How long it takes is said once where nobody watches, if it is worth saying."""
+"""How long it takes is said where nobody watches, if it is worth saying: at the beginning, and then once a minute."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from preftune.evaluation.progress import Progress
     [
         # 1,000 tokens, 10 a step; after the first step 2 s pass before the pace is told.
         (0.5, True, "Sampling: about 50 s at most\n"),
-        (3.0, True, "Sampling: about 5 min at most\n"),
+        (
+            3.0,
+            True,
+            "Sampling: about 5 min at most\nSampling: 22 %, about 4 min left\nSampling: 42 %, about 3 min left\n"
+            "Sampling: 62 %, about 2 min left\nSampling: 82 %, about 50 s left\n",
+        ),
         (0.05, True, ""),
         (3.0, False, ""),
     ],
 )
-def test_the_rest_is_told_once(
+def test_the_rest_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds_per_step: float, show: bool, said: str
 ) -> None:
     now = [0.0]

@@ -363,7 +363,6 @@ def test_judged_against_each_opponent(world: Path, tmp_path: Path, start_judge: 
 
 
 def test_numbers_reach_the_tracker(world: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     found = evaluate(
         str(world / "policy"), str(world / "pairs.jsonl"), out=str(tmp_path), report_to=["tensorboard"], **FAST

@@ -1,4 +1,4 @@
-"""Adapters of quantised bases: merged into the weights they were trained on; skipped without bitsandbytes."""
+"""Adapters of quantised bases: merged into the weights they were trained on; needs the quantization extra."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from preftune.export import ExportOptions, export
 from tests.export.conftest import MakeRun
 from tests.models.tiny import save_tiny_model
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the quantization extra)")
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
 
 IDS = torch.tensor([[5, 17, 9, 33, 80, 41, 7, 250, 3, 3, 60, 12]])
 

@@ -131,7 +131,7 @@ def test_the_seeds_of_every_target(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not fuzz_guided.available(), reason="atheris is not installed")
+@pytest.mark.extras
 def test_guided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz_guided, "TARGETS", {"sweep params": fuzz_guided.TARGETS["sweep params"]})
     good(fuzz_guided.run_guided(3, 0))

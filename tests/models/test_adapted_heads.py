@@ -75,6 +75,7 @@ def draw(length: int, seed: int) -> Any:
     return torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(seed)).numpy()
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,6 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
     return worlds.World(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", ["lora", "saved head", "dora", "lora with bias", "ia3", "loha"])
 def test_training_steps(world: worlds.World, tmp_path: Path, kind: str) -> None:
     """Four steps of DPO: the reference is the model as it was, the head's adapter included."""

@@ -74,6 +74,7 @@ def test_positions_that_the_model_ignores_are_found(config: str) -> None:
     assert "on packed rows (they differ by" in verdict.reason
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", [broken.window_off_by_one, broken.window_ignored])
 @pytest.mark.parametrize("config", ["MistralConfig", "Gemma3TextConfig", "Qwen3Config"])
@@ -191,6 +192,7 @@ def test_the_tolerance_of_kernels_lies_between_rounding_and_faults() -> None:
 # ---- what must not be refused ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("seed", range(20))
 def test_rounding_is_no_reason(seed: int) -> None:
     torch.manual_seed(seed)
@@ -200,6 +202,7 @@ def test_rounding_is_no_reason(seed: int) -> None:
         assert verdict.ok, verdict.reason
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("config", ["LlamaConfig", "Qwen2Config", "Gemma2Config", "GPT2Config", "MixtralConfig"])
 def test_products_that_round_their_inputs_are_no_reason(config: str) -> None:
     sizes: dict[str, dict[str, Any]] = {

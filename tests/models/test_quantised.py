@@ -1,4 +1,4 @@
-"""Quantised models with an adapter; skipped where bitsandbytes is not installed."""
+"""Quantised models with an adapter; needs the quantization extra."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from preftune.models.loading import load_model_and_tokenizer
 from tests.models.tiny import save_tiny_model, train_tokenizer
 from tests.parity import worlds
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the quantization extra)")
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preftune.objectives import DIVERGENCES, METHODS, Objective, PairLogps, UnpairedLogps, build_objective
+from preftune.objectives import DIVERGENCES, METHODS, Knob, Objective, PairLogps, UnpairedLogps, build_objective
 
-# Values beside the default for each knob; a new knob without an entry fails test_every_knob_has_variants.
+# Values beside the default for each knob; those of a knob without an entry follow from its range.
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "label_smoothing": (0.1, 0.4),
     "f_divergence_type": tuple(name for name in DIVERGENCES if name != "reverse_kl"),
@@ -29,6 +29,22 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "desirable_weight": (1.33,),
     "undesirable_weight": (0.5,),
 }
+
+
+def _of_range(knob: Knob) -> tuple[Any, ...]:
+    """Values beside the default that a knob allows."""
+    if knob.kind == "flag":
+        return (not knob.default,)
+    if knob.kind == "choice":
+        return tuple(choice for choice in knob.choices if choice != knob.default)
+    near = (2.0 * knob.default, 0.5 * knob.default, knob.default + 0.25, knob.default - 0.25)
+    allowed = [value for value in near if value != knob.default and knob.low < value < knob.high]
+    assert allowed, f"{knob.name} needs values in VARIANTS"
+    return tuple(allowed[:2])
+
+
+for _knob in (knob for spec in METHODS.values() for knob in spec.knobs.values()):
+    VARIANTS.setdefault(_knob.name, _of_range(_knob))
 
 # A variant that has an effect only beside another setting.
 COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {("simpo", "sft_average"): {"cpo_alpha": 1.0}}

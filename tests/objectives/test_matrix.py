@@ -198,10 +198,10 @@ def test_better_chosen_gives_smaller_loss_near_the_reference(case: Case) -> None
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, float("nan"), float("inf"), True, "0.1", None])
-@every_method
-def test_beta_is_checked(name: str, beta: Any) -> None:
-    with pytest.raises(ConfigError, match="beta"):
-        build_objective(name, beta=beta)
+def test_beta_is_checked(beta: Any) -> None:
+    for name in METHODS:
+        with pytest.raises(ConfigError, match="beta"):
+            build_objective(name, beta=beta)
 
 
 @every_unpaired_case

@@ -71,6 +71,7 @@ def close(left: Tensor, right: Tensor) -> None:
     torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("name", WITH_REFERENCE)
 @given(batch=batches(), beta=BETA, shift=st.floats(-50.0, 50.0))
 def test_only_the_difference_to_the_reference_counts(name: str, batch: PairLogps, beta: float, shift: float) -> None:

@@ -31,7 +31,6 @@ from preftune.objectives import (
 with warnings.catch_warnings():
     # The experimental namespace says so on import.
     warnings.simplefilter("ignore")
-    pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
     from trl.trainer.dpo_config import DPOConfig

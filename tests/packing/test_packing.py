@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from preftune.packing import Branch, RowLayout, Tree, build_row, pair_trees, plan_rows
+from preftune.packing import plan as planning
 
 
 def ids(*values: int) -> np.ndarray:
@@ -133,3 +137,37 @@ def test_unfolding_finds_scored_prompts_too() -> None:
     sequences, places = unfold(row)
     found = [sequences[number][position + 1] for number, position in places]
     assert found == row.target_ids.tolist()
+
+
+@given(st.lists(st.integers(0, 60), max_size=80), st.integers(1, 50), st.integers(1, 4))
+def test_many_examples_are_planned_within_the_budget_too(lengths: list[int], budget: int, least: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_EXACT", 0)
+        rows = plan_rows(lengths, budget, least)
+    assert sorted(n for row in rows for n in row) == list(range(len(lengths)))
+    assert len(rows) >= least
+    for row in rows:
+        assert row == sorted(row)
+        assert len(row) <= 1 or sum(lengths[n] for n in row) <= budget or max(lengths[n] for n in row) == 0
+
+
+def skewed(number: int) -> list[int]:
+    """Token counts as skewed as those of real dialogues."""
+    draw = random.Random(0)
+    return [min(int(draw.lognormvariate(5.2, 0.8)) + 10, 2000) for _ in range(number)]
+
+
+@pytest.mark.parametrize("budget", [1024, 4096, 32768])
+def test_many_examples_need_no_more_rows(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = skewed(5000)
+    many = plan_rows(lengths, budget)
+    monkeypatch.setattr(planning, "_EXACT", 1 << 62)
+    assert len(many) <= len(plan_rows(lengths, budget))
+
+
+@pytest.mark.slow
+def test_a_million_examples_are_planned_in_seconds() -> None:
+    lengths = skewed(1_000_000)
+    began = time.process_time()
+    plan_rows(lengths, 4096)
+    assert time.process_time() - began < 5

@@ -1,6 +1,6 @@
 """Runs drawn at random, by TRL and by preftune: architectures, trainers, data forms and settings in any combination.
 
-What the two mean differently on purpose (docs/design.md) is not drawn, or not compared; every such place says so.
+What the two mean differently on purpose (docs/migration.md) is not drawn, or not compared; every such place says so.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+import trl
 from datasets import Dataset
 
 import preftune
 from preftune import ModelError
 from tests.parity import worlds
 
-trl = pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -63,6 +63,7 @@ def make(library: Any, world: Any, out: Path, adapter: Any) -> Any:
     )
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_steps_and_evaluation_are_trls(world: Any, tmp_path: Path, kind: str) -> None:
     found = []

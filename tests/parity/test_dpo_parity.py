@@ -17,10 +17,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.f
 TOLERANCE = 1e-4
 
 
-# Both files hold more pairs than the 160 of twenty steps, so that no accumulation ends in a partial batch at an
-# epoch's end: there TRL averages means of unequal micro-batches, while every pair weighs the same here.
-
-
 def train(library: str, setting: Setting, out: Path, **options: Any) -> Any:
     """Train with TRL's or our trainer, everything but the import being the same."""
     if library == "trl":
@@ -85,22 +81,32 @@ def assert_same_weights(ours: Any, theirs: Any) -> None:
         assert difference <= TOLERANCE * max(float(others[name].norm()), 1e-3), (name, difference)
 
 
-@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("data", ["hh", "dpo_en"])
 def test_twenty_steps_agree(
-    settings: dict[str, Setting], tmp_path: Path, data: str, lora: bool, accumulation: int, precompute: bool
+    settings: dict[str, Setting], tmp_path: Path, data: str, lora: bool, accumulation: int
 ) -> None:
+    """TRL with its reference beside it, ours with the reference beside it and from the store."""
     options = {
         "lora": lora,
         "gradient_accumulation_steps": accumulation,
-        "precompute_ref_log_probs": precompute,
         "per_device_train_batch_size": 2 if accumulation > 1 else 4,
     }
     theirs = train("trl", settings[data], tmp_path, **options)
-    # Without precomputing, TRL runs the reference along; so do we when the store is off.
-    ours = train("preftune", settings[data], tmp_path, **options, reference_store=precompute)
+    for stored in (False, True):
+        place = tmp_path / f"stored-{stored}"
+        more = {"precompute_ref_log_probs": stored, "reference_store": stored}
+        ours = train("preftune", settings[data], place, **options, **more)
+        assert_same_logs(ours, theirs)
+        assert_same_weights(ours, theirs)
+
+
+@pytest.mark.slow
+def test_a_reference_that_trl_computes_beforehand(settings: dict[str, Setting], tmp_path: Path) -> None:
+    options = {"precompute_ref_log_probs": True, "per_device_train_batch_size": 4}
+    theirs, ours = (train(library, settings["hh"], tmp_path, **options) for library in ("trl", "preftune"))
     assert_same_logs(ours, theirs)
     assert_same_weights(ours, theirs)
 
@@ -112,6 +118,7 @@ def test_store_and_live_reference_agree(settings: dict[str, Setting], tmp_path: 
     assert_same_weights(stored, live)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("loss", ["hinge", "ipo", "robust", "apo_zero", "aot", "sft", "sigmoid_norm"])
 def test_other_losses_agree(settings: dict[str, Setting], tmp_path: Path, loss: str) -> None:
     options: dict[str, Any] = {"loss_type": [loss], "max_steps": 4, "per_device_train_batch_size": 4}
@@ -123,6 +130,7 @@ def test_other_losses_agree(settings: dict[str, Setting], tmp_path: Path, loss: 
     assert_same_weights(ours, theirs)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -8,10 +8,10 @@ import pytest
 
 from tests.parity import drawn
 
-pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_drawn_run_is_trls(tmp_path: Path, seed: int) -> None:
     run = drawn.draw(seed)

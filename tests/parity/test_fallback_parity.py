@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.f
 _REFUSED = [REFUSED[0], REFUSED[2], ("MambaConfig", {}, "does not accept other attention functions")]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("name", "sizes", "reason"), _REFUSED, ids=[name for name, _, _ in _REFUSED])
 def test_fallback_matches_trl(tmp_path: Path, name: str, sizes: dict[str, Any], reason: str) -> None:
     rows = make_rows(24)
@@ -40,6 +41,7 @@ def test_fallback_matches_trl(tmp_path: Path, name: str, sizes: dict[str, Any], 
     assert_same_weights(ours, theirs)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_load_balancing_loss_matches_trl(tmp_path: Path, accumulation: int) -> None:
     rows = make_rows(24)

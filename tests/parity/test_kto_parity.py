@@ -11,7 +11,6 @@ from datasets import Dataset
 from tests.parity import worlds
 from tests.parity.conftest import Setting, hh_rows
 
-pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 TOLERANCE = 1e-4
@@ -61,6 +60,7 @@ def compare(
     return both
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("stored", [False, True], ids=["live", "stored"])
 @pytest.mark.parametrize("method", [KTO, APO], ids=["kto", "apo"])
 def test_five_steps(world: worlds.World, tmp_path: Path, method: dict[str, str], stored: bool) -> None:
@@ -126,8 +126,8 @@ def test_conversations(world: worlds.World, tmp_path: Path) -> None:
     compare(world, rows, tmp_path)
 
 
-def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
-    rows = hh_rows(shared_data)[:20]
+def test_real_rows(preference_files: Path, tmp_path: Path) -> None:
+    rows = hh_rows(preference_files)[:20]
     unpaired = [
         {"prompt": row["prompt"], "completion": row["chosen" if n % 2 else "rejected"], "label": bool(n % 2)}
         for n, row in enumerate(rows)

@@ -11,13 +11,12 @@ import torch
 from tests.parity.conftest import hh_rows
 from tests.parity.matrix import CASES, TOLERANCE, Case, Ground, measure, train
 
-pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 @pytest.fixture(scope="module")
-def ground(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return Ground(tmp_path_factory.mktemp("ground"), hh_rows(shared_data))
+def ground(preference_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return Ground(tmp_path_factory.mktemp("ground"), hh_rows(preference_files))
 
 
 def test_no_case_is_there_twice_and_every_loss_of_trl_is_there() -> None:
@@ -32,6 +31,7 @@ def test_no_case_is_there_twice_and_every_loss_of_trl_is_there() -> None:
     assert divergences == {"reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"}
 
 
+@pytest.mark.thin(16)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_three_steps_agree(case: Case, ground: Ground, tmp_path: Path) -> None:
     found = measure(case, ground, tmp_path)

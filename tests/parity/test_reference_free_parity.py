@@ -15,7 +15,6 @@ from tests.models.tiny import tiny_model
 from tests.parity import worlds
 from tests.parity.conftest import hh_rows
 
-pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 TOLERANCE = 1e-4
@@ -73,6 +72,7 @@ def compare(method: str, world: Any, rows: list[Any], out: Path, names: tuple[st
     return [theirs, ours]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("mode", ["packed", "padded"])
 def test_orpo(world: worlds.World, tmp_path: Path, mode: str) -> None:
     (trl_trainer, trl_config), (trainer, config) = classes("orpo")
@@ -85,6 +85,7 @@ def test_orpo(world: worlds.World, tmp_path: Path, mode: str) -> None:
     worlds.assert_same_weights(ours, theirs, TOLERANCE)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_cpo_and_its_losses(world: worlds.World, tmp_path: Path, method: str) -> None:
     options = METHODS[method]
@@ -94,6 +95,7 @@ def test_cpo_and_its_losses(world: worlds.World, tmp_path: Path, method: str) ->
     compare("cpo", world, worlds.pair_rows(20), tmp_path, names, **options)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
 def test_truncation(world: worlds.World, tmp_path: Path, method: str) -> None:
     """No prompt fills the length, so that TRL's average is one over some tokens."""
@@ -104,6 +106,7 @@ def test_truncation(world: worlds.World, tmp_path: Path, method: str) -> None:
     assert max(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in ours.train_dataset) == 16
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
 def test_conversations(world: worlds.World, tmp_path: Path, method: str) -> None:
     """The template ends turns with a line end; TRL puts the end-of-sequence token behind it."""
@@ -128,6 +131,7 @@ def test_conversations(world: worlds.World, tmp_path: Path, method: str) -> None
         assert b["chosen_ids"][-1] == eos
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
 def test_prompts_that_end_with_the_begin_of_an_answer(world: worlds.World, tmp_path: Path, method: str) -> None:
     world.tokenizer.chat_template = (
@@ -147,6 +151,7 @@ def test_prompts_that_end_with_the_begin_of_an_answer(world: worlds.World, tmp_p
         assert a["chosen_input_ids"] == b["prompt_ids"] + b["chosen_ids"]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
 def test_a_tokenizer_that_ends_texts_itself(tmp_path: Path, method: str) -> None:
     from tokenizers import processors
@@ -162,16 +167,18 @@ def test_a_tokenizer_that_ends_texts_itself(tmp_path: Path, method: str) -> None
         assert a["chosen_input_ids"] == b["prompt_ids"] + b["chosen_ids"]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
-def test_real_rows(shared_data: Path, tmp_path: Path, method: str) -> None:
+def test_real_rows(preference_files: Path, tmp_path: Path, method: str) -> None:
     from tests.parity.conftest import Setting
 
-    rows = hh_rows(shared_data)[:20]
+    rows = hh_rows(preference_files)[:20]
     setting = Setting(tmp_path, rows)
     names = ORPO_FIGURES if method == "orpo" else FIGURES
     compare(method, setting, rows, tmp_path, names, max_length=512, learning_rate=1e-4)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["orpo", "cpo"])
 def test_evaluation(world: worlds.World, tmp_path: Path, method: str) -> None:
     """On one batch, since TRL's supervised term is a mean of batch means."""

@@ -11,7 +11,6 @@ from datasets import Dataset
 from tests.models.tiny import tiny_model
 from tests.parity import worlds
 
-pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 TOLERANCE = 1e-4
@@ -23,6 +22,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
     return worlds.World(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -123,3 +123,41 @@ def test_a_damaged_sweep_falls_back_to_what_else_the_folder_holds(tmp_path: Path
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(DataError, match="nothing to report on"):
         read_all([tmp_path])
+
+
+def _trained_and_evaluated(root: Path, model: str, place: Path) -> Path:
+    """A run, and an evaluation of ``model`` in another folder."""
+    run = root / "run"
+    make_trl_run(run)
+    place.mkdir(parents=True, exist_ok=True)
+    metric = {"mean": 0.7, "low": 0.6, "high": 0.8, "n": 50}
+    content = {"model": model, "metrics": {"rewards/accuracies": metric}, "ref_model": "base"}
+    (place / "eval.json").write_text(json.dumps(content), encoding="utf-8")
+    return run
+
+
+@pytest.mark.parametrize("where", ["run/eval", "run-eval", "elsewhere/run-eval"])
+def test_the_evaluation_of_a_run_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Inside the run, beside it, and in the folder that the command was run in."""
+    run = _trained_and_evaluated(tmp_path, str(tmp_path / "run"), tmp_path / where)
+    monkeypatch.chdir((tmp_path / where).parent)
+    runs, _ = read_all([run])
+    assert runs[0].evaluation["metrics"]["rewards/accuracies"]["mean"] == 0.7
+
+
+@pytest.mark.parametrize("model", ["{root}/run", "run", "./run/"])
+def test_a_run_given_with_its_evaluation_is_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = _trained_and_evaluated(tmp_path, model.format(root=tmp_path), tmp_path / "results")
+    runs, _ = read_all([run, tmp_path / "results"])
+    assert [each.name for each in runs] == ["run"]
+    assert runs[0].evaluation
+
+
+def test_an_evaluation_of_something_else_stays_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = _trained_and_evaluated(tmp_path, "another", tmp_path / "run-eval")
+    assert not read_all([run])[0][0].evaluation
+    assert len(read_all([run, tmp_path / "run-eval"])[0]) == 2

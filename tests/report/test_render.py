@@ -21,8 +21,6 @@ from preftune.report.read import read_all
 from preftune.report.render import embed, render
 from tests.report.folders import HOSTILE, make_run, make_sweep, make_trl_run, write_json
 
-pytest.importorskip("plotly")
-
 
 class Elements(HTMLParser):
     """Tags with their attributes, and the text of every script and style."""

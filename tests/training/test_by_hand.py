@@ -114,6 +114,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Callable[[Pairs], T
 }  # fmt: skip
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", CASES)
 def test_four_steps(world: worlds.World, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, rows, loss = CASES[name]
@@ -196,6 +197,7 @@ def test_a_shift_within_the_step_would_depend_on_how_it_is_split(world: worlds.W
     assert abs(moved_at_once(1) - moved_at_once(4)) > 1e-4
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -291,6 +293,7 @@ def merged(base: Any, adapter: dict[str, Tensor]) -> Any:
     return model
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("share", [0.6, 1.0], ids=["soft", "hard"])
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("mode", ["packed", "padded"])

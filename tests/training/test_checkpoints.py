@@ -154,6 +154,31 @@ def test_a_sealed_checkpoint_is_valid_and_every_change_is_noticed(tmp_path: Path
         verify(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 4},
+        {"resumable": False},
+        {"identity": {"settings": {"beta": 0.5}}},
+        {"run": "b" * 32},
+        {"more": 1},
+        {"sha256": "0" * 64},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_manifest_that_is_not_the_one_written_is_noticed(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Every part has its type and every file fits: only the manifest's digest of itself tells."""
+    folder = make(tmp_path, 3)
+    document = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    # Written in another way it is still the same document.
+    (folder / FILE_NAME).write_text(json.dumps(document, indent=7, sort_keys=True), encoding="utf-8")
+    assert verify(folder).step == 3
+    (folder / FILE_NAME).write_text(json.dumps({**document, **change}), encoding="utf-8")
+    with pytest.raises(InvalidCheckpoint, match=f"{FILE_NAME} is damaged"):
+        verify(folder)
+    assert find_checkpoint(tmp_path).manifest is None
+
+
 def test_pickles_and_names_outside_are_not_accepted(tmp_path: Path) -> None:
     folder = make(tmp_path, 1)
     (folder / "pytorch_model.bin").write_bytes(b"x")

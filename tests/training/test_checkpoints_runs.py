@@ -56,6 +56,7 @@ def names(out: Path) -> list[str]:
     return [path.name for _, path in list_checkpoints(out)]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("scenario", "step"), [("dpo", 7), ("lora", 5), ("tr-dpo", 4)])
 def test_going_on_gives_the_same_bits(world: Path, tmp_path: Path, scenario: str, step: int) -> None:
     """Saved at a step that is neither logged nor a reference synchronisation, in the middle of an epoch."""
@@ -90,6 +91,7 @@ def test_a_finished_run_trains_no_further_step(world: Path, tmp_path: Path) -> N
     assert math.isclose(again.state.log_history[-1]["train_loss"], first.state.log_history[-1]["train_loss"])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

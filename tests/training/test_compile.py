@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +69,7 @@ def assert_same(ours: Any, expected: Any) -> None:
         assert (ours[2][name] - weight).norm() <= 1e-5 * weight.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -90,6 +90,7 @@ def test_compiled_layers_give_the_same_numbers(world: Any, tmp_path: Path, optio
     assert_same(ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Gemma2Config", "Qwen3Config", "MixtralConfig"])
 def test_other_architectures(world: Any, tmp_path: Path, name: str) -> None:
     def run(folder: str, **options: Any) -> Any:
@@ -101,9 +102,9 @@ def test_other_architectures(world: Any, tmp_path: Path, name: str) -> None:
     assert counters["stats"]["unique_graphs"] >= 2
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.slow
 def test_inductor_agrees_with_trl(world: Any, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl is the oracle of this test (install the dev extra)")
+    trl = importlib.import_module("trl")
     theirs, ours = make(trl, world, tmp_path / "trl"), make(preftune, world, tmp_path / "ours", torch_compile=True)
     for trainer in (theirs, ours):
         trainer.train()
@@ -127,6 +128,7 @@ def test_the_model_is_itself_again_afterwards(world: Any, tmp_path: Path) -> Non
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_accelerates_own_configuration_asks_for_it_too(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def loaded(world: worlds.World, adapter: str, how: str) -> Any:
     return PeftModel.from_pretrained(base(world), adapter, is_trainable=True)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.filterwarnings("ignore:the adapter .* is trained:UserWarning")
 @pytest.mark.parametrize("how", ["folder", "AutoModel", "load_adapter"])
 @pytest.mark.parametrize("kind", ["DPO", "SFT", "KTO"])
@@ -108,6 +109,7 @@ def test_an_adapter_goes_on_training_however_it_was_loaded(
     assert torch.allclose(again(ids).logits, trainers[1].model.eval()(ids).logits, atol=1e-5)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "options", [{}, {"target_modules": "all-linear"}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}]
 )
@@ -235,6 +237,7 @@ def test_of_several_sets_one_has_to_be_named(world: worlds.World, tmp_path: Path
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("kind", "metric", "named"),
     [
@@ -301,6 +304,7 @@ def test_a_search_of_transformers_is_refused_at_once(world: worlds.World, tmp_pa
         trainer.train()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", ["ORPO", "CPO"])
 @pytest.mark.parametrize("form", ["none", "trial", "nothing"])
 def test_model_init_makes_the_model(world: worlds.World, tmp_path: Path, kind: str, form: str) -> None:
@@ -349,6 +353,7 @@ def test_a_list_that_is_changed_in_place_counts_as_changed(world: worlds.World, 
 # ---- predict --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["rows", "stream", "own"])
 def test_predict_takes_what_evaluate_takes(world: worlds.World, tmp_path: Path, kind: str, form: str) -> None:
@@ -421,6 +426,7 @@ def test_attributes_are_what_they_are_in_trl(world: worlds.World, tmp_path: Path
         ours.no_such_thing  # noqa: B018
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("how", ["full", "adapter", "given"])
 def test_the_reference_that_follows_can_be_looked_at(world: worlds.World, tmp_path: Path, how: str) -> None:
     options: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
@@ -530,6 +536,7 @@ def test_a_setting_under_its_former_name_acts_without_a_word(tmp_path: Path, new
     assert preftune.DPOConfig(str(tmp_path), use_cpu=True).activation_checkpointing is True
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_run_warns_of_nothing(world: worlds.World, tmp_path: Path, kind: str) -> None:
     with warnings.catch_warnings(record=True) as said:

@@ -10,7 +10,7 @@ import pytest
 
 from preftune import DPOConfig
 from preftune.errors import ConfigError
-from preftune.training.engines import check_engine
+from preftune.training.engines import check_engine, gather_when_saving
 
 _FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
@@ -26,7 +26,6 @@ def given(folder: Path, **settings: Any) -> DPOConfig:
         ({"PARALLELISM_CONFIG_CP_SIZE": "4"}, "PARALLELISM_CONFIG_CP_SIZE"),
         ({"PARALLELISM_CONFIG_SP_SIZE": "2"}, "PARALLELISM_CONFIG_SP_SIZE"),
         ({**_FSDP, "FSDP_VERSION": "1"}, "FSDP1 is not supported"),
-        ({**_FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "no weights in the output folder"),
         ({**_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "without weights"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3 is not supported"),
     ],
@@ -51,9 +50,25 @@ def test_settings_are_refused(tmp_path: Path) -> None:
     args.parallelism_config = SimpleNamespace(tp_size=2)
     with pytest.raises(ConfigError, match="parallelism_config"):
         check_engine(args)
-    args = given(tmp_path, fsdp=True, fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})
-    with pytest.raises(ConfigError, match="fsdp_state_dict_type"):
+
+
+def test_sharded_state_dicts_are_written_whole() -> None:
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), is_main_process=True)
+    with pytest.warns(UserWarning, match="written whole, not as SHARDED_STATE_DICT"):
+        gather_when_saving(accelerator)
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    # Nothing is left to be said.
+    gather_when_saving(accelerator)
+
+
+def test_batches_that_would_be_divided_twice_are_refused(tmp_path: Path) -> None:
+    args: Any = SimpleNamespace(world_size=2, accelerator_config=SimpleNamespace(split_batches=True))
+    with pytest.raises(ConfigError, match="split_batches"):
         check_engine(args)
+    check_engine(given(tmp_path, accelerator_config={"split_batches": True}))
 
 
 def test_what_trains_right_is_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

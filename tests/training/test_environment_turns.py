@@ -63,6 +63,7 @@ def by_hand(model: Any, row: dict[str, Any], side: str) -> float:
     return float((logps[len(row["prompt_ids"]) - 1 :] * torch.tensor(mask)).sum())
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("mode", ["packed", "padded"])
 @pytest.mark.parametrize("store", [True, False])
 def test_dpo_scores_the_models_own_words(mode: str, store: bool, tmp_path: Path) -> None:
@@ -93,6 +94,7 @@ def test_without_the_switch_all_turns_are_scored_and_one_warning_says_so(tmp_pat
     assert line["logps/chosen"] == pytest.approx(sum(by_hand(model, row, "chosen") for row in rows) / 2, rel=1e-5)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("loss", "divides"),
     [("ipo", True), ("sigmoid_norm", True), ("sigmoid", False)],

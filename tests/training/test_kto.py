@@ -33,6 +33,7 @@ def train(world: Any, out: Path, rows: list[Any], **options: Any) -> Any:
 WHOLE = {"per_device_train_batch_size": 8, "beta": 0.5}
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ def losses(trainer: Any) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_visits_in_trls_order(world: Any, tmp_path: Path, strategy: str) -> None:
-    trl = pytest.importorskip("trl", reason="trl is the oracle of this test (install the dev extra)")
+    trl = importlib.import_module("trl")
     found = []
     for library in (trl, preftune):
         trainer = sft(library, world, tmp_path / library.__name__, train_sampling_strategy=strategy)
@@ -50,6 +52,7 @@ def test_every_strategy_visits_in_trls_order(world: Any, tmp_path: Path, strateg
     assert len({round(x, 5) for x in found[0]}) == 8  # another order would show
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_goes_on_in_the_same_order(world: Any, tmp_path: Path, strategy: str) -> None:
     options = {"train_sampling_strategy": strategy, "save_strategy": "steps", "save_steps": 2, "max_steps": 8}

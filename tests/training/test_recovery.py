@@ -31,6 +31,7 @@ def lines(trainer: Any) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("error", FAILURES, ids=["accelerator", "processor", "python"])
 @pytest.mark.parametrize("scenario", ["dpo", "aot", "kto"])
 def test_a_step_out_of_memory_ends_with_the_same_gradient(
@@ -88,6 +89,7 @@ def test_other_errors_are_no_lack_of_memory() -> None:
 # ---- values that are not finite ------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(3)
 @pytest.mark.filterwarnings("ignore:.*step is skipped:UserWarning")
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])

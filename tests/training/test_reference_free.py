@@ -28,6 +28,7 @@ def train(world: Any, verb: str, out: Path, rows: list[Any], **options: Any) -> 
     return worlds.train(*VERBS[verb], out, world.path, world.tokenizer, data, **{"max_steps": 2, **options})
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(
     "options",

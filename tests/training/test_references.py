@@ -34,6 +34,7 @@ def small(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("small"), world.tokenizer, initializer_range=0.3, **sizes)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("form", ["path", "model"])
 @pytest.mark.parametrize("options", [{}, {"reference_store": False}, {"precompute_ref_log_probs": True}], ids=str)
 def test_another_model(world: worlds.World, tmp_path: Path, small: str, form: str, options: dict[str, Any]) -> None:

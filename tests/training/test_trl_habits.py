@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import HfArgumentParser, T5Config, T5ForConditionalGeneration, TrainingArguments
@@ -21,7 +22,6 @@ from preftune import ConfigError, DataError, ModelError
 from tests.models.tiny import tiny_model
 from tests.parity import worlds
 
-trl = pytest.importorskip("trl", reason="trl is the oracle of these tests (install the dev extra)")
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 KINDS = ["DPO", "SFT", "KTO"]
@@ -140,6 +140,7 @@ def test_splits_are_refused_and_named(world: worlds.World, tmp_path: Path, kind:
         make(preftune, kind, world, tmp_path, data)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_is_visited_in_its_order(world: worlds.World, tmp_path: Path, kind: str) -> None:
     data = Dataset.from_list(rows_of(kind, 60)).to_iterable_dataset()
@@ -162,6 +163,7 @@ def test_a_stream_without_end_trains(world: worlds.World, tmp_path: Path) -> Non
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_line_tells_of_steps_without_one(world: worlds.World, tmp_path: Path, kind: str) -> None:
     data = Dataset.from_list(rows_of(kind, 20))
@@ -195,6 +197,7 @@ def test_experts_are_balanced_under_kto_as_in_trl(world: worlds.World, tmp_path:
     worlds.assert_same_weights(ours, theirs, TOLERANCE)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("asked_for", [False, True])
 @pytest.mark.parametrize("kind", ["ORPO", "CPO"])
 def test_orpo_and_cpo_balance_experts_where_the_model_asks_for_it(
@@ -420,6 +423,7 @@ def test_odpo_says_whose_score_gap_is_missing(world: worlds.World, tmp_path: Pat
         make(preftune, "DPO", world, tmp_path, Dataset.from_list(worlds.pair_rows(4)), loss_type="odpo")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
 def test_a_longer_run_after_a_short_one(world: worlds.World, tmp_path: Path, kind: str) -> None:
     losses = []
@@ -467,6 +471,7 @@ def test_rows_longer_than_learned_positions_are_refused(world: worlds.World, tmp
     make(preftune, "DPO", world, tmp_path, data, model=model, max_length=16, max_steps=1).train()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_tells_the_tokens_trained_on(world: worlds.World, tmp_path: Path, kind: str) -> None:
     figures = []

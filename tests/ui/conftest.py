@@ -17,9 +17,6 @@ import pytest
 
 from tests.report.folders import make_run, make_sweep, make_trl_run, write_json
 
-for package in ("starlette", "uvicorn", "plotly"):
-    pytest.importorskip(package, reason=f"{package} is not installed")
-
 
 @dataclass
 class Server:

@@ -28,11 +28,12 @@ from preftune.runs.settings import settings_classes
 from preftune.training.lengths import pair_lengths
 from preftune.training.machines import find_machine
 from preftune.training.setup import data_options
+from preftune.verbs import PREFERENCE_VERBS, ROWS
 
 #: Rows that are tokenised to know their lengths; more would not change what is advised.
 _SAMPLE_ROWS = 2000
 #: Verbs that there is an advice for.
-VERBS = ("dpo", "orpo", "cpo", "kto")
+VERBS = PREFERENCE_VERBS
 #: Settings of a run that an advice looks at.
 _GIVEN = (
     "beta",
@@ -101,7 +102,7 @@ def find_verb(line: CommandLine) -> str:
     spec = METHODS.get(loss) if isinstance(loss, str) else None
     if spec is not None:
         if not spec.paired:
-            return "kto"
+            return next(each for each in VERBS if ROWS[each] == "labelled")
         return ("orpo" if loss == "orpo" else "cpo") if spec.family == "reference_free" else "dpo"
     known: dict[str, set[str]] = {each: set(fields_of(settings_classes(each)[0])) for each in VERBS}
     telling = set(written) & set().union(*known.values()) - set[str].intersection(*known.values())

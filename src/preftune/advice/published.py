@@ -170,6 +170,8 @@ def _from_recipes() -> Iterator[Published]:
     import yaml
 
     for recipe in RECIPES.values():
+        if not recipe.published or recipe.verb == "sft":
+            continue
         content: dict[str, Any] = yaml.safe_load(recipe.text())
         size = re.search(r"(\d+(?:\.\d+)?)B", recipe.model)
         about = Published(

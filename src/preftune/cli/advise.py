@@ -13,12 +13,13 @@ from preftune.config import Resolved, split_command_line
 from preftune.config.own import take_own
 from preftune.errors import ConfigError, SetupError, flat
 from preftune.files import finite
+from preftune.verbs import PREFERENCE_VERBS
 
 if TYPE_CHECKING:
     from preftune.advice import Advice
     from preftune.runs.run import Run
 
-VERBS = ("dpo", "orpo", "cpo", "kto")
+VERBS = PREFERENCE_VERBS
 
 _HELP = """usage: preftune advise [--config FILE.yaml ...] [--name value ...] [--json] [--verbose] [--write OUT.yaml]
 
@@ -28,7 +29,7 @@ model, only config.json and the tokenizer are read.
 
 {flags}
 
-All other settings are those of `preftune dpo`, `orpo`, `cpo` and `kto`."""
+All other settings are those of the verbs that learn preferences: {verbs}."""
 
 
 @dataclass
@@ -36,7 +37,7 @@ class _Own:
     """Flags of this verb alone.
 
     Attributes:
-        verb: Which training: dpo, orpo, cpo or kto; found from loss_type and the other settings by default.
+        verb: Which training, such as dpo; found from loss_type and the other settings by default.
         json: Print JSON, as in advice.json.
         write: File for the advised configuration, with the reasons as comments.
         out: Folder for advice.json.
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     if line.help:
         from preftune.cli.help import own_lines
 
-        print(_HELP.format(flags="\n".join(own_lines(_Own))))
+        print(_HELP.format(flags="\n".join(own_lines(_Own)), verbs=", ".join(VERBS)))
         return 0
     own, rest = take_own(line, _Own)
     from rich.console import Console

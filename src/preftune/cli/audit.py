@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from preftune.config import split_command_line
 from preftune.config.own import take_own
 from preftune.errors import ConfigError
+from preftune.verbs import ROWS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from preftune.data.audit import AuditReport, Finding
 
-VERBS = ("dpo", "orpo", "cpo", "kto", "sft")
+VERBS = tuple(ROWS)
 _STYLES = {"ok": "green", "note": "cyan", "warn": "yellow", "problem": "bold red"}
 
 _HELP = """usage: preftune data audit --dataset_name D [--out DIR] [--config FILE.yaml] [--name value ...]

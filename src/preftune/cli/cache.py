@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ def info(path: str | None = None, *, as_json: bool = False) -> str:
         StoreError: If there is a store and it cannot be read.
     """
     from preftune.data import kept
+    from preftune.references import names
     from preftune.references.database import FILE_NAME
     from preftune.references.store import ReferenceStore, StoreInfo, cache_home
 
@@ -68,11 +70,9 @@ def info(path: str | None = None, *, as_json: bool = False) -> str:
             facts = store.info()
     tokens = {"num_files": len(kept.files(file.parent)), "num_bytes": kept.num_bytes(file.parent)}
     if as_json:
-        return _as_json(facts, tokens)
-    where = kept.folder(file.parent)
-    return (
-        f"{_as_text(facts)}\n\nTokenised data: {tokens['num_files']:,} files, {_size(tokens['num_bytes'])}, in {where}"
-    )
+        return _as_json(facts, tokens, names.read(file.parent))
+    held = f"{tokens['num_files']:,} files, {_size(tokens['num_bytes'])}, in {kept.folder(file.parent)}"
+    return f"{_as_text(facts, names.read(file.parent))}\n\nTokenised data: {held}"
 
 
 def clear(
@@ -142,23 +142,26 @@ def _seconds(age: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _as_json(facts: StoreInfo, tokens: dict[str, int]) -> str:
+def _as_json(facts: StoreInfo, tokens: dict[str, int], called: Mapping[str, str]) -> str:
     from dataclasses import asdict
 
-    return json.dumps(asdict(facts) | {"path": str(facts.path), "num_entries": facts.num_entries, "tokens": tokens})
+    about = {"path": str(facts.path), "num_entries": facts.num_entries, "tokens": tokens, "names": dict(called)}
+    return json.dumps(asdict(facts) | about)
 
 
-def _as_text(facts: StoreInfo) -> str:
+def _as_text(facts: StoreInfo, called: Mapping[str, str]) -> str:
     if facts.mode == "absent":
         return f"No reference log-probs are stored yet; they will be in {facts.path}"
     mode = {"disk": "", "read_only": ", read-only"}.get(facts.mode, f", {facts.mode}")
     lines = [f"{facts.path} ({_size(facts.num_bytes)}{mode})"]
     if facts.weights:
         lines += ["", f"{'weights key':<34}{'sequences':>12}  {'created':<18}last used"]
-    lines += [
-        f"{item.weights_key:<34}{item.num_entries:>12,}  {_moment(item.created):<18}{_moment(item.last_used)}"
-        for item in facts.weights
-    ]
+    for item in facts.weights:
+        moments = f"{_moment(item.created):<18}{_moment(item.last_used)}"
+        lines.append(f"{item.weights_key:<34}{item.num_entries:>12,}  {moments}")
+        if item.weights_key in called:
+            # On a line of its own: a folder's name is as long as it is.
+            lines.append(f"  {called[item.weights_key]}")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,23 @@ def run(args: argparse.Namespace) -> int:
 
     wanted: dict[str, None] = {}
     for name in args.names:
-        wanted |= dict.fromkeys(used_by(Path(name)) if Path(name).is_dir() else [name])
+        wanted |= dict.fromkeys(used_by(Path(name)) if Path(name).is_dir() else meant_by(name))
     print("\n\n".join(dict.fromkeys(bibtex(name) for name in wanted)))
     return 0
+
+
+def meant_by(name: str) -> list[str]:
+    """Names that ``bibtex`` knows for what people call a method: ``dpo`` is the loss ``sigmoid``."""
+    from preftune.objectives import METHODS
+    from preftune.objectives.lookup import SYNONYMS
+    from preftune.objectives.papers import MODIFIER_PAPERS, PAPERS
+
+    key = name.lower().replace("-", "_")
+    known = {*METHODS, *MODIFIER_PAPERS, *PAPERS}
+    for each in (name, key):
+        if each in known:
+            return [each]
+    return [word for word in re.findall(r"\w+", SYNONYMS.get(key, "")) if word in known] or [name]
 
 
 def used_by(folder: Path) -> list[str]:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from preftune.config import CommandLine, Resolved, split_command_line
 from preftune.config.own import take_own
 from preftune.errors import ConfigError
+from preftune.verbs import ROWS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 ACTIONS = ("show", "audit", "convert")
-VERBS = ("dpo", "orpo", "cpo", "kto", "sft")
+VERBS = tuple(ROWS)
 _HELP = """usage: preftune data show --dataset_name D --model_name_or_path M [--config FILE.yaml] [--name value ...]
 
 Print prepared rows: prompt, chosen, rejected; which tokens are trained on, and which truncation drops.
@@ -29,8 +30,9 @@ Settings of that verb that concern data, tokenizer and truncation count as they 
 
 _CONVERT_HELP = """usage: preftune data convert --dataset_name D --out FILE [--config FILE.yaml] [--name value ...]
 
-Write a data set of any known format as TRL's columns: prompt, chosen, rejected; prompt, completion, label with --verb
-kto; messages, or prompt and completion, with --verb sft. Says what is done with every column.
+Write a data set of any known format as TRL's columns: prompt, chosen, rejected; prompt, completion, label for
+labelled answers (--verb {labelled}); messages, or prompt and completion, with --verb sft. Says what is done with every
+column.
 
 {flags}
 
@@ -76,7 +78,8 @@ def _help(action: str = "show") -> str:
     from preftune.cli.help import own_lines
 
     text, own = (_CONVERT_HELP, _OwnOfConvert) if action == "convert" else (_HELP, _Own)
-    return text.format(flags="\n".join(own_lines(own)))
+    labelled = next(verb for verb, rows in ROWS.items() if rows == "labelled")
+    return text.format(flags="\n".join(own_lines(own)), labelled=labelled)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -158,7 +161,6 @@ def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
     from preftune.data import load_report, show
     from preftune.data.export import columns_told
     from preftune.data.view import ENCLOSING, REMARKS
-    from preftune.data.view import VERBS as KINDS
     from preftune.models.loading import load_tokenizer
     from preftune.runs.data import dataset_names, load_splits
     from preftune.runs.network import go_offline_if_unreachable
@@ -186,7 +188,7 @@ def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
         data_options(args, enclose=verb in ENCLOSING, **extra),
         num_rows=own.num_rows,
         start=own.first_row,
-        kind=KINDS[verb],
+        kind=ROWS[verb],
         console=console,
         **kinds,
     )

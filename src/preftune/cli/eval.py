@@ -13,10 +13,10 @@ from preftune.errors import ConfigError, SetupError
 from preftune.evaluation.config import EvalConfig
 
 if TYPE_CHECKING:
+    from preftune.data import DataOptions
     from preftune.evaluation import EvalResult
+    from preftune.models.tuned import Tuned
 
-#: What an evaluation leaves.
-FILES = ("eval.json", "generations.jsonl", "judge.jsonl")
 #: Settings of training that could not act here.
 _TRAINING_ONLY = (
     *("dataset_train_split", "dataset_test_split", "dataset_mixture", "dataset_mixer", "dataset_splits"),
@@ -74,10 +74,10 @@ def _complete(settings: Resolved[EvalConfig]) -> None:
         setattr(config, ours, getattr(config, ours) or getattr(model, theirs))
     if not config.model:
         raise ConfigError("no model to evaluate", where="model", remedy="set --model")
-    if settings.script.dataset_name is None:
-        raise ConfigError("no data to evaluate on", where="dataset_name", remedy="set --dataset_name")
     if config.out is None:
-        config.out = f"{os.path.basename(os.path.normpath(config.model))}-eval"
+        # A report on the run finds it there.
+        inside, name = os.path.join(config.model, "eval"), os.path.basename(os.path.normpath(config.model))
+        config.out = inside if _is_run(config.model) else f"{name}-eval"
     try:
         os.makedirs(config.out, exist_ok=True)
     except OSError as error:
@@ -85,19 +85,57 @@ def _complete(settings: Resolved[EvalConfig]) -> None:
     _check_places(settings)
 
 
+def _is_run(model: str) -> bool:
+    """Whether a model is what a run left, with its record."""
+    return os.path.isfile(os.path.join(model, "provenance.json"))
+
+
+def _run_of(settings: Resolved[EvalConfig]) -> Tuned | None:
+    """The run whose model is evaluated, and the model that it was tuned from as the reference of full weights."""
+    from preftune.models.tuned import find_tuned
+
+    config = settings.trainer
+    if not _is_run(str(config.model)):
+        return None
+    tuned = find_tuned(str(config.model))
+    if config.ref_model is None and not tuned.is_adapter and not config.reference_free:
+        config.ref_model = tuned.base
+    return tuned
+
+
+def _data(settings: Resolved[EvalConfig], tuned: Tuned | None) -> tuple[Any, DataOptions | None]:
+    """What to evaluate on, and how a run made tokens of it where that is what it held out."""
+    from preftune.runs.again import options_of_run, rows_of_run
+
+    config, name = settings.trainer, settings.script.dataset_name
+    if name is not None:
+        return name, None
+    rows = "no data to evaluate on" if tuned is None else rows_of_run(tuned)
+    if tuned is None or isinstance(rows, str):
+        raise ConfigError(rows, where="dataset_name", remedy="set --dataset_name to a file of held-out pairs")
+    for name in ("split", "source_column"):
+        if getattr(config, name) is not None:
+            raise ConfigError("belongs to data given by name", where=name, remedy="set --dataset_name too")
+    options = options_of_run(tuned)
+    if settings.origins["max_length"].kind == "default":
+        config.max_length = options.max_length
+    return rows, replace(options, max_length=config.max_length)
+
+
 def _check_places(settings: Resolved[EvalConfig]) -> None:
     """Refuse a folder whose files of these names are not an earlier evaluation's.
 
     It may be the model's own folder, where a report finds them.
     """
-    from preftune.ownership import check_places, claim_files
+    from preftune.evaluation.files import RESULTS, claim
+    from preftune.ownership import check_places
 
     config, script, quarantine = settings.trainer, settings.script, settings.script.quarantine_path
     read = {name: getattr(config, name) for name in ("model", "ref_model", "compare")}
     read |= {"dataset_name": script.dataset_name, "tokenizer_name_or_path": settings.model.tokenizer_name_or_path}
     check_places({"quarantine_path": quarantine}, read)
-    claim_files(str(config.out), "eval", FILES, "out")
-    if quarantine is not None and os.path.basename(quarantine) in FILES:
+    claim(str(config.out))
+    if quarantine is not None and os.path.basename(quarantine) in RESULTS:
         raise ConfigError("a result has this name", where="quarantine_path", value=quarantine, remedy="name another")
 
 
@@ -110,6 +148,7 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     from preftune.evaluation.run import evaluate
     from preftune.evaluation.table import show
     from preftune.runs.network import go_offline_if_unreachable
+    from preftune.runs.next_steps import report as report_command
 
     disable_progress_bar()
     config, script, model = settings.trainer, settings.script, settings.model
@@ -125,6 +164,8 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     if script.on_bad_rows == "skip" and quarantine is None:
         quarantine = os.path.join(str(config.out), "quarantine.jsonl")
         begin_quarantine(quarantine)
+    tuned = _run_of(settings)
+    dataset, as_trained = _data(settings, tuned)
     options = DataOptions(
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,  # type: ignore[arg-type]
@@ -139,17 +180,19 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
         # A tracker may fail after this, and what was found is seen all the same.
         show(result, console)
         path = os.path.join(str(config.out), "eval.json")
-        console.print(f"saved {path}", markup=False, highlight=False, soft_wrap=True)
+        run = config.model if tuned is not None else config.out
+        for text in (f"saved {path}", f"next: {report_command(str(run))}"):
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
         evaluate(
             config.model,
-            script.dataset_name,
+            dataset,
             ref_model=config.ref_model,
             compare=config.compare,
             config=replace(config),
             model_config=model,
-            data_options=options,
+            data_options=options if as_trained is None else _joined(as_trained, options),
             dataset_config=script.dataset_config,
             columns=script.dataset_columns,
             pairing=script.pairing,
@@ -159,3 +202,9 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     except KeyboardInterrupt:
         console.print("stopped; what is finished is kept, and the same command goes on from there", highlight=False)
         raise
+
+
+def _joined(as_trained: DataOptions, given: DataOptions) -> DataOptions:
+    """A run's own way of making tokens, with what this call says about bad rows."""
+    names = ("on_bad_rows", "quarantine_path", "max_dropped_share", "truncation_mode")
+    return replace(as_trained, **{name: getattr(given, name) for name in names})

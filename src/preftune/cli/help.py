@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import textwrap
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -11,9 +12,11 @@ from typing import Any, NamedTuple
 
 from preftune.cli.verbs import VERBS
 from preftune.config.fields import MISSING, Field, describe, fields_of
+from preftune.verbs import TRAINING
 
 _INDENT = 6
-_WIDTH = 110
+#: Longer lines are hard to read, however wide the terminal is.
+_MOST_COLUMNS = 110
 #: Settings that most runs set; the help of a training verb begins with the first ten that the verb has.
 _MOST_USED = (
     *("model_name_or_path", "dataset_name", "output_dir", "use_peft", "loss_type", "beta", "learning_rate"),
@@ -56,7 +59,7 @@ def help_of(verb: str, sections: Sections) -> str:
     most_used = [entries[name] for name in _MOST_USED if name in entries][:_NUM_MOST_USED]
     names = {entry.name for entry in most_used}
     rest = [(title, [entry for entry in listed if entry.name not in names]) for title, listed in sections]
-    data = {"kto": "answers.jsonl", "sft": "conversations.jsonl"}.get(verb, "pairs.jsonl")
+    data = TRAINING[verb].example
     example = (
         f"preftune {verb} --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name {data} --output_dir tuned"
     )
@@ -134,9 +137,23 @@ def own_lines(cls: type[Any], without: Iterable[str] = ()) -> list[str]:
 def entry_lines(entry: Entry) -> list[str]:
     """A setting's lines in a help text: name, type and default, and below them what it does."""
     head = f"  --{entry.name}  {entry.type}" + ("" if entry.default is None else f"  [{entry.default}]")
-    lines = textwrap.wrap(head, _WIDTH, subsequent_indent=" " * _INDENT, break_long_words=False)
+    lines = textwrap.wrap(head, _width(), subsequent_indent=" " * _INDENT, break_long_words=False)
     indent = " " * _INDENT
-    return lines + textwrap.wrap(entry.help, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return lines + textwrap.wrap(entry.help, _width(), initial_indent=indent, subsequent_indent=indent)
+
+
+def wrapped(text: str) -> str:
+    """A help text with its paragraphs broken to the width of the terminal; indented lines and commands stay."""
+    parts = []
+    for part in text.split("\n\n"):
+        plain = not part.startswith((" ", "usage:", "example:"))
+        parts.append(textwrap.fill(" ".join(part.split()), _width()) if plain else part)
+    return "\n\n".join(parts)
+
+
+def _width() -> int:
+    """Columns of a line: those of the terminal, and 110 where there is none."""
+    return max(40, min(_MOST_COLUMNS, shutil.get_terminal_size((_MOST_COLUMNS, 24)).columns))
 
 
 def _entry(field: Field, defaults: Mapping[str, Any]) -> Entry:
@@ -156,6 +173,8 @@ def _shown(value: Any) -> str:
         return str(value.value)
     if value is None:
         return "null"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if value != "" else "''"

@@ -12,12 +12,12 @@ from importlib import import_module
 from types import TracebackType
 from typing import NoReturn
 
-from preftune.cli.verbs import INTERRUPTED, TRAINING_VERBS, VERBS
+from preftune.cli.verbs import INTERRUPTED, SYNONYMS, TRAINING_VERBS, VERBS
 from preftune.errors import ConfigError, PreftuneError, SetupError
 from preftune.version import __version__
 
 # These read their arguments themselves: settings are the fields of classes whose import takes seconds.
-_READ_THEMSELVES = frozenset({"advise", "data", "demo", "sweep", "eval"})
+_READ_THEMSELVES = frozenset({"advise", "data", "demo", "sweep", "eval", "run"})
 
 
 __all__ = ["VERBS", "build_parser", "main"]
@@ -138,8 +138,10 @@ def _dispatch(arguments: list[str]) -> int:
         except SystemExit as done:
             return int(done.code or 0)
         raise ConfigError("no verb", where="command line", allowed=", ".join(VERBS))
+    if verb == "help":
+        return _dispatch([*rest[:1], "--help"])
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+        close = [SYNONYMS[verb]] if verb in SYNONYMS else difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.6)
         raise ConfigError(
             f"unknown verb {verb!r}",
             where="command line",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,16 +26,32 @@ def run(args: argparse.Namespace) -> int:
     """Print all methods, or one."""
     from rich.console import Console
 
-    from preftune.objectives import METHODS, find_method
+    from preftune.objectives import METHODS
 
-    chosen = [find_method(args.name)] if args.name else list(METHODS.values())
+    chosen, called = _named(args.name) if args.name else (list(METHODS.values()), None)
     if args.json:
         print(json.dumps([describe(spec) for spec in chosen], indent=2, ensure_ascii=False))
     elif args.name:
-        _print_one(Console(), chosen[0])
+        for spec in chosen:
+            _print_one(Console(), spec)
+        if called:
+            print(f"{args.name} is loss_type {called}")
     else:
         _print_all(Console(), chosen)
     return 0
+
+
+def _named(name: str) -> tuple[list[MethodSpec], str | None]:
+    """The methods of a name, and what they are called here where that is something else."""
+    from preftune.objectives import METHODS, find_method
+    from preftune.objectives.lookup import SYNONYMS
+
+    key = name.lower().replace("-", "_")
+    if key in METHODS:
+        return [METHODS[key]], None
+    called = SYNONYMS.get(key)
+    found = [METHODS[word] for word in re.findall(r"\w+", called or "") if word in METHODS]
+    return (found, called) if found else ([find_method(name)], None)
 
 
 def describe(spec: MethodSpec) -> dict[str, Any]:

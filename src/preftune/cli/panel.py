@@ -42,7 +42,8 @@ def summary(
     body: list[RenderableType] = [grid]
     if told:
         body += [Text(""), *(Text(f"- {line}", style="yellow") for line in told)]
-    title = Text(f"preftune {verb}" if plan.method == verb else f"preftune {verb}: {plan.method}")
+    usual = plan.method in (verb, "sigmoid" if verb == "dpo" else verb)
+    title = Text(f"preftune {verb}" if usual else f"preftune {verb}: {plan.method}")
     return Panel(Group(*body), title=title, title_align="left", expand=False, border_style="cyan")
 
 

@@ -7,9 +7,12 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preftune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from preftune.report.page import Page
 
 #: The last line of a page, with a digest of all before it.
 _SEAL = re.compile(r"<!-- preftune report ([0-9a-f]{64}) -->\n\Z")
@@ -64,15 +67,26 @@ def _check_page(out: str) -> None:
         )
 
 
+def _told(page: Page) -> list[str]:
+    """What the page says first of each run."""
+    views = page.runs[: page.num_own]
+    return [f"{view.run.name}: {view.verdict.headline}" if len(views) > 1 else view.verdict.headline for view in views]
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Write the page."""
     from preftune.cli.style import size
-    from preftune.report import build
+    from preftune.report import write
 
     _check_page(arguments.out)
-    path = build(arguments.runs, arguments.out, title=arguments.title)
+    page, path = write(arguments.runs, arguments.out, title=arguments.title), Path(arguments.out)
     _seal(path)
     print(f"wrote {path} ({size(path.stat().st_size)})")
+    for text in _told(page):
+        print(text)
+    commands = [view.verdict.command for view in page.runs[: page.num_own] if view.verdict.command]
+    for text in commands[:1]:
+        print(f"next: {text}")
     if arguments.open:
         import webbrowser
 

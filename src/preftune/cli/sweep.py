@@ -129,11 +129,11 @@ def _end(options: Options, plan: Plan, folder: Path, board: Board, console: Cons
             where=str(folder),
             remedy="correct the cause, then preftune sweep --out DIR --retry_failed",
         )
-    for line in (*_closing(result, plan, folder), _report(folder)):
+    closing = [*_closing(result, plan, folder), _report(folder)]
+    closing += [] if options.retrain_best else [_next(result, plan, folder)]
+    for line in closing:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if options.retrain_best:
-        return retrain(plan, folder)
-    return 0
+    return retrain(plan, folder) if options.retrain_best else 0
 
 
 def _closing(result: Mapping[str, Any], plan: Plan, folder: Path) -> list[str]:
@@ -143,8 +143,21 @@ def _closing(result: Mapping[str, Any], plan: Plan, folder: Path) -> list[str]:
         best["reason"],
         f"reference: {scored:,} pairs scored, {passes:g} {times} over the data for all trials together",
         f"saved {folder / 'sweep.json'}",
-        f"to train the sweet spot: preftune {plan.verb} --config {shlex.quote(str(folder / best['config']))}",
     ]
+
+
+def _next(result: Mapping[str, Any], plan: Plan, folder: Path) -> str:
+    """The command that trains the sweet spot, unless the sweet spot prefers the rejected answers itself."""
+    from preftune.runs.next_steps import command
+    from preftune.sweep.scores import GAIN, MARGIN, PER_TOKEN
+
+    best, metric = result["best"], result["metric"]
+    chosen: Mapping[str, Any] = next((each for each in result["trials"] if each["number"] == best["number"]), {})
+    mean = ((chosen.get("metrics") or {}).get(metric) or {}).get("mean")
+    if metric in (GAIN, MARGIN, PER_TOKEN) and mean is not None and mean < 0:
+        told = f"even the sweet spot prefers the rejected answers ({metric.removeprefix('eval_')} {mean:.3g})"
+        return f"{told}: look at the data before anything is trained\nnext: {command('report', folder)}"
+    return f"to train the sweet spot\nnext: {command(plan.verb, '--config', folder / best['config'])}"
 
 
 def _report(folder: Path) -> str:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from preftune.cli.bar import Bar, live
 from preftune.cli.style import duration
 from preftune.sweep import runner
 from preftune.sweep.board import Board
@@ -46,44 +46,38 @@ class View(Reporter):
         self._begun = time.monotonic()
         self._trial_begun = self._begun
         self._share, self._run_here = 0.0, 0
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._trials = self._progress.add_task("trials", total=plan.num_trials, completed=num_done, left="")
-        self._steps = self._progress.add_task("steps", total=None, left="")
+        self._trials = Bar("trials", plan.num_trials, num_done)
+        self._steps = Bar("steps", None)
+        self._live = live(console, self._trials, self._steps) if console.is_terminal else None
 
     def __enter__(self) -> View:
-        self._progress.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def _left(self) -> str:
-        """Time that is left, from the trials run since this call began."""
+        """Time that is left, from the trials run since this call began; empty where it is not known."""
         work = self._run_here + self._share
         if work < 0.05:
             return ""
         remaining = max(self._plan.num_trials - self._done - self._share, 0.0)
-        return f"left {duration((time.monotonic() - self._begun) / work * remaining)}"
+        return duration((time.monotonic() - self._begun) / work * remaining)
 
     def started(self, trial: TrialSpec) -> None:
         """Show which trial it is."""
         self._trial_begun, self._share = time.monotonic(), 0.0
-        text = f"trial {trial.number}: {shown(trial.params)}"
-        self._progress.update(self._steps, description=text, completed=0, total=None)
+        self._steps.title, self._steps.done, self._steps.total = f"trial {trial.number}, step", 0, None
+        self._steps.figures = [shown(trial.params)]
 
     def step(self, trial: TrialSpec, step: int, num_steps: int) -> None:
         """Move the bars."""
         self._share = step / num_steps if num_steps else 0.0
-        self._progress.update(self._steps, completed=step, total=num_steps)
-        self._progress.update(self._trials, left=self._left())
+        self._steps.done, self._steps.total = step, num_steps
+        self._trials.left = self._left()
 
     def finished(self, trial: TrialSpec, outcome: Outcome) -> None:
         """Tell the outcome."""
@@ -92,7 +86,7 @@ class View(Reporter):
             return
         self._told.add(trial.number)
         self._done, self._run_here = self._done + 1, self._run_here + 1
-        self._progress.update(self._trials, completed=self._done, left=self._left())
+        self._trials.done, self._trials.left = self._done, self._left()
         self._line(trial.number, trial.params, outcome)
 
     def _line(self, number: int, params: Mapping[str, Any], outcome: Outcome) -> None:
@@ -107,7 +101,7 @@ class View(Reporter):
         else:
             text += f"{outcome.state}: {outcome.reason}  "
         left = self._left()
-        text += duration(outcome.seconds) + (f"  {left}" if left and self._done < self._plan.num_trials else "")
+        text += duration(outcome.seconds) + (f"  left {left}" if left and self._done < self._plan.num_trials else "")
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
@@ -126,7 +120,7 @@ class View(Reporter):
             elif state.beat and state.beat.get("num_steps"):
                 running += state.beat["step"] / state.beat["num_steps"]
         self._share = running
-        self._progress.update(self._trials, completed=self._done, left=self._left())
+        self._trials.done, self._trials.left = self._done, self._left()
 
     def already(self, board: Board) -> None:
         """Leave out what was done before this call."""
@@ -143,7 +137,10 @@ def _columns(metric: str) -> dict[str, str]:
 def table(result: Mapping[str, Any]) -> Table:
     """All trials with their figures; those that cannot be told from the best are marked as tied with it."""
     best = result["best"] or {}
-    grid = Table(title=f"{result['method']}: {result['metric']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    heading = next(iter(_columns(result["metric"])))
+    grid = Table(
+        title=f"{result['method']}: {heading} on held-out pairs", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     metric = result["metric"]
     columns = _columns(metric)
     # In a terminal of 80 columns two names stay whole, and the figures break between value and interval.

@@ -1,26 +1,34 @@
-"""``preftune sft``, ``dpo``, ``orpo``, ``cpo`` and ``kto``: train."""
+"""``preftune sft``, ``dpo`` and the other verbs that train."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from preftune.config import split_command_line
+from preftune.config.own import take_own
+from preftune.runs.launch import Processes, launch, this_program
 
 if TYPE_CHECKING:
     from preftune.runs.run import Run
 
 
 def main(verb: str, argv: Sequence[str]) -> int:
-    """Train."""
+    """Train, or start the processes that do."""
     line = split_command_line(argv)
     if line.help:
-        from preftune.cli.help import help_of
+        from preftune.cli.help import help_of, sections_of
         from preftune.cli.help_table import sections_of_verb
 
-        print(help_of(verb, sections_of_verb(verb)))
+        print(help_of(verb, [*sections_of_verb(verb), *sections_of({"several processes": Processes})]))
         return 0
+    processes, line = take_own(line, Processes)
+    if (number := processes.to_launch()) is not None:
+        return launch(number, this_program(verb, *argv), lambda text: print(f"preftune: {text}", file=sys.stderr))
     from rich.console import Console
 
     from preftune.cli.console import plain_warnings
@@ -31,16 +39,44 @@ def main(verb: str, argv: Sequence[str]) -> int:
         from preftune.runs.run import Run
         from preftune.runs.settings import read_settings
 
-        return _run(Run(verb, tuple(argv), read_settings(verb, line), console))
+        processes.check_devices()
+        this = Run(verb, tuple(argv), read_settings(verb, line), console)
+        code = run_training(this)
+        if code == 0:
+            _how_to_go_on(this)
+        return code
 
 
-def _run(this: Run) -> int:
+def _how_to_go_on(this: Run) -> None:
+    """The command that comes next."""
+    from preftune.config import redact_argv
+    from preftune.runs.next_steps import after_training
+
+    if this.settings.script.dry_run:
+        words = [word for word in this.argv if word not in ("--dry_run", "--dry-run", "--dry_run=true")]
+        lines = [f"next: {shlex.join(redact_argv(['preftune', this.verb, *words]))}"]
+    else:
+        lines = after_training(this.verb, this.args.output_dir, held_out=this.has_test)
+    for text in lines:
+        this.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def run_training(this: Run) -> int:
+    """Train, and draw around it.
+
+    Args:
+        this: The run, its settings as they were read.
+
+    Returns:
+        0, or 130 where it was stopped.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from preftune.cli.advise import show_at_start
     from preftune.cli.panel import summary
     from preftune.cli.progress import replace_progress
     from preftune.cli.verbs import INTERRUPTED
+    from preftune.models.path import without_trial
     from preftune.runs.failures import foreseen
     from preftune.runs.run import build_trainer, train
     from preftune.runs.settings import settings_classes
@@ -51,7 +87,9 @@ def _run(this: Run) -> int:
         this.complete()
         dry_run = this.settings.script.dry_run
         with this.begun():
-            trainer, splits = build_trainer(this, settings_classes(this.verb)[1])
+            # A plan does without the trial of the model's attention, which takes as long as all the rest.
+            with without_trial() if dry_run else nullcontext():
+                trainer, splits = build_trainer(this, settings_classes(this.verb)[1])
             plan = trainer.plan()
             paired, notes = this.verb in ("dpo", "orpo", "cpo"), this.settings.notes
             output_dir = str(this.args.output_dir)

@@ -7,15 +7,14 @@ Ctrl-C) and raise a :class:`~preftune.errors.PreftuneError` for whatever was for
 
 from __future__ import annotations
 
+from preftune.verbs import TRAINING
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 
 VERBS: dict[str, str] = {
-    "sft": "supervised fine-tuning on completions or conversations",
-    "dpo": "preference optimisation on pairs (DPO and its family)",
-    "orpo": "odds-ratio preference optimisation on pairs, without a reference",
-    "cpo": "contrastive preference optimisation and SimPO on pairs, without a reference",
-    "kto": "learning from single answers labelled good or bad",
+    "run": "the whole path from a file of rows: audit, advised settings, training, evaluation, report",
+    **{verb: about.summary for verb, about in TRAINING.items()},
     "eval": "accuracy, calibration, KL, samples and comparisons of a model on held-out pairs, with intervals",
     "data": "look at prepared rows: prompt, chosen, rejected, and what is trained on",
     "advise": "settings with reasons, risks of a configuration, memory and time, before anything is trained",
@@ -31,4 +30,25 @@ VERBS: dict[str, str] = {
     "demo": "teach a small model to write friendlier reviews, in minutes, without downloads",
 }
 
-TRAINING_VERBS = ("sft", "dpo", "orpo", "cpo", "kto")
+SYNONYMS: dict[str, str] = {
+    **dict.fromkeys(("tune", "train", "fit", "finetune", "fine-tune", "start", "go"), "run"),
+    **dict.fromkeys(("merge", "gguf", "serve", "save", "deploy", "publish"), "export"),
+    **dict.fromkeys(("talk", "generate", "sample", "ask", "infer", "inference"), "chat"),
+    **dict.fromkeys(("evaluate", "evaluation", "score", "benchmark"), "eval"),
+    **dict.fromkeys(("audit", "check", "validate"), "data audit"),
+    **dict.fromkeys(("show", "view", "inspect", "tokenize"), "data show"),
+    "convert": "data convert",
+    **dict.fromkeys(("dashboard", "serve-ui", "web"), "ui"),
+    **dict.fromkeys(("plot", "compare", "html"), "report"),
+    **dict.fromkeys(("search", "grid", "hpo"), "sweep"),
+    **dict.fromkeys(("plan", "estimate", "recommend", "suggest"), "advise"),
+    **dict.fromkeys(("simpo",), "cpo --loss_type simpo"),
+    **dict.fromkeys(("ipo", "apo", "robust"), "dpo --loss_type"),
+    "recipe": "recipes list",
+    "method": "methods",
+    "bibtex": "cite",
+    "version": "--version",
+}
+"""What people call a verb, or say when they mean one."""
+
+TRAINING_VERBS = tuple(TRAINING)

@@ -182,7 +182,7 @@ _ROWS: Final = (
     ),
     _refused("push_to_hub_organization", "write hub_model_id: organization/name", (None,)),
     _refused(
-        "num_processes", "start with accelerate launch --num_processes N -m preftune VERB --config FILE", (None, 1)
+        "num_processes", "start with preftune VERB --num_processes N --config FILE, or accelerate launch", (None, 1)
     ),
     _refused(
         "accelerate_config", "start with accelerate launch --config_file CONFIG -m preftune VERB --config FILE", (None,)

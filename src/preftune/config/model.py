@@ -14,10 +14,10 @@ class ModelConfig:
     Attributes:
         model_name_or_path: Model to tune: Hub id or folder; a folder with an adapter continues that adapter.
         model_revision: Branch, tag or commit of a Hub model.
-        tokenizer_name_or_path: Tokenizer, where it does not lie beside the model.
+        tokenizer_name_or_path: Tokenizer, where it is not in the folder of the model.
         chat_template: Jinja template for conversations: text, or the path of a ``.jinja`` file.
         dtype: Type that the weights are loaded in.
-        trust_remote_code: Run Python code that lies beside the weights.
+        trust_remote_code: Run Python code that comes with the weights.
         attn_implementation: Attention of the padded path; the packed path brings its own.
         ref_model_name_or_path: Reference model, where it is not the model as loaded.
         ref_model_revision: Branch, tag or commit of the reference model.
@@ -41,7 +41,7 @@ class ModelConfig:
     model_name_or_path: str | None = field(default=None, metadata={"help": "Model to tune: Hub id or folder."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub model."})
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer, where it does not lie beside the model."}
+        default=None, metadata={"help": "Tokenizer, where it is not in the folder of the model."}
     )
     chat_template: str | None = field(
         default=None, metadata={"help": "Jinja template for conversations: text, or the path of a .jinja file."}
@@ -50,7 +50,7 @@ class ModelConfig:
         default="float32",
         metadata={"help": "Type of the weights.", "choices": ("auto", "bfloat16", "float16", "float32")},
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that lies beside the weights."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the weights."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of the padded path; the packed path brings its own."}
     )

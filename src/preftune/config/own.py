@@ -19,7 +19,7 @@ def take_own(line: CommandLine, cls: type[T], **defaults: Any) -> tuple[T, Comma
 
     Args:
         line: The split command line.
-        cls: A dataclass. A flag of a boolean field may stand alone; one of a list of texts may be repeated.
+        cls: A dataclass. A flag of a boolean field needs no value; one of a list of texts may be repeated.
         defaults: Values where no flag is given, over those of the class.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Where the cache lies; and names that stand in files and become paths below the folder that they belong to."""
+"""Where the cache is; and names read from files that become paths below a folder."""
 
 from __future__ import annotations
 

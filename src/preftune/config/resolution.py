@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -23,6 +24,18 @@ from preftune.config.sources import (
 from preftune.errors import ConfigError, PreftuneError
 
 T = TypeVar("T")
+
+#: Settings that name data, in the forms that are merged and as they may be written.
+_SOURCES = ("dataset_name", "dataset_mixer")
+_NAMES_DATA = (*_SOURCES, "dataset_mixture", "datasets")
+#: Settings that say how one data set is read.
+_OF_ONE_DATA_SET = frozenset(
+    {
+        *("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_columns", "dataset_splits"),
+        *("dataset_format", "dataset_text_field", "pairing"),
+    }
+)
+_BEGINS_AS_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,30 @@ def _merge(
             merged[current.name] = current
     if unknown:
         raise _unknown_error(unknown, fields, elsewhere)
+    _drop_what_belongs_to_other_data(merged, layers, notes)
     return merged
+
+
+def _drop_what_belongs_to_other_data(merged: dict[str, Setting], layers: list[list[Setting]], notes: list[str]) -> None:
+    """A file that names its own data set says how to read that one, and not the one that a later layer names."""
+    sources = [merged[name] for name in (*_SOURCES, "dataset_mixture") if name in merged]
+    if not sources:
+        return
+    newest = max(setting.layer for setting in sources)
+    named = {layer for layer, each in enumerate(layers) if any(setting.name in _NAMES_DATA for setting in each)}
+    dropped = [
+        setting
+        for name, setting in merged.items()
+        if setting.layer < newest
+        and setting.layer in named
+        and (name in _OF_ONE_DATA_SET or name in (*_SOURCES, "dataset_mixture"))
+    ]
+    for setting in dropped:
+        del merged[setting.name]
+    if dropped:
+        newer = next(setting for setting in sources if setting.layer == newest)
+        told = ", ".join(f"{setting.name} ({setting.where})" for setting in dropped)
+        notes.append(f"left out, as it belongs to the data that {newer.where} replaces: {told}")
 
 
 def _translated(
@@ -214,7 +250,12 @@ def _checked(setting: Setting, field: Field) -> Any:
 def _suggest_value(value: Any, field: Field) -> str | None:
     if not isinstance(value, str):
         return None
+    number = _BEGINS_AS_NUMBER.match(value)
+    if number and "number" in describe(field.annotation, field.choices):
+        # "such as 1e-6" describes what is meant, and is no value to offer.
+        return f"did you mean {number[0]}?"
     options = describe(field.annotation, field.choices).replace(" or ", ", ").split(", ")
+    options = [option for option in options if " " not in option]
     close = difflib.get_close_matches(value, options, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else None
 

@@ -82,7 +82,7 @@ _URL_LOGIN = re.compile(
     r"(\w:/{1,2})[^/\s:@]{0,256}:(?!\d{1,5}(?:/|\Z))[^\s@]{0,1024}(?:@[^\s@/]{0,256}){0,4}@|(\w://)[^/\s:@]{1,1024}@"
 )
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-#: Shorter values, such as "1" or "true", are no secrets and stand everywhere.
+#: Shorter values, such as "1" or "true", are no secrets and occur everywhere.
 _SHORTEST = 8
 
 _REMEMBERED: set[str] = set()
@@ -112,7 +112,7 @@ def redact(value: Any, name: str = "") -> Any:
 
     Args:
         value: Mappings, sequences and scalars.
-        name: The key it stands under.
+        name: Its key.
 
     Returns:
         A copy without secrets: values under secret names; texts that look like keys, logins and signatures anywhere;
@@ -151,7 +151,7 @@ def variable_name(text: str) -> str | None:
 
 
 def _known() -> list[str]:
-    """Values that are secret wherever they stand, the longest first: one may be a part of another."""
+    """Values that are secret wherever they occur, the longest first: one may be a part of another."""
     held = {value.strip() for name, value in os.environ.items() if is_secret(name)}
     return sorted((value for value in held | _REMEMBERED if len(value) >= _SHORTEST), key=len, reverse=True)
 
@@ -209,7 +209,7 @@ def _redact_text(text: str, name: str = "") -> str:
     try:
         value = read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        # Nothing that a setting could be; what stands in it cannot be told.
+        # Nothing that a setting could be; what it holds cannot be told.
         return REDACTED if _SECRET_WORD.search(text) else plain
     if not isinstance(value, (dict, list)):
         return plain

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-#: Values after all aliases are followed. Ten lines of aliases of aliases stand for millions of values, which are
+#: Values after all aliases are followed. Ten lines of aliases of aliases mean millions of values, which are
 #: harmless until somebody prints or copies them.
 MOST_VALUES = 100_000
 #: PyYAML reads about as many in a second or two; a chat template has some ten thousand.

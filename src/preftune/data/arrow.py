@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 #: Fields of which every turn has one, null or not.
@@ -34,6 +37,29 @@ def rows_of(dataset: Dataset, key: Any) -> list[dict[str, Any]]:
         for name, values in batch.items()
     }
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+#: Most values that the lists of one piece of a column may hold: Arrow counts them with 32 bits.
+MOST_VALUES = (1 << 31) - 1
+
+
+def in_few_pieces(table: pa.Table) -> pa.Table:
+    """A table in as few pieces as Arrow can hold it in, one unless a column has more than 2^31 tokens."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    longest = np.zeros(table.num_rows, dtype=np.int64)
+    for column in table.columns:
+        if pa.types.is_list(column.type):
+            np.maximum(longest, pc.fill_null(pc.list_value_length(column), 0).to_numpy(), out=longest)
+    most = np.cumsum(longest)
+    pieces, start, before = [], 0, 0
+    while start < table.num_rows:
+        # At least one row, which Arrow holds already.
+        end = max(int(np.searchsorted(most, before + MOST_VALUES, side="right")), start + 1)
+        pieces.append(table.slice(start, end - start).combine_chunks())
+        start, before = end, int(most[end - 1])
+    return pa.concat_tables(pieces) if pieces else table.combine_chunks()
 
 
 def without_nulls(value: Any, feature: Any) -> Any:

@@ -58,7 +58,8 @@ def assistant_masks(
     out: list[Masked | BadRow] = []
     for conversation, row in zip(conversations, rows, strict=True):
         arguments = encoder.arguments(row)
-        result = one(encoder, encoder.settled(conversation, arguments), arguments)
+        settled = encoder.settled(conversation, arguments)
+        result = encoder.checked(settled, row, arguments) or one(encoder, settled, arguments)
         if not isinstance(result, BadRow) and 1 not in result[1]:
             result = BadRow(
                 "no_assistant_tokens",

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
-from preftune.data.arrow import rows_of
+from preftune.data.arrow import in_few_pieces, rows_of
 from preftune.data.kept import remembered
 from preftune.data.options import DataOptions
 from preftune.data.processes import in_processes
 from preftune.data.rows import NEUTRAL
+from preftune.data.streams import read_to_end
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ BATCH_SIZE = 1000
 # Below this number of rows, starting processes takes longer than the work they would share.
 MIN_ROWS_FOR_PROCESSES = 2000
 
-TRUNCATED, MERGED, DOUBLED_BOS, EOS_MISSING, EOS_APPENDED, ENVIRONMENT, TRANSCRIPT = 1, 2, 4, 8, 16, 32, 64
+TRUNCATED, MERGED, DOUBLED_BOS, EOS_MISSING, EOS_APPENDED, ENVIRONMENT, TRANSCRIPT, MARKED = 1, 2, 4, 8, 16, 32, 64, 128
 
 #: Status of a row that was left out because it is bad; any other text is the reason why it was dropped.
 BAD = "bad"
@@ -38,6 +39,7 @@ class Outcome:
         bad: Reason why the row is bad, whether it is kept or not.
         flags: Sum of the flags above.
         example: Text shown as an example of a merged boundary.
+        problem: Place and problem of a row that was left out.
         lists: Lists of integers, one per column of the worker.
         floats: Numbers that travel with the row.
     """
@@ -46,6 +48,7 @@ class Outcome:
     bad: str = ""
     flags: int = 0
     example: str | None = None
+    problem: str | None = None
     lists: Sequence[Sequence[int] | None] = ()
     floats: Mapping[str, float] = field(default_factory=dict)
 
@@ -83,7 +86,9 @@ class Tally:
     num_eos_appended: int
     num_environment: int
     num_transcripts: int
+    num_marked: int
     example: str | None
+    first: str = ""
 
 
 def run(dataset: Dataset, worker: Worker, options: DataOptions, desc: str) -> tuple[Dataset, Tally]:
@@ -124,7 +129,7 @@ def run(dataset: Dataset, worker: Worker, options: DataOptions, desc: str) -> tu
         # A row without a weight among rows that have one counts as one row.
         filled = pc.fill_null(kept["weight"], 1.0)
         kept = kept.set_column(kept.column_names.index("weight"), "weight", filled)
-    return HFDataset(kept.select(names).combine_chunks()), tally
+    return HFDataset(in_few_pieces(kept.select(names))), tally
 
 
 def _all_null(table: Any, name: str, worker: Worker) -> bool:
@@ -155,6 +160,7 @@ def to_table(rows: list[dict[str, Any]], indices: Sequence[int], worker: Worker)
     columns["_bad"] = pa.array([outcome.bad for outcome in outcomes], pa.string())
     columns["_flags"] = pa.array([outcome.flags for outcome in outcomes], pa.int32())
     columns["_example"] = pa.array([outcome.example for outcome in outcomes], pa.string())
+    columns["_problem"] = pa.array([outcome.problem for outcome in outcomes], pa.string())
     return pa.table(columns)
 
 
@@ -178,6 +184,7 @@ def _tally(table: pa.Table) -> Tally:
     bad = Counter(table["_bad"].to_pylist())
     flags = table["_flags"].to_numpy()
     examples = table["_example"].drop_null()
+    problems = table["_problem"].drop_null()
     num_bad = statuses.pop(BAD, 0)
     statuses.pop("", None)
     bad.pop("", None)
@@ -197,7 +204,9 @@ def _tally(table: pa.Table) -> Tally:
         num_eos_appended=count(EOS_APPENDED),
         num_environment=count(ENVIRONMENT),
         num_transcripts=count(TRANSCRIPT),
+        num_marked=count(MARKED),
         example=examples[0].as_py() if len(examples) else None,
+        first=problems[0].as_py() if len(problems) else "",
     )
 
 
@@ -211,7 +220,7 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
 
     notes = []
     if isinstance(dataset, datasets.IterableDataset):
-        rows = list(dataset)
+        rows = read_to_end(dataset, name)
         if rows:
             dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
             notes.append(f"{len(rows)} rows of the stream were read ahead, because packing needs lengths")
@@ -230,28 +239,46 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
         notes.append("the transform of the data set (with_transform) was applied to every row")
     if isinstance(dataset, datasets.IterableDataset) or len(dataset) == 0:
         raise DataError("the data set holds no rows", where=name, remedy="check the split and the file")
-    refuse_images(dataset.column_names, f"{name} data set")
+    media = [column for column in _MEDIA if column in dataset.column_names]
+    if media:
+        refuse_images(media, dataset.select_columns(media).with_format(None), f"{name} data set")
     return dataset, notes
 
 
-def refuse_images(columns: Collection[str], where: str) -> None:
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def refuse_images(columns: Collection[str], rows: Iterable[Any], where: str) -> None:
     """Text alone is trained on, and never text without the images that belong to it.
 
+    Args:
+        columns: Names of the columns.
+        rows: The rows, which are looked at where a column is named after images.
+        where: The data set, for messages.
+
     Raises:
-        DataError: There is a column of images.
+        DataError: A column of images, videos or sounds holds some.
     """
-    found = sorted({"image", "images"} & set(columns))
+    named = [name for name in _MEDIA if name in columns]
+    if not named:
+        return
+    found = {name for row in rows if isinstance(row, Mapping) for name in named if row.get(name) not in (None, "", [])}
     if found:
         raise DataError(
             "vision-language data are not supported",
             where=where,
-            value=found,
+            value=sorted(found),
             remedy="remove the image column (or select others with `columns`) to train on the text alone",
         )
 
 
 def check_share(
-    tally: Tally, rows_read: int, lost_before: Mapping[str, int], max_share: float | None, name: str
+    tally: Tally,
+    rows_read: int,
+    lost_before: Mapping[str, int],
+    max_share: float | None,
+    name: str,
+    first: str = "",
 ) -> None:
     """Refuse to go on after losing too much, or everything.
 
@@ -261,6 +288,7 @@ def check_share(
         lost_before: Rows that earlier stages left out, by reason.
         max_share: Most that may be lost; ``None`` for any share.
         name: Name of the data set, for messages.
+        first: Place and problem of the first row that an earlier stage left out.
 
     Raises:
         DataError: More than ``max_share`` of the rows was lost, or no row is left.
@@ -271,12 +299,16 @@ def check_share(
     lost = left_out + sum(tally.dropped.values()) - ties
     rows_read -= ties
     reasons = ", ".join(f"{count} {reason}" for reason, count in by_reason.items())
-    remedy = "raise max_length, set truncation_mode: keep_end, or correct the data"
+    first = first or tally.first
+    told = f"{reasons}; the first is {first}" if first else reasons
+    # What truncation leaves nothing of has another remedy than what is wrong.
+    long = sum(tally.dropped.values()) * 2 >= lost
+    remedy = "raise max_length, set truncation_mode: keep_end, or correct the data" if long else "correct the rows"
     if lost >= rows_read:
-        raise DataError(f"no row is left of {rows_read}: {reasons}", where=name, remedy=remedy)
+        raise DataError(f"no row is left of {rows_read}: {told}", where=name, remedy=remedy)
     if max_share is not None and lost > max_share * rows_read:
         raise DataError(
-            f"{lost} of {rows_read} rows are lost ({lost / rows_read:.1%}): {reasons}",
+            f"{lost} of {rows_read} rows are lost ({lost / rows_read:.1%}): {told}",
             where=name,
             allowed=f"up to {max_share:.0%}",
             remedy=f"{remedy}; or go on as it is with a higher max_dropped_share",

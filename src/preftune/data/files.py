@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from preftune.data.reading import SUFFIXES, read_file, suffix_of
+from preftune.data.reading import SUFFIXES, SUFFIXES_TOLD, read_file, suffix_of
 from preftune.data.tables import RawTable, from_dataset
 from preftune.errors import ConfigError, DataError
 
@@ -119,7 +119,7 @@ def _folder(name: str, path: Path) -> Origin:
         raise DataError(
             "the folder holds no data set",
             where=name,
-            allowed=f"a save_to_disk folder, or files such as train.jsonl and test.jsonl ({', '.join(SUFFIXES)})",
+            allowed=f"a save_to_disk folder, or files such as train.jsonl and test.jsonl ({SUFFIXES_TOLD})",
         )
 
     if len(files) == 1 and "train" not in files:

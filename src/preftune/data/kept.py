@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preftune.config.paths import cache_home, private_folder
+from preftune.data.arrow import in_few_pieces
 from preftune.data.options import DataOptions
 from preftune.files import replacing
 
@@ -143,7 +144,7 @@ def _write(path: Path, table: pa.Table) -> None:
             pa.ipc.new_file(sink, table.schema) as writer,
         ):
             # In one piece, which is later used as it lies there.
-            writer.write_table(table.combine_chunks())
+            writer.write_table(in_few_pieces(table))
         _tidy(path)
     except OSError as error:
         logger.warning("tokenised data are not kept: %s", error)

@@ -2,97 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from preftune.data import batches
 from preftune.data.batches import Outcome
-from preftune.data.convert import canonical_rows, convert_row, to_dataset
+from preftune.data.convert import canonical_rows, to_dataset
 from preftune.data.environment import MASK_COLUMNS, cut, has_environment, own_words
-from preftune.data.formats import FORMATS, FormatSpec, Row, column_uses, resolve
+from preftune.data.formats import FORMATS, FormatSpec, Row, resolve
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow
 from preftune.data.options import DataOptions
-from preftune.data.report import PrepareReport, build_report, check_weights
-from preftune.data.rows import BadRowHandler, left_out, to_error
-from preftune.data.sources import load_report
+from preftune.data.report import PrepareReport, check_weights
+from preftune.data.rows import BadRowHandler, to_error
+from preftune.data.stages import Stages
 from preftune.data.tables import from_dataset
-from preftune.data.tokenise import Encoder, TokenisedPair, tokenise_pairs
-from preftune.data.transcripts import as_conversation
+from preftune.data.tokenise import Masks, TokenisedPair, tokenise_pairs
 from preftune.data.truncate import NOT_SCORED, TokenPair, truncate
+from preftune.data.worker import RowWorker, place_of
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Masks = tuple[list[int] | None, list[int] | None]
-
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_prompt_ids")
 
 
-def place_of(name: str, index: int) -> str:
-    """How messages call row ``index`` of a data set."""
-    return f"{name} data set, row {index} (the first is 0)"
-
-
-def canonical_batch(
-    raw: Sequence[Any],
-    indices: Sequence[int],
-    spec: FormatSpec,
-    name: str,
-    handler: BadRowHandler,
-    as_messages: bool | None = None,
-) -> tuple[list[Outcome], list[int], list[Row]]:
-    """Convert and check a batch of rows that are one example each.
-
-    Args:
-        raw: Rows as they are in the data set.
-        indices: Their row numbers.
-        spec: Their format.
-        name: Name of the data set, for messages.
-        handler: Decides about bad rows.
-        as_messages: Whether transcripts become conversations; ``None`` does not look for them.
-
-    Returns:
-        One outcome per row, with the bad ones marked; and positions and canonical rows of those to go on with.
-    """
-    outcomes: list[Outcome] = []
-    positions: list[int] = []
-    rows: list[Row] = []
-    found: list[Row] = []
-
-    def then(row: Row) -> Row:
-        conversation = None if as_messages is None else as_conversation(row)
-        if conversation is not None:
-            found.append(conversation)
-        return conversation if conversation is not None and as_messages else row
-
-    for position, (row, index) in enumerate(zip(raw, indices, strict=True)):
-        handler.reason = ""
-        found.clear()
-        converted = convert_row(row, place_of(name, index), spec, handler, then=then)
-        flags = batches.TRANSCRIPT * bool(found)
-        outcomes.append(Outcome(status="" if converted else batches.BAD, bad=handler.reason, flags=flags))
-        if converted:
-            positions.append(position)
-            rows.append(converted[0])
-    return outcomes, positions, rows
-
-
-def reads_transcripts(encoder: Encoder, options: DataOptions) -> bool | None:
-    """Whether transcripts become conversations; ``None`` where there is no template that could render them."""
-    return options.transcripts == "messages" if encoder.has_template else None
-
-
-def note_lost(encoder: Encoder, row: Row, outcome: Outcome, handler: BadRowHandler, place: str, raw: Any) -> None:
-    """Count a row that is trained on although its rendering lacks a turn."""
-    lost = encoder.lost.pop(id(row), None)
-    if lost is not None and handler.keep(lost, place, raw):
-        outcome.bad = outcome.bad or lost.reason
-
-
-class PairWorker:
+class PairWorker(RowWorker):
     """Rows of one format to tokenised, truncated pairs.
 
     Args:
@@ -105,38 +42,18 @@ class PairWorker:
     floats = FLOAT_EXTRAS
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, spec: FormatSpec, name: str) -> None:
-        self.encoder = Encoder(tokenizer, options.chat_template, keeps_lost=options.on_bad_rows == "warn")
-        self.options = options
+        super().__init__(tokenizer, options, spec.name, name)
         self.columns = PAIR_COLUMNS + MASK_COLUMNS * (options.environment_turns == "masked")
-        # The table of formats, not the format: its functions need not be picklable.
-        self.format = spec.name
-        self.name = name
 
-    def canonical(
-        self, raw: Sequence[Any], indices: Sequence[int], handler: BadRowHandler
-    ) -> tuple[list[Outcome], list[int], list[Row]]:
-        """Outcomes with the bad rows marked, and positions and canonical rows of those to go on with."""
-        as_messages = reads_transcripts(self.encoder, self.options)
-        return canonical_batch(raw, indices, FORMATS[self.format], self.name, handler, as_messages)
-
-    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
-        """One outcome per row."""
-        handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
-        outcomes, positions, canonical = self.canonical(rows, indices, handler)
-        results = tokenise_pairs(self.encoder, canonical, self.options.append_eos, enclosed=self.options.enclose)
-        for position, row, result in zip(positions, canonical, results, strict=True):
-            place = place_of(self.name, indices[position])
-            masks = result if isinstance(result, BadRow) else self.masks(row, result)
-            if isinstance(result, BadRow) or isinstance(masks, BadRow):
-                bad = result if isinstance(result, BadRow) else masks
-                assert isinstance(bad, BadRow)
-                handler.keep(bad, place, rows[position], converted=False)
-                outcomes[position] = Outcome(status=batches.BAD, bad=bad.reason)
-            else:
-                note_lost(self.encoder, row, outcomes[position], handler, place, rows[position])
-                self._fill(outcomes[position], row, result, masks)
-        self._add_example(outcomes, results)
-        return outcomes
+    def results(self, rows: Sequence[Row]) -> list[TokenisedPair | BadRow]:
+        """Tokenised pairs before truncation, with their masks."""
+        out: list[TokenisedPair | BadRow] = []
+        pairs = tokenise_pairs(self.encoder, rows, self.options.append_eos, enclosed=self.options.enclose)
+        for row, pair in zip(rows, pairs, strict=True):
+            masks = pair if isinstance(pair, BadRow) else self.masks(row, pair)
+            whole = isinstance(pair, TokenisedPair) and not isinstance(masks, BadRow)
+            out.append(replace(pair, masks=masks) if whole else masks)  # type: ignore[type-var, arg-type]
+        return out
 
     def masks(self, row: Row, result: TokenisedPair) -> Masks | BadRow:
         """Masks of both completions, without the turns that the model does not write; ``None`` for one without any."""
@@ -154,7 +71,8 @@ class PairWorker:
             out.append(mask)
         return out[0], out[1]
 
-    def _fill(self, outcome: Outcome, row: Row, result: TokenisedPair, masks: Masks) -> None:
+    def fill(self, outcome: Outcome, row: Row, result: TokenisedPair) -> None:
+        """Enter a pair into its outcome."""
         options = self.options
         if options.enclose:
             result = replace(result, ids=enclosed(result.ids, self.encoder.tokenizer))
@@ -170,13 +88,8 @@ class PairWorker:
             + batches.ENVIRONMENT * environment
         )
         keep(outcome, result.ids, pair, reason)
-        enter_masks(outcome, masks, options.truncation_mode, len(self.columns))
+        enter_masks(outcome, result.masks, options.truncation_mode, len(self.columns))
         outcome.floats = {name: row[name] for name in FLOAT_EXTRAS if name in row}
-
-    def _add_example(self, outcomes: list[Outcome], results: Sequence[TokenisedPair | BadRow]) -> None:
-        merged = next((r.merged for r in results if isinstance(r, TokenisedPair) and r.merged), None)
-        if merged is not None:
-            outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
 
 
 def enter_masks(outcome: Outcome, masks: Masks, mode: str, num_columns: int) -> None:
@@ -271,77 +184,46 @@ def prepare(
         DataError: Bad rows that the policy does not allow, too many lost rows, or not preference data.
         ModelError: The tokenizer has no chat template or no end-of-sequence token.
     """
-    loaded = load_report(dataset)
-    dataset, notes = batches.materialise(dataset, name)
+    stages = Stages.begin(dataset, options, name)
     worker: PairWorker | TokenisedWorker
-    bad_before: dict[str, int] = {}
-    rows_read = len(dataset)
-    if all(column in dataset.column_names for column in PAIR_COLUMNS[:3]):
-        format_name, columns = "tokenised", dict[str, str]()
-        worker = TokenisedWorker(options, name, MASK_COLUMNS[0] in dataset.column_names)
+    names = stages.dataset.column_names
+    if all(column in names for column in PAIR_COLUMNS[:3]):
+        worker = TokenisedWorker(options, name, MASK_COLUMNS[0] in names)
     else:
-        spec = pair_format(dataset, options, name)
-        format_name, columns = spec.name, column_uses(spec, dataset.column_names)
+        spec = pair_format(stages.dataset, options, name)
+        stages.read_as(spec)
         if spec.name in ("orca", "alpaca_preference"):
-            notes.append(f"the prompt is the column {spec.required[0]!r}, not what both answers begin with")
-        dataset, spec, bad_before, more = pair_rows(dataset, spec, options, name)
-        notes += more
+            question = "question" if spec.name == "orca" else "instruction"
+            stages.notes.append(f"the prompt is the column {question!r}, not what both answers begin with")
+        spec = pair_rows(stages, spec)
         worker = PairWorker(tokenizer, options, spec, name)
-    result, tally = batches.run(dataset, worker, options, f"Preparing {name}")
-    earlier = loaded.bad_rows if loaded else {}
-    bad = sum_counts(bad_before, tally.bad, earlier)
-    lost_before = sum_counts(earlier, left_out(bad_before, options.on_bad_rows))
-    rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
-    batches.check_share(tally, rows_read, lost_before, options.max_dropped_share, name)
-    lengths, tokens = _lengths(result)
-    return result, build_report(
-        name=name,
-        format_name=format_name,
-        rows_read=rows_read,
-        rows_kept=len(result),
-        tally=tally,
-        bad_rows=bad,
-        options=options,
-        notes=[*(loaded.notes if loaded else ()), *notes],
-        lengths=lengths,
-        tokens=tokens,
-        columns=dict(loaded.columns) if loaded else columns,
-        weights=check_weights(result, name),
-    )
+    result, tally = batches.run(stages.dataset, worker, options, f"Preparing {name}")
+    stages.check(tally)
+    check_weights(result, name)
+    return result, stages.report(result, tally, *_lengths(result))
 
 
-def pair_rows(
-    dataset: Dataset, spec: FormatSpec, options: DataOptions, name: str
-) -> tuple[Dataset, FormatSpec, dict[str, int], list[str]]:
-    """Rows that are one pair each: ranked and unpaired rows are paired, all others returned as they are.
+def pair_rows(stages: Stages, spec: FormatSpec) -> FormatSpec:
+    """Make rows one pair each: ranked, rated and labelled rows are paired, all others stay as they are.
 
     Args:
-        dataset: Rows of a preference format.
+        stages: Rows of a preference format.
         spec: Their format.
-        options: Data options.
-        name: Name of the data set, for messages.
 
     Returns:
-        The rows, their format, bad rows by reason, and notes for the user.
+        Their format from now on.
 
     Raises:
         DataError: Bad rows that the policy does not allow.
     """
     if spec.kind not in ("ranked", "rated", "unpaired"):
-        return dataset, spec, {}, []
-    handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
-    rows, notes = canonical_rows(from_dataset(f"{name} data set", dataset), spec, handler)
-    pairs = to_dataset(rows, f"{name} data set", [*handler.left_out(), *notes])
-    return pairs, FORMATS["preference"], dict(handler.counts), notes
-
-
-def sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:
-    """Counts added up by reason."""
-    out: dict[str, int] = {}
-    for some in counts:
-        for reason, count in some.items():
-            out[reason] = out.get(reason, 0) + count
-    return out
+        return spec
+    handler = BadRowHandler(stages.options.on_bad_rows, stages.options.quarantine_path)
+    where = f"{stages.name} data set"
+    rows, notes = canonical_rows(from_dataset(where, stages.dataset), spec, handler)
+    pairs = to_dataset(rows, where, [*handler.left_out(), *notes])
+    stages.became(pairs, handler.counts, notes, handler.first)
+    return FORMATS["preference"]
 
 
 def pair_format(dataset: Dataset, options: DataOptions, name: str) -> FormatSpec:

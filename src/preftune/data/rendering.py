@@ -18,6 +18,10 @@ Render = Callable[[list[Message]], "str | BadRow"]
 
 #: Texts shorter than this may be found by accident, in a header or in another turn.
 _TELLING = 16
+#: Fields of what was thought before an answer; templates know one of them or none.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+#: Roles that templates may know under another name.
+_OTHER_ROLES = {"developer": "system", "function": "tool", "ipython": "tool"}
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _BREAK = re.compile(r"\s+")
 
@@ -77,7 +81,8 @@ class Renderings:
         if self._complete(conversation, text):
             return None
         for turn in conversation:
-            alone = [piece for piece in pieces(turn) if not _found(piece, text, 1)]
+            wanted = [*pieces(turn), *(_thoughts(turn) if turn is conversation[-1] else ())]
+            alone = [piece for piece in wanted if not _found(piece, text, 1)]
             if alone or turn is conversation[-1]:
                 break
         said = f"what the {turn.get('role')} says" if alone else "a turn"
@@ -93,7 +98,8 @@ class Renderings:
         wanted: dict[str, int] = {}
         short = False
         for turn in conversation:
-            for piece in pieces(turn):
+            # Thoughts before earlier answers are left out on purpose, as models are used.
+            for piece in (*pieces(turn), *(_thoughts(turn) if turn is conversation[-1] else ())):
                 wanted[piece] = wanted.get(piece, 0) + 1
                 short = short or len(piece) < _TELLING
         if not all(_found(piece, text, count) for piece, count in wanted.items()):
@@ -136,6 +142,26 @@ def pieces(turn: Mapping[str, Any]) -> list[str]:
             texts += [str(function["name"])] if function.get("name") else []
             texts += list(_strings(function.get("arguments")))
     return [text.strip() for text in texts if text.strip()]
+
+
+def _thoughts(turn: Mapping[str, Any]) -> list[str]:
+    return [turn[key].strip() for key in REASONING if isinstance(turn.get(key), str) and turn[key].strip()]
+
+
+def tools_lost(tools: Any, text: str) -> BadRow | None:
+    """The bad row that a rendering is which does not name the tools; ``None`` where it does, or there are none."""
+    for tool in tools if isinstance(tools, list) else ():
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and name not in text:
+            return BadRow(
+                "tools_lost",
+                "tools",
+                "the chat template does not write the tools",
+                value=name,
+                remedy="use a template that does (chat_template), or leave the column out (dataset_columns)",
+            )
+    return None
 
 
 def _is_text(part: Any) -> bool:
@@ -212,6 +238,19 @@ def _forms(conversation: list[Message]) -> Iterator[list[Message]]:
         yield [_arguments_as_text(turn) for turn in conversation]
         yield [_arguments_as_text(turn) for turn in joined]
     yield [_as_parts(turn) for turn in joined]
+    if any(turn.get("role") in _OTHER_ROLES for turn in joined):
+        yield [{**turn, "role": _OTHER_ROLES.get(turn["role"], turn["role"])} for turn in joined]
+    if any(_thoughts(turn) for turn in joined):
+        for name in REASONING:
+            yield [_thinking(turn, name) for turn in joined]
+
+
+def _thinking(turn: Message, name: str) -> Message:
+    """A turn with its thoughts under another name."""
+    thoughts = _thoughts(turn)
+    return (
+        {**{key: value for key, value in turn.items() if key not in REASONING}, name: thoughts[0]} if thoughts else turn
+    )
 
 
 def _joined(turn: Message) -> Message:

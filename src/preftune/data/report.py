@@ -44,6 +44,7 @@ class PrepareReport:
         lengths: Mean, quantiles and maximum of the lengths in tokens, by part.
         num_environment: Rows whose answers hold turns that the model does not write.
         num_transcripts: Rows of ``Human:``/``Assistant:`` transcripts, where the tokenizer has a chat template.
+        num_marked: Rows with turns that are marked as not to be trained on (``weight: 0``, ``train: false``).
         columns: Column of the data -> what is done with it.
         findings: What a user should know before trusting the run, one finding a line.
         warnings: The findings, after notes on what was done.
@@ -67,6 +68,7 @@ class PrepareReport:
     lengths: dict[str, dict[str, float]] = field(default_factory=dict)
     num_environment: int = 0
     num_transcripts: int = 0
+    num_marked: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -121,7 +123,8 @@ def build_report(
     lengths: Mapping[str, Any],
     tokens: tuple[int, int, int],
     columns: Mapping[str, str] | None = None,
-    weights: tuple[float, float] | None = None,
+    overlooked: Sequence[str] = (),
+    ranges: Mapping[str, tuple[float, float] | None] | None = None,
 ) -> PrepareReport:
     """The report of one prepared data set.
 
@@ -137,7 +140,8 @@ def build_report(
         lengths: Lengths in tokens by part.
         tokens: Prompt, chosen and rejected tokens.
         columns: Column of the data -> what is done with it.
-        weights: Least and greatest weight of a row, where rows have weights.
+        overlooked: Columns that hold a part of the conversation, and are not used.
+        ranges: Least and greatest number of columns that change the loss; ``None`` for those that are not there.
 
     Returns:
         The report.
@@ -161,11 +165,13 @@ def build_report(
         lengths=describe_lengths(lengths),
         num_environment=tally.num_environment,
         num_transcripts=tally.num_transcripts,
+        num_marked=tally.num_marked,
         columns=dict(columns or {}),
     )
     more, of_turns = _of_turns(report, options)
-    found = (*_of_rows(report, options), *of_turns, *_of_weights(weights))
-    report = replace(report, findings=found, warnings=(*notes, *more, *_appended(report), *found))
+    about, told = _of_columns(report.columns, overlooked, ranges or {})
+    found = (*_of_rows(report, options), *of_turns, *told)
+    report = replace(report, findings=found, warnings=(*notes, *more, *about, *_appended(report), *found))
     if options.warn:
         warn_findings(report)
     return report
@@ -204,6 +210,11 @@ def _of_turns(report: PrepareReport, options: DataOptions) -> tuple[list[str], l
             found.append(
                 f"{rows}: they are scored as its own words, as in TRL; environment_turns: masked leaves them out"
             )
+    if report.num_marked:
+        found.append(
+            f"{report.num_marked} rows mark turns as not to be trained on (weight: 0, train: false, loss: false): the"
+            " marks are not read, as in TRL; make the answers to learn completions of their own"
+        )
     if report.num_transcripts:
         if options.transcripts == "messages":
             notes.append(f"{report.num_transcripts} transcripts (Human: ... Assistant: ...) were made conversations")
@@ -216,14 +227,30 @@ def _of_turns(report: PrepareReport, options: DataOptions) -> tuple[list[str], l
     return notes, found
 
 
-def _of_weights(weights: tuple[float, float] | None) -> list[str]:
-    """A column that changes the loss by its name alone."""
-    if weights is None or weights == (1.0, 1.0):
-        return []
-    return [
-        f"the column 'weight' scales the loss of each row, from {weights[0]:g} to {weights[1]:g}; rename or remove it"
-        " if it means something else"
-    ]
+def _of_columns(
+    columns: Mapping[str, str], overlooked: Sequence[str], ranges: Mapping[str, tuple[float, float] | None]
+) -> tuple[list[str], list[str]]:
+    """Notes on columns that change the loss by their name alone, and findings about them and about unused ones."""
+    notes, found = [], []
+    weights, margins = ranges.get("weight"), ranges.get("margin")
+    if weights is not None and weights != (1.0, 1.0):
+        found.append(
+            f"the column 'weight' scales the loss of each row, from {weights[0]:g} to {weights[1]:g}; rename or remove"
+            " it if it means something else"
+        )
+    if margins is not None:
+        notes.append(
+            f"score gaps of the pairs are from {margins[0]:g} to {margins[1]:g}; losses that want one use them"
+        )
+    given = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in columns]
+    if given:
+        notes.append(f"{' and '.join(given)} are left aside: the reference is computed anew")
+    if overlooked:
+        found.append(
+            f"not used, although they hold a part of the conversation: {', '.join(map(repr, overlooked))}; name them"
+            " with `dataset_columns: {theirs: ours}`, or remove them"
+        )
+    return notes, found
 
 
 def range_of(column: str, dataset: Dataset) -> tuple[float, float] | None:

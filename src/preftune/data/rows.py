@@ -21,6 +21,7 @@ _TRL_GOES_ON = frozenset(
         "identical_pair",
         "no_assistant_turn",
         "text_lost",
+        "tools_lost",
         "unknown_role",
     }
 )

@@ -10,23 +10,27 @@ from preftune.data import batches
 from preftune.data.assistant import assistant_masks, has_markers
 from preftune.data.batches import Outcome
 from preftune.data.environment import has_environment, own_words
-from preftune.data.formats import FORMATS, FormatSpec, Row, column_uses, detect, resolve
+from preftune.data.formats import FORMATS, FormatSpec, Row, detect, resolve
 from preftune.data.formats.alpaca import ALPACA
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow, common_prefix
 from preftune.data.options import DataOptions
-from preftune.data.prepare import canonical_batch, note_lost, place_of, reads_transcripts, sum_counts
-from preftune.data.report import PrepareReport, build_report
+from preftune.data.report import PrepareReport
 from preftune.data.rows import BadRowHandler
 from preftune.data.sft_tokens import SFT_COLUMNS, TokenisedSftWorker, enter
-from preftune.data.sources import load_report
+from preftune.data.stages import Stages
 from preftune.data.tables import from_dataset
-from preftune.data.tokenise import Encoder, sequences
+from preftune.data.tokenise import sequences
 from preftune.data.truncate import Ids
+from preftune.data.worker import RowWorker
 from preftune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+#: Fields of a turn that say whether it is trained on.
+_MARKS = ("weight", "train", "loss", "training")
 
 
 @dataclass
@@ -57,7 +61,7 @@ def _with_chosen(spec: FormatSpec) -> FormatSpec:
     return replace(spec, kind="sft", convert=convert)
 
 
-class SftWorker:
+class SftWorker(RowWorker):
     """Rows of one format to tokenised, truncated examples.
 
     Args:
@@ -71,7 +75,6 @@ class SftWorker:
     """
 
     columns = SFT_COLUMNS
-    floats: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -84,42 +87,28 @@ class SftWorker:
         completion_only_loss: bool | None = None,
         assistant_only_loss: bool = False,
     ) -> None:
-        self.encoder = Encoder(tokenizer, options.chat_template, keeps_lost=options.on_bad_rows == "warn")
-        self.options = options
-        self.format = format_name
-        self.name = name
+        super().__init__(tokenizer, options, format_name, name)
         self.text_field = text_field
         self.completion_only_loss = completion_only_loss
         self.assistant_only_loss = assistant_only_loss
 
+    @property
+    def spec(self) -> FormatSpec:
+        """The format of the rows; of pairs, the chosen answers are the completions."""
+        spec = FORMATS[self.format]
+        return _with_chosen(spec) if spec.kind == "preference" else spec
+
     def canonical(
         self, raw: Sequence[Any], indices: Sequence[int], handler: BadRowHandler
     ) -> tuple[list[Outcome], list[int], list[Row]]:
-        """Outcomes with the bad rows marked, and positions and canonical rows of those to go on with."""
-        spec = FORMATS[self.format]
+        """As for any rows, after the column of text got its name."""
         if self.format == "text" and self.text_field != "text":
             raw = [{**row, "text": row.get(self.text_field)} for row in raw]
-        spec = _with_chosen(spec) if spec.kind == "preference" else spec
-        as_messages = reads_transcripts(self.encoder, self.options)
-        return canonical_batch(raw, indices, spec, self.name, handler, as_messages)
+        return super().canonical(raw, indices, handler)
 
-    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
-        """One outcome per row."""
-        handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
-        outcomes, positions, canonical = self.canonical(rows, indices, handler)
-        merged: Ids = []
-        for position, row, result in zip(positions, canonical, self.examples(canonical), strict=True):
-            if isinstance(result, BadRow):
-                handler.keep(result, place_of(self.name, indices[position]), rows[position], converted=False)
-                outcomes[position] = Outcome(status=batches.BAD, bad=result.reason)
-                continue
-            place = place_of(self.name, indices[position])
-            note_lost(self.encoder, row, outcomes[position], handler, place, rows[position])
-            merged = merged or result.merged
-            self._fill(outcomes[position], row, result)
-        if merged:
-            outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
-        return outcomes
+    def results(self, rows: Sequence[Row]) -> list[Example | BadRow]:
+        """Examples before truncation."""
+        return self.examples(rows)
 
     def examples(self, rows: Sequence[Row]) -> list[Example | BadRow]:
         """Tokenised examples of checked canonical rows, before truncation."""
@@ -202,7 +191,9 @@ class SftWorker:
             example.mask = [*example.mask, int(not self.assistant_only_loss or turns[-1].get("role") == "assistant")]
         return missing, appended
 
-    def _fill(self, outcome: Outcome, row: Row, example: Example) -> None:
+    def fill(self, outcome: Outcome, row: Row, result: Example) -> None:
+        """Enter an example into its outcome."""
+        example = result
         missing, appended = self.append_eos(row, example)
         outcome.flags |= (
             batches.MERGED * bool(example.merged)
@@ -210,8 +201,24 @@ class SftWorker:
             + batches.EOS_MISSING * missing
             + batches.EOS_APPENDED * appended
             + batches.ENVIRONMENT * has_environment(row.get("completion"))
+            + batches.MARKED * _has_marks(row.get("messages") or row.get("completion"))
         )
         enter(outcome, example.ids, example.mask, self.options)
+
+
+def _has_marks(turns: Any) -> bool:
+    """Whether a turn is marked as one not to be trained on, as OpenAI, axolotl and ms-swift do."""
+    return isinstance(turns, list) and any(turn.get(name) in (0, False) for turn in turns for name in _MARKS)
+
+
+def _refuse_prompt_length(options: DataOptions) -> None:
+    if options.max_prompt_length is not None:
+        raise ConfigError(
+            "max_prompt_length is for preference pairs",
+            where="max_prompt_length",
+            value=options.max_prompt_length,
+            remedy="use max_length",
+        )
 
 
 def prepare_sft(
@@ -227,8 +234,7 @@ def prepare_sft(
     """Tokenise, mask and truncate data for supervised fine-tuning.
 
     Args:
-        dataset: Rows of an SFT format, preference rows (their chosen answers are the completions), or a data set with
-            ``input_ids`` and optionally ``loss_mask``, ``labels``, ``completion_mask`` or ``assistant_masks``.
+        dataset: Rows of an SFT format, preference rows (their chosen answers are the completions), or token ids.
         tokenizer: Tokenizer of the model, with its chat template where the rows are conversations.
         options: Data options; ``max_prompt_length`` has no meaning here and is refused.
         completion_only_loss: Train on completions only; ``None`` does so where rows have a prompt and a completion.
@@ -237,38 +243,28 @@ def prepare_sft(
         name: Name of the data set, for messages and the report.
 
     Returns:
-        A data set with ``input_ids`` and ``loss_mask`` (1 for every token trained on), and the report. Ids and mask
-        are those that TRL 1.16's ``SFTTrainer`` trains on, with two exceptions: a doubled BOS token is removed, and
-        an example with no scored token is dropped.
+        A data set with ``input_ids`` and ``loss_mask`` (1 for every token trained on), and the report. Both are what
+        TRL 1.16's ``SFTTrainer`` trains on, without a doubled BOS and examples with no scored token.
 
     Raises:
         ConfigError: Settings that contradict each other or the data.
         DataError: Bad rows that the policy does not allow, too many lost rows, or no SFT data.
         ModelError: The tokenizer lacks a chat template, an end-of-sequence token, or character offsets.
     """
-    if options.max_prompt_length is not None:
-        raise ConfigError(
-            "max_prompt_length is for preference pairs",
-            where="max_prompt_length",
-            value=options.max_prompt_length,
-            remedy="use max_length",
-        )
-    loaded = load_report(dataset)
-    dataset, notes = batches.materialise(dataset, name)
-    notes = [*(loaded.notes if loaded else ()), *notes]
+    _refuse_prompt_length(options)
+    stages = Stages.begin(dataset, options, name)
+    names = stages.dataset.column_names
     worker: SftWorker | TokenisedSftWorker
-    if "input_ids" in dataset.column_names:
-        format_name, columns = "tokenised", dict[str, str]()
+    if "input_ids" in names:
         if completion_only_loss is None:
-            completion_only_loss = {"prompt", "completion"} <= set(dataset.column_names)
-        worker = TokenisedSftWorker(
-            options, name, ("assistant_masks", *(["completion_mask"] if completion_only_loss else []))
-        )
-        if "completion_mask" in dataset.column_names and not completion_only_loss:
-            notes.append("completion_mask is not used, as in TRL, unless completion_only_loss is true")
+            completion_only_loss = {"prompt", "completion"} <= set(names)
+        masks = ("assistant_masks", *(["completion_mask"] if completion_only_loss else []))
+        worker = TokenisedSftWorker(options, name, masks)
+        if "completion_mask" in names and not completion_only_loss:
+            stages.notes.append("completion_mask is not used, as in TRL, unless completion_only_loss is true")
     else:
-        spec = sft_format(dataset, options, name, dataset_text_field)
-        format_name, columns = spec.name, column_uses(spec, dataset.column_names, for_sft=True)
+        spec = sft_format(stages.dataset, options, name, dataset_text_field)
+        stages.read_as(spec, for_sft=True)
         worker = SftWorker(
             tokenizer,
             options,
@@ -278,26 +274,12 @@ def prepare_sft(
             completion_only_loss=completion_only_loss,
             assistant_only_loss=assistant_only_loss,
         )
-        notes += _setting_notes(spec, worker, dataset.column_names)
-    result, tally = batches.run(dataset, worker, options, f"Preparing {name}")
-    rows_read = len(dataset) + (loaded.num_lost if loaded else 0)
-    left_out = loaded.bad_rows if loaded else {}
-    batches.check_share(tally, rows_read, left_out, options.max_dropped_share, name)
-    bad = sum_counts(tally.bad, left_out)
+        stages.notes += _setting_notes(spec, worker, names)
+    result, tally = batches.run(stages.dataset, worker, options, f"Preparing {name}")
+    stages.check(tally)
     lengths, num_trained = _lengths(result)
-    return result, build_report(
-        name=name,
-        format_name=format_name,
-        rows_read=rows_read,
-        rows_kept=len(result),
-        tally=tally,
-        bad_rows=bad,
-        options=options,
-        notes=notes,
-        lengths={"sequence": lengths},
-        tokens=(int(lengths.sum()) - num_trained, num_trained, 0),
-        columns=dict(loaded.columns) if loaded else columns,
-    )
+    tokens = (int(lengths.sum()) - num_trained, num_trained, 0)
+    return result, stages.report(result, tally, {"sequence": lengths}, tokens)
 
 
 def _lengths(result: Dataset) -> tuple[Any, int]:

@@ -8,8 +8,8 @@ from typing import Any
 from preftune.data import batches
 from preftune.data.batches import Outcome
 from preftune.data.options import DataOptions
-from preftune.data.prepare import place_of
 from preftune.data.truncate import EMPTY, NOT_SCORED, Ids
+from preftune.data.worker import place_of
 from preftune.errors import DataError
 
 SFT_COLUMNS = ("input_ids", "loss_mask")

@@ -16,12 +16,12 @@ from preftune.data.view import (
     REJECTED,
     TRAINED,
     UNDESIRABLE,
-    Kind,
     Labelled,
     Shown,
     Viewer,
 )
 from preftune.errors import DataError
+from preftune.verbs import Kind
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,7 +132,7 @@ def _print_row(row: Shown, tokenizer: PreTrainedTokenizerBase, console: Console)
         console.print(Text(_printable(row.problem), style="bold red"))
         return
     if row.dropped:
-        console.print(Text(f"the whole row is dropped: {row.dropped}", style="bold yellow"))
+        console.print(Text(f"the whole row is dropped: {row.dropped.replace('_', ' ')}", style="bold yellow"))
     for title, tokens in row.sequences.items():
         counts = {label: sum(one == label for _, one in tokens) for label in dict.fromkeys(one for _, one in tokens)}
         summary = ", ".join(f"{count} {label}" for label, count in counts.items())

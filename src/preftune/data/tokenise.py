@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from preftune.data.formats.base import BadRow, Message, Row, common_prefix
-from preftune.data.rendering import Renderings
+from preftune.data.rendering import Renderings, tools_lost
 from preftune.data.truncate import Ids, TokenPair
 from preftune.errors import ModelError
 
@@ -39,6 +39,10 @@ _CALL_ARGUMENTS = frozenset(
 )
 
 
+#: Masks of both completions of a pair.
+Masks: TypeAlias = tuple[list[int] | None, list[int] | None]
+
+
 @dataclass(frozen=True)
 class TokenisedPair:
     """A pair before truncation, with what was noticed on the way.
@@ -48,12 +52,14 @@ class TokenisedPair:
         merged: End of the tokenised prompt that the full sequences do not contain; empty where the boundary is clean.
         doubled_bos: A second beginning-of-sequence token was removed.
         eos_missing: At least one completion does not end with the end-of-sequence token of its own accord.
+        masks: 1 for every token of a completion that the model writes; ``None`` where it writes all.
     """
 
     ids: TokenPair
     merged: Ids
     doubled_bos: bool
     eos_missing: bool
+    masks: Masks = (None, None)
 
 
 class Encoder:
@@ -139,7 +145,7 @@ class Encoder:
             for i, first in zip(indices, rendered, strict=True):
                 messages, text = forms.settle(conversations[i], first)
                 if isinstance(text, str) and not generation_prompt:
-                    text = self._checked(forms.lost(messages, text), text, rows[i])
+                    text = self._checked(messages, text, rows[i], arguments)
                 if isinstance(text, str):
                     texts[i] = text
                 else:
@@ -156,7 +162,14 @@ class Encoder:
         key = f"{generation_prompt}{arguments!r}" if arguments.get("tools") or len(arguments) > 1 else ""
         return Renderings(lambda one: self.render([one], arguments, generation_prompt)[0], key, self._probed)
 
-    def _checked(self, bad: BadRow | None, text: str, row: Row) -> str | BadRow:
+    def checked(self, messages: list[Message], row: Row, arguments: Mapping[str, Any]) -> BadRow | None:
+        """What is wrong with the rendering of a settled conversation, unless such rows are kept and noted."""
+        (text,) = self.render([messages], arguments, False)
+        found = text if isinstance(text, BadRow) else self._checked(messages, text, row, arguments)
+        return found if isinstance(found, BadRow) else None
+
+    def _checked(self, messages: list[Message], text: str, row: Row, arguments: Mapping[str, Any]) -> str | BadRow:
+        bad = self._forms(arguments, False).lost(messages, text) or tools_lost(arguments.get("tools"), text)
         if bad is None or not self.keeps_lost:
             return bad or text
         self.lost[id(row)] = bad

@@ -14,25 +14,18 @@ from preftune.data import batches
 from preftune.data.batches import Outcome, list_array
 from preftune.data.convert import canonical_rows, to_dataset
 from preftune.data.environment import MASK_COLUMNS, has_environment, own_words
-from preftune.data.formats import FORMATS, Row, column_uses, resolve
+from preftune.data.formats import FORMATS, Row, resolve
 from preftune.data.formats.base import BadRow, common_prefix
 from preftune.data.formats.unpaired import LABELS
 from preftune.data.options import DataOptions
-from preftune.data.prepare import (
-    TokenisedWorker,
-    canonical_batch,
-    note_lost,
-    pair_rows,
-    place_of,
-    reads_transcripts,
-    sum_counts,
-)
-from preftune.data.report import PrepareReport, build_report, check_weights
-from preftune.data.rows import BadRowHandler, left_out
-from preftune.data.sources import load_report
+from preftune.data.prepare import TokenisedWorker, pair_rows
+from preftune.data.report import PrepareReport, check_weights
+from preftune.data.rows import BadRowHandler
+from preftune.data.stages import Stages
 from preftune.data.tables import from_dataset
-from preftune.data.tokenise import Encoder, sequences
+from preftune.data.tokenise import sequences
 from preftune.data.truncate import TokenPair, truncate
+from preftune.data.worker import RowWorker, sum_counts
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -65,7 +58,7 @@ class Answer:
     mask: list[int] | None = None
 
 
-class UnpairedWorker:
+class UnpairedWorker(RowWorker):
     """Labelled answers to token ids, not truncated yet.
 
     Args:
@@ -87,11 +80,8 @@ class UnpairedWorker:
         checked: bool = False,
         format_name: str = "unpaired",
     ) -> None:
-        self.encoder = Encoder(tokenizer, options.chat_template, keeps_lost=options.on_bad_rows == "warn")
-        self.options = options
-        self.name = name
+        super().__init__(tokenizer, options, format_name, name)
         self.checked = checked
-        self.format = format_name
         self.columns: tuple[str, ...] = ("prompt_ids", "chosen_ids")
         if options.environment_turns == "masked":
             self.columns = (*self.columns, MASK_COLUMNS[0])
@@ -99,32 +89,16 @@ class UnpairedWorker:
     def canonical(
         self, raw: Sequence[Any], indices: Sequence[int], handler: BadRowHandler
     ) -> tuple[list[Outcome], list[int], list[Row]]:
-        """Outcomes with the bad rows marked, and positions and canonical rows of those to go on with."""
-        return canonical_batch(
-            raw, indices, FORMATS[self.format], self.name, handler, reads_transcripts(self.encoder, self.options)
-        )
-
-    def outcomes(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Outcome]:
-        """One outcome per row."""
-        handler = BadRowHandler(self.options.on_bad_rows, self.options.quarantine_path)
-        outcomes, positions, canonical = self.canonical(rows, indices, handler)
+        """As for any rows; those that were checked before are not counted again."""
+        outcomes, positions, rows = super().canonical(raw, indices, handler)
         for outcome in outcomes:
             outcome.bad = "" if self.checked else outcome.bad
-        merged: list[int] = []
-        results = sequences(self.encoder, canonical, ("completion",))
-        for position, row, parts in zip(positions, canonical, results, strict=True):
-            place = place_of(self.name, indices[position])
-            found = parts if isinstance(parts, BadRow) else self.answer(row, parts)
-            if isinstance(found, BadRow):
-                handler.keep(found, place, rows[position], converted=False)
-                outcomes[position] = Outcome(status=batches.BAD, bad=found.reason)
-            else:
-                note_lost(self.encoder, row, outcomes[position], handler, place, rows[position])
-                self._fill(outcomes[position], row, found)
-                merged = merged or found.merged
-        if merged:
-            outcomes[0].example = str(self.encoder.tokenizer.decode(merged))
-        return outcomes
+        return outcomes, positions, rows
+
+    def results(self, rows: Sequence[Row]) -> list[Answer | BadRow]:
+        """Answers before truncation."""
+        parts = sequences(self.encoder, rows, ("completion",))
+        return [one if isinstance(one, BadRow) else self.answer(row, one) for row, one in zip(rows, parts, strict=True)]
 
     def answer(self, row: Row, parts: list[list[int]]) -> Answer | BadRow:
         """A row's tokens before truncation.
@@ -160,8 +134,9 @@ class UnpairedWorker:
             mask += [1] * (len(completion) - len(mask))
         return Answer(whole[:start], completion, prompt[start:], flags, mask)
 
-    def _fill(self, outcome: Outcome, row: Row, found: Answer) -> None:
-        options = self.options
+    def fill(self, outcome: Outcome, row: Row, result: Answer) -> None:
+        """Enter an answer into its outcome."""
+        options, found = self.options, result
         outcome.flags |= found.flags
         outcome.floats = {"label": float(row["label"]), **({"weight": row["weight"]} if "weight" in row else {})}
         kept, reason = truncate(
@@ -219,64 +194,41 @@ def prepare_unpaired(
         DataError: Bad rows that the policy does not allow, too many lost rows, or no labelled answers.
         ModelError: The tokenizer has no chat template or no end-of-sequence token.
     """
-    from datasets import Dataset
-
-    loaded = load_report(dataset)
-    dataset, notes = batches.materialise(dataset, name)
-    rows_read, bad_before = len(dataset), dict[str, int]()
-    if all(column in dataset.column_names for column in TOKENISED):
-        format_name, whole, first = "tokenised", dataset, None
-        columns = dict[str, str]()
+    stages = Stages.begin(dataset, options, name)
+    before: batches.Tally | None = None
+    if all(column in stages.dataset.column_names for column in TOKENISED):
+        whole = stages.dataset
     else:
-        names = dataset.column_names
-        dataset, format_name, bad_before, more = labelled_rows(dataset, options, name)
-        columns = column_uses(FORMATS[format_name], names)
-        notes += more
-        direct = FORMATS[format_name].kind == "unpaired"
-        labelled = UnpairedWorker(
-            tokenizer, options, name, checked=not direct, format_name=format_name if direct else "unpaired"
-        )
-        whole, first = batches.run(dataset, labelled, options, f"Preparing {name}")
-        if len(whole):
-            whole = whole.add_column("rejected_ids", _exchanged(whole["chosen_ids"], block))
-            if MASK_COLUMNS[0] in whole.column_names:
-                exchanged = list_array(_exchanged(whole[MASK_COLUMNS[0]], block))
-                whole = Dataset(whole.data.table.append_column(MASK_COLUMNS[1], exchanged))
-    rows_read = max(rows_read, len(dataset)) + (loaded.num_lost if loaded else 0)
-    earlier = loaded.bad_rows if loaded else {}
-    lost = sum_counts(earlier, left_out(bad_before, options.on_bad_rows))
-    if first is not None:
-        batches.check_share(first, rows_read, lost, options.max_dropped_share, name)
-        lost = sum_counts(lost, first.dropped, first.bad if first.num_bad_left_out else {})
+        format_name = labelled_rows(stages)
+        checked = FORMATS[stages.format].kind != "unpaired"
+        worker = UnpairedWorker(tokenizer, options, name, checked=checked, format_name=format_name)
+        whole, before = batches.run(stages.dataset, worker, options, f"Preparing {name}")
+        whole = _with_exchanged(whole, block) if len(whole) else whole
+        stages.check(before)
     cutting = _TruncatingWorker(options, name, MASK_COLUMNS[0] in whole.column_names)
     result, tally = batches.run(whole, cutting, options, f"Truncating {name}")
-    batches.check_share(tally, rows_read, lost, options.max_dropped_share, name)
-    return result, build_report(
-        name=name,
-        format_name=format_name,
-        rows_read=rows_read,
-        rows_kept=len(result),
-        tally=tally if first is None else _with_truncation(first, tally),
-        bad_rows=sum_counts(bad_before, first.bad if first else {}, earlier),
-        options=options,
-        notes=[*(loaded.notes if loaded else ()), *notes],
-        **_lengths(result),
-        columns=dict(loaded.columns) if loaded else columns,
-        weights=check_weights(result, name),
-    )
+    if before is not None:
+        stages.check(tally, sum_counts(before.dropped, before.bad if before.num_bad_left_out else {}))
+        tally = _with_truncation(before, tally)
+    else:
+        stages.check(tally)
+    check_weights(result, name)
+    return result, stages.report(result, tally, *_lengths(result))
 
 
-def labelled_rows(dataset: Dataset, options: DataOptions, name: str) -> tuple[Dataset, str, dict[str, int], list[str]]:
-    """Rows of prompt, completion and label, the format they came in, bad rows by reason, and notes.
+def labelled_rows(stages: Stages) -> str:
+    """Make rows prompt, completion and label; pairs are taken apart.
 
     Args:
-        dataset: Such rows, or rows of a preference format, which are taken apart.
-        options: Data options.
-        name: Name of the data set, for messages.
+        stages: Such rows, or rows of a preference format.
+
+    Returns:
+        Name of their format from now on.
 
     Raises:
         DataError: Bad rows that the policy does not allow, or data for supervised fine-tuning.
     """
+    dataset, options, name = stages.dataset, stages.options, stages.name
     example = from_dataset(name, dataset).example()
     spec = resolve(
         options.dataset_format,
@@ -285,35 +237,46 @@ def labelled_rows(dataset: Dataset, options: DataOptions, name: str) -> tuple[Da
         where=f"{name} data set",
         implicit_prompt=options.implicit_prompt,
     )
+    stages.read_as(spec)
     if spec.kind == "unpaired":
-        return dataset, spec.name, {}, []
+        return spec.name
     if spec.kind == "sft":
+        # The columns of the source tell more than those that loading made of them.
+        found = example if stages.loaded is None else stages.loaded.example
         raise DataError(
             f"labelled answers are needed, and no column says which answers are desirable ({spec.name})",
             where=f"{name} data set",
-            value=dataset.column_names,
+            value=list(found),
             allowed=f"a column {', '.join(LABELS)} of true and false",
-            remedy=_label_remedy(dataset, example),
+            remedy=_label_remedy(found),
         )
-    pairs, pair_spec, bad, notes = pair_rows(dataset, spec, options, name)
+    spec = pair_rows(stages, spec)
     handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
-    rows, more = canonical_rows(from_dataset(f"{name} data set", pairs), pair_spec, handler)
-    notes = [*notes, *more, f"{len(rows)} pairs were taken apart into desirable and undesirable answers"]
-    return (
-        to_dataset(list(_taken_apart(rows)), f"{name} data set", handler.left_out()),
-        spec.name,
-        sum_counts(bad, handler.counts),
-        notes,
-    )
+    rows, more = canonical_rows(from_dataset(f"{name} data set", stages.dataset), spec, handler)
+    notes = [*more, f"{len(rows)} pairs were taken apart into desirable and undesirable answers"]
+    answers = to_dataset(list(_taken_apart(rows)), f"{name} data set", handler.left_out())
+    stages.became(answers, sum_counts(stages.bad_before, handler.counts), notes, handler.first)
+    return "unpaired"
 
 
-def _label_remedy(dataset: Dataset, example: Mapping[str, Any]) -> str:
+def _with_exchanged(whole: Dataset, block: int | None) -> Dataset:
+    """Examples with a completion of another prompt beside their own."""
+    from datasets import Dataset as HFDataset
+
+    whole = whole.add_column("rejected_ids", _exchanged(whole["chosen_ids"], block))
+    if MASK_COLUMNS[0] not in whole.column_names:
+        return whole
+    exchanged = list_array(_exchanged(whole[MASK_COLUMNS[0]], block))
+    return HFDataset(whole.data.table.append_column(MASK_COLUMNS[1], exchanged))
+
+
+def _label_remedy(example: Mapping[str, Any]) -> str:
     """What to do about a missing label: the column that looks like one is named."""
-    wrong = [name for name in LABELS if name in dataset.column_names]
+    wrong = [name for name in LABELS if name in example]
     if wrong:
         return f"{wrong[0]!r} holds {example.get(wrong[0])!r}: write true or false"
     likely = [name for name, value in example.items() if isinstance(value, bool)]
-    likely += [name for name in dataset.column_names if "label" in name.lower() and name not in likely]
+    likely += [name for name in example if "label" in name.lower() and name not in likely]
     if likely:
         return f"`columns: {{{likely[0]}: label}}` reads the column {likely[0]!r} as the label"
     return "name the column with `columns: {theirs: label}`, or use `preftune sft`"
@@ -343,14 +306,13 @@ def _with_truncation(first: batches.Tally, second: batches.Tally) -> batches.Tal
     return replace(first, num_truncated=second.num_truncated, dropped=sum_counts(first.dropped, second.dropped))
 
 
-def _lengths(result: Dataset) -> dict[str, Any]:
+def _lengths(result: Dataset) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """Lengths by part, and the numbers of prompt, desirable and undesirable tokens."""
     import numpy as np
     import pyarrow.compute as pc
 
     table = result.data.table
     prompt, completion = (pc.list_value_length(table[column]).to_numpy() for column in ("prompt_ids", "chosen_ids"))
     desirable = np.asarray(table["label"].to_numpy()) > 0
-    return {
-        "lengths": {"prompt": prompt, "completion": completion, "prompt_and_completion": prompt + completion},
-        "tokens": (int(prompt.sum()), int(completion[desirable].sum()), int(completion[~desirable].sum())),
-    }
+    lengths = {"prompt": prompt, "completion": completion, "prompt_and_completion": prompt + completion}
+    return lengths, (int(prompt.sum()), int(completion[desirable].sum()), int(completion[~desirable].sum()))

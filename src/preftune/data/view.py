@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from preftune.data import batches
 from preftune.data.arrow import rows_of
@@ -14,10 +14,12 @@ from preftune.data.prepare import PairWorker, enclosed, pair_format, pair_rows
 from preftune.data.rows import BadRowHandler, to_error
 from preftune.data.sft import SftWorker, sft_format
 from preftune.data.sft_tokens import enter
+from preftune.data.stages import Stages
 from preftune.data.tokenise import TokenisedPair, sequences, tokenise_pairs
 from preftune.data.truncate import TokenPair, truncate
 from preftune.data.unpaired import UnpairedWorker, labelled_rows
 from preftune.errors import DataError
+from preftune.verbs import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,16 +27,12 @@ if TYPE_CHECKING:
 PROMPT, CHOSEN, REJECTED, DROPPED, TRAINED = "prompt", "chosen", "rejected", "dropped", "trained on"
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 
-#: What a row is for: two answers, one labelled answer, or one example to imitate.
-Kind = Literal["pairs", "labelled", "sft"]
 #: Labels that tokens of each kind of row may have.
 LABELS: Mapping[Kind, tuple[str, ...]] = {
     "pairs": (PROMPT, CHOSEN, REJECTED, DROPPED),
     "labelled": (PROMPT, DESIRABLE, UNDESIRABLE, DROPPED),
     "sft": (PROMPT, TRAINED, DROPPED),
 }
-#: Kind of rows that each training verb learns from.
-VERBS: Mapping[str, Kind] = {"dpo": "pairs", "orpo": "pairs", "cpo": "pairs", "kto": "labelled", "sft": "sft"}
 #: Verbs whose sequences stand between beginning- and end-of-sequence tokens, whatever the template writes.
 ENCLOSING = ("orpo", "cpo")
 #: What a mask of tokens alone does not tell about a verb.
@@ -104,11 +102,13 @@ class Viewer:
                 assistant_only_loss=assistant_only_loss,
             )
         elif kind == "labelled":
-            dataset = labelled_rows(dataset, options, name)[0]
-            self._worker = UnpairedWorker(tokenizer, options, name)
+            stages = Stages.begin(dataset, options, name)
+            self._worker = UnpairedWorker(tokenizer, options, name, format_name=labelled_rows(stages))
+            dataset = stages.dataset
         else:
-            dataset, spec, _, _ = pair_rows(dataset, pair_format(dataset, options, name), options, name)
-            self._worker = PairWorker(tokenizer, options, spec, name)
+            stages = Stages.begin(dataset, options, name)
+            spec = pair_rows(stages, pair_format(dataset, options, name))
+            self._worker, dataset = PairWorker(tokenizer, options, spec, name), stages.dataset
         self._dataset = dataset
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 _HEADLINE_BETA = 0.1
 _SHOWN_SAMPLES = 4
 _KEPT_SAMPLES = 40
-_FILES = ("demo.json", "samples.json", "samples.md", "pairs.jsonl", "reward_kl.png", "sft")
+_FILES = ("demo.json", "sweep.json", "report.html", "samples.json", "samples.md", "pairs.jsonl", "reward_kl.png", "sft")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, after: Callable[[Path], None] = lambda out: None) -> int:
     """Runs the demo from command-line arguments.
 
     Args:
         argv: Arguments after ``preftune demo``; those of the process by default.
+        after: Called with the folder when all results are in it, while it is still this demo's.
 
     Returns:
         0 if the true reward rose by more than its interval, else 1.
@@ -65,12 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings.quick()
     if options.betas:
         settings = replace(settings, betas=tuple(sorted(set(options.betas))))
-    results = run_demo(out, settings, options.seed)
+    results = run_demo(out, settings, options.seed, after=after)
     return 0 if results["risen"] else 1
 
 
 def run_demo(
-    out: Path, settings: DemoSettings | None = None, seed: int = 0, console: Console | None = None
+    out: Path,
+    settings: DemoSettings | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+    after: Callable[[Path], None] = lambda out: None,
 ) -> dict[str, Any]:
     """Runs the experiment and writes its files.
 
@@ -79,6 +84,7 @@ def run_demo(
         settings: Sizes and rates.
         seed: Of everything.
         console: Where to print; standard output by default.
+        after: Called with the folder in the end.
 
     Returns:
         The content of ``demo.json``.
@@ -92,7 +98,9 @@ def run_demo(
     account.console.print("[bold]preftune demo[/bold]: teaching a small model to write friendlier reviews\n")
     folders = [f"dpo_beta_{beta:g}" for beta in settings.betas]
     with _own_files(out, [*_FILES, *folders]):
-        return _run_demo(out, settings, seed, account)
+        results = _run_demo(out, settings, seed, account)
+        after(out)
+        return results
 
 
 @contextmanager
@@ -121,6 +129,7 @@ def _run_demo(out: Path, settings: DemoSettings, seed: int, account: Account) ->
     results["num_side_by_side"] = len(samples)
     plot.plot_reward_kl(results, out / "reward_kl.png")
     write_json(out / "demo.json", results)
+    write_json(out / "sweep.json", as_sweep(results))
     write_json(out / "samples.json", samples)
     (out / "samples.md").write_text(_markdown(samples, results), encoding="utf-8")
     account.console.print()
@@ -312,6 +321,45 @@ def _results(
             "transformers": transformers.__version__,
         },
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
+
+
+def as_sweep(results: dict[str, Any]) -> dict[str, Any]:
+    """The betas as trials of a sweep, which a report draws.
+
+    Args:
+        results: The content of ``demo.json``.
+    """
+    trials = [
+        {
+            "number": number,
+            "params": {"beta": entry["beta"]},
+            "state": "complete",
+            "metrics": {
+                "true_reward": entry["reward"],
+                "kl": {"mean": entry["kl"], **entry["kl_interval"]},
+                "accuracy": {"mean": entry["accuracy"], **entry["accuracy_interval"]},
+            },
+            "seconds": results["seconds"].get(f"dpo_beta_{entry['beta']:g}"),
+        }
+        for number, entry in enumerate(results["betas"])
+    ]
+    best = max(trials, key=lambda trial: trial["metrics"]["true_reward"]["mean"])
+    reward, before = best["metrics"]["true_reward"]["mean"], results["sft"]["reward"]["mean"]
+    return {
+        "preftune": results["versions"]["preftune"],
+        "method": "sigmoid",
+        "verb": "dpo",
+        "search": "grid",
+        "metric": "true_reward",
+        "direction": "maximize",
+        "trials": trials,
+        "best": {
+            "number": best["number"],
+            "params": best["params"],
+            "reason": f"the highest true reward, {reward:.3f}; before DPO it was {before:.3f}",
+        },
+        "seconds": results["seconds"]["total"],
     }
 
 

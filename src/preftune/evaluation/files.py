@@ -6,7 +6,19 @@ import os
 from pathlib import Path
 
 from preftune.errors import SetupError
-from preftune.ownership import active
+from preftune.ownership import active, claim_files
+
+#: What an evaluation leaves.
+RESULTS = ("eval.json", "generations.jsonl", "judge.jsonl")
+
+
+def claim(folder: str) -> None:
+    """Find out that an evaluation can write its files; those of an earlier one are replaced.
+
+    Raises:
+        ConfigError: Somebody else's file has one of the names.
+    """
+    claim_files(folder, "eval", RESULTS, "out")
 
 
 def append(path: Path, text: str) -> None:

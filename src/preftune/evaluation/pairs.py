@@ -217,13 +217,17 @@ def prepare_pairs(
     num_lost, most = sum(found.dropped.values()), options.max_dropped_share
     if most is not None and num_lost > most * (len(found.pairs) + num_lost):
         raise DataError(
-            f"{num_lost} of {len(found.pairs) + num_lost} rows are lost: "
-            + ", ".join(f"{count} {reason}" for reason, count in found.dropped.items()),
+            f"{num_lost} of {len(found.pairs) + num_lost} rows are lost: {_reasons(found.dropped)}",
             where=table.name,
             allowed=f"up to {most:.0%}",
             remedy="raise max_length, correct the data, or set allow_drops",
         )
     return found
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    """Why rows are lost, in words: ``3 prompt too long``."""
+    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items())
 
 
 def _guess_source(table: RawTable, columns: Sequence[str]) -> str | None:
@@ -254,16 +258,13 @@ def _run(worker: Any, rows: list[dict[str, Any]], name: str, source_column: str 
             num_truncated += bool(outcome.flags & batches.TRUNCATED)
     if not pairs:
         raise DataError(
-            f"no row is left of {len(rows)}: {', '.join(f'{n} {reason}' for reason, n in dropped.items()) or 'empty'}",
+            f"no row is left of {len(rows)}: {_reasons(dropped) or 'empty'}",
             where=name,
             remedy="raise max_length, or correct the data",
         )
     notes = []
     if dropped:
-        notes.append(
-            f"{sum(dropped.values())} of {len(rows)} rows are not evaluated: "
-            + ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items())
-        )
+        notes.append(f"{sum(dropped.values())} of {len(rows)} rows are not evaluated: {_reasons(dropped)}")
     if num_truncated:
         notes.append(f"{num_truncated} of {len(pairs)} pairs were cut to max_length")
     return EvalPairs(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from preftune.config import ModelConfig
 from preftune.errors import ConfigError
-from preftune.evaluation.config import EvalConfig
+from preftune.evaluation.config import DEFAULT_BETA, EvalConfig
 from preftune.evaluation.scoring import Scorer
+from preftune.files import parse_json
 from preftune.models.loading import load_model_and_tokenizer
 from preftune.references.fingerprint import trained_adapter
 from preftune.references.store import ReferenceStore
@@ -116,3 +118,24 @@ def load_players(
         reference = scorer(model, policy, adapter_off=True)
     other = None if compare is None else scorer(compare, policy)
     return Players(policy, reference, other, names), tokenizer
+
+
+def beta_of(given: float | None, model: str | None) -> tuple[float, list[str]]:
+    """The factor of the reward, and a note where it was found rather than given.
+
+    Args:
+        given: As it was set.
+        model: The model's folder, whose record tells what it was trained with.
+    """
+    if given is not None:
+        return given, []
+    path = Path(model or "") / "provenance.json"
+    for candidate in (path, path.parent.parent / path.name):
+        try:
+            settings = parse_json(candidate.read_text(encoding="utf-8"))["settings"]
+            value = float(settings["trainer"]["beta"]["value"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if value > 0:
+            return value, [f"beta {value:g} as in training ({candidate})"]
+    return DEFAULT_BETA, [f"beta {DEFAULT_BETA:g} by default; margins and calibration scale with it, accuracy does not"]

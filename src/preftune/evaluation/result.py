@@ -15,6 +15,11 @@ from preftune.files import finite
 from preftune.ownership import put_json
 
 FILE_NAME = "eval.json"
+_CHANCE = 0.5
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
 
 
 @dataclass
@@ -76,6 +81,27 @@ class EvalResult:
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         cleaned: dict[str, Any] = finite({"preftune": metadata.version("preftune"), **content})
         return cleaned
+
+    def judgement(self) -> str:
+        """What the pairs say about the model, in one sentence."""
+        found = self.metrics.get("rewards/accuracies")
+        if found is None:
+            return "Cannot be judged: without a reference, it is not known where the model began."
+        mean, low, high = (float(found[name]) for name in ("mean", "low", "high"))
+        pairs = f"{self.num_pairs:,} pair{'' if self.num_pairs == 1 else 's'}"
+        told = f"it ranks {_percent(mean)} of {pairs} right"
+        if not math.isfinite(low):
+            return f"Not settled: {told}; there are too few prompts for an interval."
+        told += f" ({_percent(self.level, 0)} interval {100 * low:.1f} to {_percent(high)})"
+        before = "its reference" if self.ref_model is not None else "chance"
+        if low > _CHANCE:
+            return f"Looks better than {before}: {told}."
+        ties = float((self.metrics.get("rewards/ties") or {}).get("mean") or 0.0)
+        if high < _CHANCE and ties:
+            return f"Not settled: {told}, and {_percent(ties)} are ties, which count as wrong."
+        if high < _CHANCE:
+            return f"Looks worse than {before}: {told}."
+        return f"Cannot be told from {before}: {told}, which includes half; more pairs narrow it."
 
     def flat(self) -> dict[str, float]:
         """Metrics as ``name``, ``name_low``, ``name_high``: what trackers get, without a prefix."""

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,17 @@ from preftune.config import ModelConfig, redact
 from preftune.data import DataOptions
 from preftune.errors import ConfigError
 from preftune.evaluation import comparison, generations, metrics, rewardbench, tracking
-from preftune.evaluation.config import DEFAULT_BETA, EvalConfig
+from preftune.evaluation.config import EvalConfig
 from preftune.evaluation.endpoint import JUDGE, SERVER, key_from
 from preftune.evaluation.judge import Judge
 from preftune.evaluation.metrics import Metric, Summary
 from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
-from preftune.evaluation.players import Players, load_players, name_of
+from preftune.evaluation.players import Players, beta_of, load_players, name_of
+from preftune.evaluation.progress import announce
 from preftune.evaluation.result import EvalResult
 from preftune.evaluation.sampling import Sample
 from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.winrate import win_rate
-from preftune.files import parse_json
 from preftune.stats.rows import Array
 
 #: Prompts that are shown with both completions.
@@ -144,7 +143,7 @@ class _Evaluation:
         if config.judge_against == "reference" and players.reference is None:
             raise ConfigError("no reference", where="judge_against", value="reference", remedy="set ref_model")
         self.notes = list(pairs.notes)
-        self.beta, said = _beta(config.beta, players.names["model"])
+        self.beta, said = beta_of(config.beta, players.names["model"])
         self.notes += said
         self.has_reference = players.reference is not None and not config.reference_free
         #: Rewards are log-odds of a preference only with a reference, or where somebody says that they are.
@@ -158,6 +157,8 @@ class _Evaluation:
     def run(self) -> EvalResult:
         items = [pair.item for pair in self.pairs.pairs]
         players, clock = self.players, self.clock
+        if self.show:
+            self.announce()
         with clock.part("scoring"):
             policy = players.policy.sums(items, "Model")
             reference = players.reference.sums(items, "Reference") if players.reference and self.has_reference else None
@@ -175,6 +176,17 @@ class _Evaluation:
             for name, value in {**clock.seconds, "total": time.perf_counter() - clock.started}.items()
         }
         return result
+
+    def announce(self) -> None:
+        """Say what there is to do; how long it takes follows as soon as the pace is known."""
+        config, players = self.config, self.players
+        announce(
+            self.pairs,
+            scored=1 + bool(players.reference and self.has_reference) + (players.other is not None),
+            answers=min(config.num_prompts, len(set(self.groups))) * config.samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            drawn=1 + (players.reference is not None),
+        )
 
     def rewards(self, policy: Array, reference: Array | None) -> Array:
         """``beta`` times log-ratios, or log-probs without a reference, as sums or per token; ``(pairs, 2)``."""
@@ -374,19 +386,3 @@ class _Evaluation:
         if found["unreadable"]:
             self.notes.append(f"{found['unreadable']} comparisons have a verdict that could not be read")
         return {"model": config.judge_model, "url": redact(config.judge_url), "against": against} | found
-
-
-def _beta(given: float | None, model: str | None) -> tuple[float, list[str]]:
-    """The factor of the reward, and a note where it was found rather than given."""
-    if given is not None:
-        return given, []
-    path = Path(model or "") / "provenance.json"
-    for candidate in (path, path.parent.parent / path.name):
-        try:
-            settings = parse_json(candidate.read_text(encoding="utf-8"))["settings"]
-            value = float(settings["trainer"]["beta"]["value"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if value > 0:
-            return value, [f"beta {value:g} as in training ({candidate})"]
-    return DEFAULT_BETA, [f"beta {DEFAULT_BETA:g} by default; margins and calibration scale with it, accuracy does not"]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm.auto import tqdm
 
 from preftune.errors import ModelError
+from preftune.evaluation.progress import Progress
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict
 from preftune.models.head import base_model
@@ -151,10 +151,10 @@ class Scorer:
     def _values(self, items: Sequence[Item], description: str, *, tail: bool) -> list[list[Floats]]:
         self._check_vocabulary(items)
         out: list[list[Floats]] = []
-        with tqdm(total=len(items), desc=description, unit="item", disable=None if self._show else True) as bar:
+        with Progress(len(items), description, self._show, unit="pair") as progress:
             for start in range(0, len(items), ITEMS_PER_CHUNK):
                 chunk = items[start : start + ITEMS_PER_CHUNK]
-                out += self._scorer.values(chunk, self._max_tokens, tail=tail, progress=bar.update)
+                out += self._scorer.values(chunk, self._max_tokens, tail=tail, progress=progress.add)
         return out
 
     def sums(self, items: Sequence[Item], description: str = "Scoring") -> npt.NDArray[np.float64]:

@@ -35,13 +35,18 @@ def show(result: EvalResult, console: Console) -> None:
         console: Where to.
     """
     reference = result.ref_model or "none"
-    head = (
-        f"model      {result.model}\nreference  {reference}\n"
-        f"data       {result.dataset}: {result.num_pairs:,} pairs, {result.num_prompts:,} prompts\n"
-        f"reward     {result.reward}, beta {result.beta:g}"
-    )
-    # Text, not markup: names, prompts and completions may hold square brackets.
-    parts: list[RenderableType] = [Text(head)]
+    head = Table.grid(padding=(0, 2))
+    head.add_column(no_wrap=True)
+    head.add_column(overflow="fold")
+    for label, text in (
+        ("model", result.model),
+        ("reference", reference),
+        ("data", f"{result.dataset}: {result.num_pairs:,} pairs, {result.num_prompts:,} prompts"),
+        ("reward", f"{result.reward}, beta {result.beta:g}"),
+    ):
+        # Text, not markup: names, prompts and completions may hold square brackets.
+        head.add_row(Text(label), Text(text))
+    parts: list[RenderableType] = [head]
     parts += [Text(f"- {note}", style="yellow") for note in result.notes]
     console.print(Panel(Group(*parts), title="preftune eval", title_align="left", expand=False, border_style="cyan"))
     for table in (_metrics(result), _parts(result), _compare(result), _judge(result), _bench(result)):
@@ -49,6 +54,7 @@ def show(result: EvalResult, console: Console) -> None:
             console.print(table)
     for sample in result.samples[:2]:
         console.print(_sample(sample))
+    console.print(Text(result.judgement(), style="bold"), soft_wrap=True)
 
 
 def _table(title: str, *columns: str, level: float | None = None) -> Table:

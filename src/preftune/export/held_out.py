@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 
-from preftune.errors import DataError, PreftuneError
 from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
 from preftune.models.tuned import Tuned
+from preftune.runs.again import options_of_run, rows_of_run
 
 
 def held_out(
@@ -32,8 +31,6 @@ def held_out(
         DataError: `dataset` cannot be read or used.
         ConfigError: `split` does not fit it.
     """
-    from preftune.data import DataOptions
-
     if num_pairs == 0:
         return "nothing was scored: --num_pairs is 0"
     if dataset is None:
@@ -43,13 +40,8 @@ def held_out(
         table = read_table(rows)
     else:
         table = read_table(dataset, split=split)
-    options = DataOptions(
-        max_length=tuned.setting("trainer", "max_length", 1024),
-        truncation_mode=tuned.setting("trainer", "truncation_mode", "keep_start"),
-        on_bad_rows="skip",
-        chat_template=None,
-        max_dropped_share=None,
-    )
+    # One rendering for training, evaluation and this.
+    options = options_of_run(tuned)
     pairs = prepare_pairs(table, tokenizer, options)
     if len(pairs.pairs) > num_pairs:
         picked = np.random.default_rng([seed, 2]).permutation(len(pairs.pairs))[:num_pairs]
@@ -62,45 +54,9 @@ def held_out(
 def _of_run(tuned: Tuned) -> Any:
     """The run's own test split, read again; or why it cannot be."""
     remedy = "name held-out pairs with --dataset_name"
-    if "test" not in tuned.data:
-        return f"nothing was scored: the run held no pairs out; {remedy}"
-    script = tuned.settings.get("script", {})
-    try:
-        found = _read_again(tuned, script)
-    except (PreftuneError, OSError, ValueError) as error:
-        return f"nothing was scored: the run's held-out pairs cannot be read ({_flat(error)}); {remedy}"
-    if found is None:
-        return f"nothing was scored: the run's record does not name its data; {remedy}"
+    found = rows_of_run(tuned)
+    if isinstance(found, str):
+        return f"nothing was scored: {found}; {remedy}"
     if not {"chosen", "rejected"} <= set(found.column_names):
         return f"nothing was scored: the run's held-out rows are no pairs; {remedy}"
     return found
-
-
-def _read_again(tuned: Tuned, script: dict[str, Any]) -> Any:
-    from preftune.data import load
-
-    common: dict[str, Any] = {
-        "dataset_config": script.get("dataset_config"),
-        "columns": script.get("dataset_columns"),
-        "pairing": script.get("pairing") or "best_worst",
-        "dataset_format": tuned.setting("trainer", "dataset_format", "auto"),
-        "on_bad_rows": tuned.setting("trainer", "on_bad_rows", "skip"),
-        "seed": tuned.setting("trainer", "seed", 42),
-        "implicit_prompt": tuned.setting("trainer", "implicit_prompt", "transcript"),
-    }
-    several: dict[str, Any] = {key: script.get(key) for key in ("dataset_mixture", "dataset_mixer", "dataset_splits")}
-    if any(several.values()):
-        return load(**several, **common).get("test")
-    name = script.get("dataset_name")
-    if not name:
-        return None
-    if os.path.sep in name and not os.path.exists(name) and name.startswith((".", "/")):
-        raise DataError("no such file", where="dataset_name", value=name)
-    splits = load(name, split=script.get("dataset_train_split") or "train", **common)
-    if "test" in splits:
-        return splits["test"]
-    return load(name, split=script.get("dataset_test_split") or "test", with_test=False, **common)["train"]
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]

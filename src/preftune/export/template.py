@@ -1,4 +1,4 @@
-"""A chat template taken apart: what stands before and after each message, as tools without Jinja need it.
+"""A chat template taken apart: what comes before and after each message, as tools without Jinja need it.
 
 Nothing is guessed from the template's text. It is rendered with marked messages, the pieces are read off, and they
 count only if they put together what the template makes of other conversations.

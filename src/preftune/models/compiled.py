@@ -1,4 +1,4 @@
-"""Compiling a model piece by piece: what stands between matrix products is fused, the rest stays as it is.
+"""Compiling a model piece by piece: what is between matrix products is fused, the rest stays as it is.
 
 The parts of every decoder layer (norms, attention, gated MLP) are compiled for rows of any length, and layers of one
 kind share their code. Attention over a packed row itself is not traced: its kernels are called as they are. Compiled

@@ -114,7 +114,7 @@ class _Batch:
     def _read(self, prompts: Sequence[Sequence[int]], group: Sequence[int]) -> Any:
         chosen = [list(prompts[row]) for row in group]
         mask = _left_padded([[1] * len(ids) for ids in chosen], self.model.device)
-        # Padding tokens are masked, so which id stands there does not matter.
+        # Padding tokens are masked, so their id does not matter.
         return self._forward(_left_padded(chosen, self.model.device), mask, group, None)
 
     def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, rows: Sequence[int], cache: Any) -> Any:

@@ -98,7 +98,7 @@ class RowForward:
             wrapped: Distributed wrapper of the model to call instead of it.
             with_stats: Also compute entropy, mean logit and top-1.
             with_log_sum_sq: Also compute ``log sum p^2``.
-            with_tail: Also compute how far out each token lies in its distribution.
+            with_tail: Also compute how far out each token is in its distribution.
             extra: Further keywords for the model's forward.
 
         Returns:

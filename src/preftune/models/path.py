@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -12,6 +15,18 @@ from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict, check_declared
 from preftune.models.head import probe_head
 from preftune.models.probe import Context, probe
+
+_TRIES: ContextVar[bool] = ContextVar("preftune_tries_models", default=True)
+
+
+@contextmanager
+def without_trial() -> Iterator[None]:
+    """Go by what a model declares, without running it, as long as the block runs: for plans that train nothing."""
+    token = _TRIES.set(False)
+    try:
+        yield
+    finally:
+        _TRIES.reset(token)
 
 
 @dataclass(frozen=True)
@@ -58,4 +73,6 @@ class PathChoice:
             return replace(verdict, ok=False, reason=self.padded_because)
         if not verdict.ok:
             return verdict
+        if not _TRIES.get():
+            return replace(verdict, reason="the model declares nothing against it; training begins with a trial")
         return probe(model, backend=self.backend, pad_token_id=self.pad_token_id, autocast=autocast)

@@ -212,7 +212,7 @@ TAIL_LEVEL = 0.01
 def tail_probabilities(
     model: Any, sequences: Sequence[Tokens], *, batch_size: int = 64
 ) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]]:
-    """How far out each token of given completions lies in the model's predictions.
+    """How far out each token of given completions is in the model's predictions.
 
     The tail probability of a token is the total probability of all tokens that are no more likely than it,
     ``sum of p(v) over v with p(v) <= p(token)``. Of tokens drawn from the model itself at most a share ``a`` has a tail

@@ -102,7 +102,7 @@ def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = 
     Args:
         name: Folder, or name on the Hub.
         revision: Branch, tag or commit.
-        trust_remote_code: Run code that lies beside it.
+        trust_remote_code: Run code that comes with it.
 
     Returns:
         The configuration; of the base model where ``name`` is an adapter's folder.

@@ -1,4 +1,4 @@
-"""Code that lies beside weights: it runs only when asked for, and then that of one commit which is named and recorded.
+"""Code that comes with weights: it runs only when asked for, and then that of one commit which is named and recorded.
 
 A branch or tag can be moved after its code was read. So the commit it stands for is looked up once, and model,
 tokenizer and code are loaded at exactly that commit by this process, however often they are loaded.
@@ -51,7 +51,7 @@ def pinned(
     Args:
         name: Folder or name on the Hub.
         keywords: As they would be handed over; without ``trust_remote_code`` they come back as they are.
-        where: Setting that the name stands in.
+        where: Setting that holds the name.
         files: Which of its files name the classes to be loaded.
 
     Returns:
@@ -92,7 +92,7 @@ def commit_of(name: str, revision: str | None, where: str, token: Any = None) ->
     Args:
         name: Name on the Hub.
         revision: Branch, tag or commit; ``main`` by default.
-        where: Setting that the name stands in.
+        where: Setting that holds the name.
         token: For repositories that are not public.
 
     Returns:
@@ -126,7 +126,7 @@ def load_adapter(name: str, keywords: Mapping[str, Any], *, trained: bool, where
         name: The adapter's folder or name on the Hub.
         keywords: For ``from_pretrained``.
         trained: Whether the adapter goes on being trained.
-        where: Setting that the name stands in.
+        where: Setting that holds the name.
 
     Returns:
         The ``PeftModel``.

@@ -17,7 +17,7 @@ from preftune.objectives.numerics import scalar
 class PairLogps:
     """Log-probs of a batch of preference pairs, one number per completion.
 
-    Every tensor has the shape ``(pairs,)`` and lies on one device; nothing is ever broadcast. Half precision is
+    Every tensor has the shape ``(pairs,)`` and is on one device; nothing is ever broadcast. Half precision is
     raised to float32 on construction, float64 is kept, and the integer columns follow, so that a loss computes in
     one dtype throughout.
 

@@ -23,31 +23,10 @@ from preftune.objectives.table import METHODS
 # The knobs that act on log-probs or pairs rather than inside a loss.
 MODIFIERS: Mapping[str, Knob] = MappingProxyType({knob.name: knob for knob in (known.LD_ALPHA, known.USE_WEIGHTING)})
 
-# Each loss knob with the value that changes nothing where no method takes it: the default of TRL's configurations.
+# Each loss knob of the table with the value that changes nothing where no method takes it.
 NEUTRAL: Mapping[str, Any] = MappingProxyType(
-    {
-        knob.name: knob.default
-        for knob in (
-            known.LABEL_SMOOTHING,
-            known.F_DIVERGENCE_TYPE,
-            known.F_ALPHA_DIVERGENCE_COEF,
-            known.DISCOPOP_TAU,
-            known.DPOP_LAMBDA,
-            known.ODPO_ALPHA,
-            known.ODPO_TRANSFORM,
-            known.IPO_NORMALIZE,
-            known.BCO_RUNNING_DELTA,
-            known.SFT_AVERAGE,
-            known.SIMPO_GAMMA,
-            known.CPO_ALPHA,
-            known.ALPHA,
-            known.DESIRABLE_WEIGHT,
-            known.UNDESIRABLE_WEIGHT,
-        )
-    }
+    {knob.name: knob.neutral for spec in METHODS.values() for knob in spec.knobs.values()}
 )
-
-_NOT_IN_FUNCTION = frozenset({"bco_running_delta"})
 
 
 @dataclass(frozen=True)
@@ -172,7 +151,7 @@ class Objective:
         parts: dict[str, Tensor] = {}
         total: Tensor | None = None
         for name, weight, spec in zip(self.names, self.weights, self.specs, strict=True):
-            settings = {key: value for key, value in self.knobs[name].items() if key not in _NOT_IN_FUNCTION}
+            settings = {key: value for key, value in self.knobs[name].items() if spec.knobs[key].in_function}
             if spec.needs_kl:
                 settings["kl"] = kl
             if self.knobs[name].get("bco_running_delta"):

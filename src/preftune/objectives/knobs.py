@@ -24,6 +24,10 @@ class Knob:
         high_open: Whether ``high`` itself is refused.
         choices: Words allowed, for ``choice``.
         remedy: What to do when a value is refused.
+        neutral: Value that changes nothing where no method takes the knob; the default unless another is given. A copy
+            with another default keeps it.
+        in_function: Whether the loss function takes it as a keyword; otherwise it changes a number of the whole step
+            that the function is given.
 
     Example:
         >>> LABEL_SMOOTHING.check(0.1), LABEL_SMOOTHING.allowed
@@ -40,6 +44,12 @@ class Knob:
     high_open: bool = False
     choices: tuple[str, ...] = ()
     remedy: str | None = None
+    neutral: Any = None
+    in_function: bool = True
+
+    def __post_init__(self) -> None:
+        if self.neutral is None:
+            object.__setattr__(self, "neutral", self.default)
 
     @property
     def allowed(self) -> str:
@@ -64,7 +74,7 @@ class Knob:
             The value, in the knob's own type.
 
         Raises:
-            ConfigError: The value has the wrong type or lies outside the range.
+            ConfigError: The value has the wrong type or is outside the range.
         """
         if self.kind == "flag":
             good = isinstance(value, bool)
@@ -129,6 +139,7 @@ EXO_LABEL_SMOOTHING = Knob(
     low_open=True,
     high_open=True,
     remedy="at 0 the loss of exo_pair is infinite (it takes log 0); its paper uses 0.001",
+    neutral=0.0,
 )
 F_DIVERGENCE_TYPE = Knob(
     "f_divergence_type",
@@ -174,6 +185,7 @@ BCO_RUNNING_DELTA = Knob(
     False,
     "Shift rewards by their running mean, as in the paper; TRL's bco_pair does not.",
     kind="flag",
+    in_function=False,
 )
 SFT_AVERAGE = Knob(
     "sft_average",

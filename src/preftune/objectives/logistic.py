@@ -93,7 +93,7 @@ def sigmoid_norm(
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
 ) -> Tensor:
-    """Length-normalised DPO: -log sigmoid(beta (r_w / |y_w| - r_l / |y_l|)).
+    """Length-normalised DPO: ``-log sigmoid(beta (r_w / |y_w| - r_l / |y_l|))``.
 
     Its beta is on the scale of per-token averages: Tulu 3 uses 5.
 

@@ -25,11 +25,12 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
         "sppo": "sppo_hard or sppo_soft",
         "dpo_norm": "sigmoid_norm",
         "apo": "apo_zero or apo_down",
-        "kto_pair": "kto",
         "nll": "sft",
         "margin": "odpo with odpo_transform: identity",
         "mpo": "[sigmoid, bco_pair, sft] with loss_weights [0.8, 0.2, 1.0]",
         "rpo": "[sigmoid, sft] with loss_weights",
+        # What TRL once called losses on single answers.
+        **{f"{name}_pair": name for name, spec in METHODS.items() if not spec.paired},
     }
 )
 

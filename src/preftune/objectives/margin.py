@@ -52,7 +52,7 @@ def ipo(
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
 ) -> Tensor:
-    """IPO: (r_w / |y_w| - r_l / |y_l| - 1 / (2 beta))^2.
+    """IPO: ``(r_w / |y_w| - r_l / |y_l| - 1 / (2 beta))^2``.
 
     Without the averages over tokens the square grows with the length; ``ipo_normalize=False`` gives the plain sums
     that the paper's text has.

@@ -41,7 +41,7 @@ def ld_token_weights(positions: Tensor, shared_lengths: Tensor, alpha: float) ->
 
 
 def ld_weights(lengths_self: Tensor, lengths_other: Tensor, alpha: float) -> Tensor:
-    """LD-DPO's weights for completions that stand behind one another.
+    """LD-DPO's weights for completions laid end to end.
 
     Args:
         lengths_self: Scored tokens of each completion, integers ``(completions,)``.

@@ -9,11 +9,11 @@ from preftune.errors import ConfigError
 
 
 def check_places(written: Mapping[str, str | None], read: Mapping[str, str | None], *, may_hold: bool = False) -> None:
-    """Refuse a place to write into that is, holds or lies in a place that is read; links are followed.
+    """Refuse a place to write into that is, holds or is inside a place that is read; links are followed.
 
     Args:
         written: Files and folders by the setting that names them.
-        read: Models, data and caches likewise; a name that is no local path is left out. A single file may lie in a
+        read: Models, data and caches likewise; a name that is no local path is left out. A single file may be in a
             folder that is written into, where nothing is replaced that was not written by the run.
         may_hold: A folder that is read may do so as well.
 

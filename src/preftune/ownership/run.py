@@ -10,16 +10,15 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from preftune.errors import ConfigError
-from preftune.files import json_text, replace_text, replacing, sync_file, sync_folder
+from preftune.files import replacing, sync_file, sync_folder
+from preftune.ownership.paths import begins_with, files_of, free_name, others_in
 from preftune.ownership.record import HOME, Entry, Record, entries_of, entry_of, read_record, read_records
 
 logger = logging.getLogger(__name__)
 
 #: Runs of this process, by the folder that they write into.
-_active: dict[str, RunFolder] = {}
+ACTIVE: dict[str, RunFolder] = {}
 
 
 class ForeignFile(OSError):
@@ -47,7 +46,7 @@ class RunFolder:
         others = [each.turn for each in read_records(place) if each.run != run]
         record = read_record(place, run) or Record(run)
         record.turn = max(record.turn, 1 + max(others, default=0))
-        found = _active[os.path.realpath(place)] = cls(place, record)
+        found = ACTIVE[os.path.realpath(place)] = cls(place, record)
         return found
 
     # ---- whose is it ------------------------------------------------------------------------------------------------
@@ -58,7 +57,7 @@ class RunFolder:
         if name in self.record.folders:
             return self._missing(name) == [] and self._extra(name) == []
         if name in self.record.grown:
-            return _begins_with(path, self.record.grown[name])
+            return begins_with(path, self.record.grown[name])
         return any(entry.fits(path) for entry in self.record.files.get(name, ()))
 
     def has_part_of(self, name: str) -> bool:
@@ -83,7 +82,7 @@ class RunFolder:
         return [each for each, entry in self.record.folders[name].items() if not entry.fits(place / each)]
 
     def _extra(self, name: str) -> list[str]:
-        return _others(self.folder / name, self.record.folders[name])
+        return others_in(self.folder / name, self.record.folders[name])
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
@@ -121,13 +120,13 @@ class RunFolder:
         Raises:
             OSError: The disk cannot take it.
         """
-        paths = _files(staging)
+        paths = files_of(staging)
         for path in paths:
             sync_file(path)
         entries = entries_of(staging, paths)
         strange = [name for name in entries if not self.may_put(name) and not entries[name].fits(self.folder / name)]
         if strange:
-            final = _free(self.folder, f"saved-{self.record.run[:8]}")
+            final = free_name(self.folder, f"saved-{self.record.run[:8]}")
             os.rename(staging, final)
             sync_folder(self.folder)
             self.record.folders[final.name] = entries
@@ -157,7 +156,7 @@ class RunFolder:
             if path.is_symlink():
                 continue
             if path.is_dir():
-                self.record.folders[name] = entries_of(path, _files(path))
+                self.record.folders[name] = entries_of(path, files_of(path))
             elif path.is_file():
                 self.record.files[name] = [entry_of(path)]
         self.record.write(self.folder)
@@ -214,7 +213,7 @@ class RunFolder:
         if os.path.lexists(final) and not self.owns(name):
             if not self.has_part_of(name):
                 raise ForeignFile(17, "a folder that this run did not write has this name", str(final))
-            place = _free(self.folder, f"{name}.aside")
+            place = free_name(self.folder, f"{name}.aside")
             os.rename(final, place)
             logger.warning("%s has been changed since it was written, and is now %s", final, place)
         if os.path.lexists(final):
@@ -244,7 +243,7 @@ class RunFolder:
         self.record.going[name] = self.record.folders.pop(name)
         self.record.write(self.folder)
         final, moved = self.folder / name, self.home / "going" / name
-        if _others(final, files):
+        if others_in(final, files):
             self._delete(name, final)
         else:
             # It loses its name first, so that a crash never leaves half of one under it.
@@ -256,7 +255,7 @@ class RunFolder:
     def _make_room(self, moved: Path) -> None:
         moved.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(moved):
-            os.rename(moved, _free(self.folder, f"{moved.name}.aside"))
+            os.rename(moved, free_name(self.folder, f"{moved.name}.aside"))
 
     def _delete(self, name: str, place: Path) -> None:
         """Delete the files of a folder that is on its way out, and whatever folders that leaves empty."""
@@ -315,7 +314,7 @@ class RunFolder:
         Raises:
             OSError: It cannot be moved.
         """
-        target = _free(self.folder, "earlier")
+        target = free_name(self.folder, "earlier")
         target.mkdir()
         for name in names:
             os.rename(self.folder / name, target / name)
@@ -325,119 +324,3 @@ class RunFolder:
                 os.rename(self.folder / HOME / record.run, target / HOME / record.run)
         sync_folder(self.folder)
         return target
-
-
-def active(folder: str | os.PathLike[str]) -> RunFolder | None:
-    """The run of this process that writes into a folder, if there is one."""
-    return _active.get(os.path.realpath(folder))
-
-
-def may_put(path: Path) -> bool:
-    """Whether a file can be written without replacing what its run has not written."""
-    run = active(path.parent)
-    return run is None or run.may_put(path.name)
-
-
-def put_text(path: Path, text: str) -> Path:
-    """Write a file of the run that writes into its folder, see :meth:`RunFolder.put_text`; without one, as it is.
-
-    Returns:
-        The file.
-
-    Raises:
-        OSError: It cannot be written; what was there is as it was.
-    """
-    run = active(path.parent)
-    if run is None:
-        replace_text(path, text)
-        return path
-    return run.put_text(path.name, text)
-
-
-def put_json(path: Path, document: Any, *, indent: int = 2) -> Path:
-    """Write a JSON document as :func:`put_text` writes a text; numbers that are not finite become ``null``.
-
-    Returns:
-        The file.
-
-    Raises:
-        OSError: It cannot be written; what was there is as it was.
-    """
-    return put_text(path, json_text(document, indent=indent))
-
-
-def claim_files(folder: str | os.PathLike[str], kind: str, names: Iterable[str], where: str) -> RunFolder:
-    """Find out, before any work is done, that a verb can write its files; earlier ones of the same verb are replaced.
-
-    Args:
-        folder: Where they go.
-        kind: The verb; its record has this name.
-        names: The files.
-        where: The setting that names the folder.
-
-    Raises:
-        ConfigError: Somebody else's file has one of the names, or it has been changed since it was written.
-    """
-    run = RunFolder.open(folder, kind)
-    for name in names:
-        if not run.may_put(name):
-            raise ConfigError(
-                f"the folder holds {name}, which preftune {kind} did not write, or which was changed since",
-                where=where,
-                value=str(folder),
-                remedy=f"move it, or set another {where}",
-            )
-    return run
-
-
-def move_aside(path: Path, into: Path) -> Path | None:
-    """Move a file or folder, whatever it holds, into a folder under a name that nothing has. ``None`` if there is none.
-
-    Raises:
-        OSError: It cannot be moved.
-    """
-    if not os.path.lexists(path):
-        return None
-    into.mkdir(parents=True, exist_ok=True)
-    target = _free(into, path.name)
-    os.rename(path, target)
-    return target
-
-
-def _free(folder: Path, stem: str) -> Path:
-    number = 1
-    while os.path.lexists(folder / f"{stem}-{number}"):
-        number += 1
-    return folder / f"{stem}-{number}"
-
-
-def _files(folder: Path) -> list[Path]:
-    found = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if not path.is_symlink())
-
-
-def _others(folder: Path, known: Iterable[str]) -> list[str]:
-    """What is in a folder beside the known files and the folders on the way to them."""
-    allowed = set(known)
-    parents = {parent.as_posix() for name in allowed for parent in Path(name).parents}
-    found = []
-    for root, inside, names in os.walk(folder):
-        for name in (*inside, *names):
-            path = Path(root, name)
-            relative = path.relative_to(folder).as_posix()
-            if relative not in allowed and (relative not in parents or path.is_symlink()):
-                found.append(relative)
-    return found
-
-
-def _begins_with(path: Path, head: Entry) -> bool:
-    try:
-        if path.is_symlink() or not path.is_file():
-            return False
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read(head.bytes)).hexdigest() == head.sha256
-    except OSError:
-        return False
-
-
-__all__ = ["ForeignFile", "RunFolder", "active", "claim_files", "may_put", "move_aside", "put_json", "put_text"]

@@ -1,7 +1,7 @@
 """Trees and the layout of a row.
 
 A *tree* is a prefix that every branch begins with, followed by the branches. A preference pair is one tree with the
-branches chosen and rejected; an SFT example is one tree with one branch. Trees stand behind one another in a row::
+branches chosen and rejected; an SFT example is one tree with one branch. Trees follow one another in a row::
 
     [ prefix | branch 0 | branch 1 ][ prefix | branch 0 ] ...
 
@@ -59,7 +59,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class TreeSpan:
-    """Where a tree lies in a row.
+    """Where a tree is in a row.
 
     Attributes:
         start: Position of its first token.

@@ -26,7 +26,7 @@ class PackedRow:
         target_slot: Slot of the sequence that each scored token belongs to, shape ``(N,)``.
         target_rank: Index of each scored token within its branch, counted from 0, shape ``(N,)``; a scored prefix
             token's is negative, -1 being the prefix's last.
-        target_branch: Number of the row's branch that each scored token lies in, shape ``(N,)``; for a prefix token
+        target_branch: Number of the row's branch that each scored token belongs to, shape ``(N,)``; for a prefix token
             the first branch of its tree.
         examples: Numbers of the examples whose trees the row holds.
     """

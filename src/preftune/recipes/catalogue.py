@@ -21,6 +21,7 @@ class Recipe:
         model: The model that it makes, with its size.
         summary: What sets it apart, in a few words.
         source: Papers and the published configuration that its numbers come from.
+        published: Whether somebody trained with these very numbers, so that an advice may go by them.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Recipe:
     model: str
     summary: str
     source: str
+    published: bool = True
 
     @property
     def file_name(self) -> str:
@@ -58,6 +60,23 @@ _ROWS = (
         "Zephyr-7B",
         "the same with LoRA on 4-bit weights",
         f"arXiv:2310.16944; {_HANDBOOK}/zephyr-7b-beta/dpo/config_qlora.yaml",
+    ),
+    Recipe(
+        "zephyr-7b-sft-full",
+        "sft",
+        ("sft",),
+        "Zephyr-7B",
+        "supervised fine-tuning, the stage before DPO",
+        f"arXiv:2310.16944; {_HANDBOOK}/zephyr-7b-beta/sft/config_full.yaml",
+    ),
+    Recipe(
+        "laptop-dpo",
+        "dpo",
+        ("sigmoid",),
+        "SmolLM2-135M",
+        "an adapter on a processor, on one's own pairs",
+        f"arXiv:2305.18290; {_HANDBOOK}/smollm2/dpo/config_smol.yaml; docs/learning.md",
+        published=False,
     ),
     Recipe(
         "zephyr-gemma-dpo",

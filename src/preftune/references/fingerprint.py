@@ -27,6 +27,7 @@ import numpy.typing as npt
 import xxhash
 
 from preftune.errors import DataError, StoreError
+from preftune.references import names
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +212,9 @@ def model_weights_key(model: Any, compute: Mapping[str, Any], *, adapter: str | 
     if adapter is not None:
         settings = configs[adapter].to_dict()
         extra["adapter"] = {key: value for key, value in settings.items() if key not in _VOLATILE_PEFT}
-    return weights_key(model.state_dict(keep_vars=True), extra, adapter=adapter)
+    key = weights_key(model.state_dict(keep_vars=True), extra, adapter=adapter)
+    names.call(key, str(getattr(base.config, "_name_or_path", "")) + (f", adapter {adapter}" if adapter else ""))
+    return key
 
 
 def stable_config(config: Mapping[str, Any]) -> dict[str, Any]:

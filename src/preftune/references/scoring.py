@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from preftune.errors import SetupError
 from preftune.kernels.head import TokenScores
-from preftune.packing import Branch, PackedRow, Tree, build_row
+from preftune.packing import Branch, PackedRow, Tree, build_row, share_out
 from preftune.references.fingerprint import sequence_keys
 from preftune.references.memory import ran_out_of_memory
 from preftune.references.store import ReferenceStore
@@ -96,6 +97,7 @@ class SequenceScorer:
         tail: bool = False,
         share: tuple[int, int] = (0, 1),
         exchange: Callable[[dict[Any, Any]], dict[Any, Any]] = lambda values: values,
+        in_step: Callable[[int], int] | None = None,
         progress: Callable[[int], Any] = lambda number: None,
     ) -> list[list[Floats]]:
         """Log-probs of every completion token, or tail probabilities, from the store where known.
@@ -106,6 +108,8 @@ class SequenceScorer:
             tail: Tail probabilities instead; log-probs come along and are in the store afterwards.
             share: This process's number and the number of processes, which divide what is missing.
             exchange: Gathers a mapping from all processes.
+            in_step: Gives the most rows that any process has, where all have to run equally many: a sharded model
+                gathers its parameters from all of them.
             progress: Told how many items are done.
 
         Returns:
@@ -126,23 +130,34 @@ class SequenceScorer:
             union = exchange(dict.fromkeys(missing))
             missing = {each: n for n, each in enumerate(keys) if each in union}
         progress(len(items) - len(missing))
-        numbers = sorted(missing.values())[share[0] :: share[1]]
+        numbers = sorted(missing.values())
+        if share[1] > 1:
+            mine = share_out([_num_tokens(items[n]) for n in numbers], share[1])[share[0]]
+            numbers = [numbers[place] for place in mine]
         computed: dict[bytes, Floats] = {}
-        if numbers:
-            for values in self._computed([items[n] for n in numbers], max_tokens, tail, progress):
+        if numbers or (in_step is not None and missing):
+            chosen, other = [items[n] for n in numbers], items[next(iter(missing.values()))]
+            for values in self._computed(chosen, max_tokens, tail, progress, in_step, other):
                 computed |= values
         known.update(exchange(computed))
         return [[known[key] for key in each] for each in keys]
 
     def _computed(
-        self, items: Sequence[Item], max_tokens: int, tail: bool, progress: Callable[[int], Any]
+        self,
+        items: Sequence[Item],
+        max_tokens: int,
+        tail: bool,
+        progress: Callable[[int], Any],
+        in_step: Callable[[int], int] | None,
+        other: Item,
     ) -> Iterator[dict[bytes, Floats]]:
         fresh: dict[bytes, Floats] = {}
         written = time.monotonic()
         packing = self._packing()
         with self._around():
             try:
-                for numbers, values in self._rows(packing, items, max_tokens, tail):
+                rows = self._rows if in_step is None else partial(self._rows_in_step, in_step, other)
+                for numbers, values in rows(packing, items, max_tokens, tail):
                     fresh |= values
                     yield values
                     progress(len(numbers))
@@ -171,6 +186,22 @@ class SequenceScorer:
                 yield numbers, values
             left = [n for n in left if n not in done]
 
+    def _rows_in_step(
+        self,
+        in_step: Callable[[int], int],
+        other: Item,
+        packing: Packing,
+        items: Sequence[Item],
+        max_tokens: int,
+        tail: bool,
+    ) -> Iterator[tuple[list[int], dict[bytes, Floats]]]:
+        """Items by row and their values, and then as many rows more as the busiest process has."""
+        rows = list(_plan(packing, items, max_tokens)) if items else []
+        for numbers in rows:
+            yield numbers, self._row([items[n] for n in numbers], tail)
+        for _ in range(in_step(len(rows)) - len(rows)):
+            self._row([other], tail)
+
     def _fitting(self, items: Sequence[Item], tail: bool) -> dict[bytes, Floats] | None:
         """Score a row; where memory runs out, halve the rows that are still to come and return ``None``.
 
@@ -182,7 +213,7 @@ class SequenceScorer:
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
-            num_tokens = sum(tree.num_tokens for item in items for tree in item_trees(item, 0))
+            num_tokens = sum(map(_num_tokens, items))
             if len(items) == 1:
                 raise SetupError(
                     f"memory ran out in a row of {num_tokens} tokens of {self._name}, which holds one example",
@@ -234,6 +265,11 @@ def item_trees(item: Item, first_slot: int) -> list[Tree]:
     return trees
 
 
+def _num_tokens(item: Item) -> int:
+    """Tokens that an item takes in a row."""
+    return sum(tree.num_tokens for tree in item_trees(item, 0))
+
+
 def item_keys(items: Sequence[Item]) -> list[_Keys]:
     """Content keys of the sequences of every item."""
     pairs = [pair for item in items for pair in item]
@@ -251,7 +287,7 @@ def item_keys(items: Sequence[Item]) -> list[_Keys]:
 
 def _plan(packing: Packing, items: Sequence[Item], max_tokens: int) -> Iterable[list[int]]:
     if packing.packed or packing.alone:
-        return packing.rows_of([sum(tree.num_tokens for tree in item_trees(item, 0)) for item in items], max_tokens)
+        return packing.rows_of([_num_tokens(item) for item in items], max_tokens)
     # Padded rows hold items of like length, or most of them would be padding.
     rows: list[list[int]] = [[]]
     longest = [max(len(pair[0]) + len(pair[1]) for pair in item) for item in items]

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from preftune.config.paths import cache_home
 from preftune.errors import StoreError
-from preftune.references import database, rows
+from preftune.references import database, names, rows
 from preftune.references.database import failure_of
 from preftune.references.rows import FloatArray
 
@@ -182,6 +182,7 @@ class ReferenceStore:
         finite = rows.finite(values)
         if len(finite) < len(values):
             self._warn("finite", "Reference log-probs with non-finite values are not stored; check the reference model")
+        names.write_down(self.path, weights_key)
         with self._mutex:
             pending = list(finite.items())
             for start in range(0, len(pending), _WRITE_CHUNK):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["build"]
+if TYPE_CHECKING:
+    from preftune.report.page import Page
+
+__all__ = ["build", "write"]
 
 
 def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], *, title: str | None = None) -> Path:
@@ -24,13 +28,33 @@ def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], 
         DataError: A folder does not exist or holds nothing to report on.
         SetupError: plotly is missing, or the file cannot be written.
     """
+    write(paths, out, title=title)
+    return Path(out)
+
+
+def write(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], *, title: str | None = None) -> Page:
+    """Write a report as :func:`build` does.
+
+    Args:
+        paths: As of :func:`build`.
+        out: The file.
+        title: Heading.
+
+    Returns:
+        The page's content.
+
+    Raises:
+        DataError: A folder does not exist or holds nothing to report on.
+        SetupError: plotly is missing, or the file cannot be written.
+    """
     from preftune.errors import SetupError
     from preftune.files import replace_text
     from preftune.report.page import gather
     from preftune.report.read import read_all
     from preftune.report.render import render
 
-    text = render(gather(*read_all(paths), title))
+    page = gather(*read_all(paths), title)
+    text = render(page)
     target = Path(out)
     try:
         replace_text(target, text)
@@ -41,4 +65,4 @@ def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], 
             value=str(out),
             remedy="choose another file",
         ) from error
-    return target
+    return page

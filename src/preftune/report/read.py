@@ -19,7 +19,10 @@ MAX_TRIAL_RUNS = 12
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)\Z")
 _RUN_FILES = (STATE, "provenance.json", LIVE_LOG, "alarms.jsonl", "samples.jsonl", "eval.json")
-_REPORT_FILES = ("audit.json", "advice.json", "eval.json")
+_EVALUATION = "eval.json"
+_REPORT_FILES = ("audit.json", "advice.json", _EVALUATION)
+#: Folder of a run that its evaluation lies in.
+INSIDE = "eval"
 
 
 @dataclass
@@ -111,10 +114,51 @@ def read_all(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[S
         if run.empty:
             _refuse(folder, run.notes)
         runs.append(run)
+    runs = _with_evaluations(runs)
     everything: list[Run | Sweep] = [*runs, *sweeps]
     for item, name in zip(everything, distinct_names([item.path for item in everything]), strict=True):
         item.name = name
     return runs, sweeps
+
+
+def _with_evaluations(runs: list[Run]) -> list[Run]:
+    """One run for a training and its evaluation, whether the latter was named or lies beside the former."""
+    trained = {run.path.resolve(): run for run in runs if run.history or run.provenance}
+    kept = []
+    for run in runs:
+        about = _evaluated(run.evaluation, run.path)
+        owner = next((trained[place] for place in about if place in trained), None)
+        if run.path.resolve() in trained or owner is None:
+            kept.append(run)
+        else:
+            owner.evaluation = owner.evaluation or run.evaluation
+    for run in kept:
+        if not run.evaluation and run.path.resolve() in trained:
+            run.evaluation = _beside(run)
+    return kept
+
+
+def _beside(run: Run) -> dict[str, Any]:
+    """An evaluation of a run in the folder that one gets by default: the run's name with ``-eval``."""
+    name = f"{run.path.resolve().name}-eval"
+    for place in dict.fromkeys((run.path.resolve().parent / name, Path.cwd() / name)):
+        found = read_object(place / _EVALUATION, Notes()) or {}
+        if run.path.resolve() in _evaluated(found, place):
+            return found
+    return {}
+
+
+def _evaluated(evaluation: dict[str, Any], place: Path) -> list[Path]:
+    """Folders that an evaluation may be about: a relative one counts from where it was started."""
+    model = evaluation.get("model")
+    if not isinstance(model, str) or not model:
+        return []
+    starts = (Path.cwd(), *place.resolve().parents)
+    try:
+        return list(dict.fromkeys((start / model).resolve() for start in starts))
+    except (ValueError, OSError, RuntimeError):
+        # No file system knows such a name.
+        return []
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -140,6 +184,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     run.alarms = read_lines(folder / "alarms.jsonl", notes)
     run.samples = read_lines(folder / "samples.jsonl", notes)
     run.audit, run.advice, run.evaluation = (read_object(folder / name, notes) or {} for name in _REPORT_FILES)
+    # Where `preftune eval --model RUN` leaves it.
+    run.evaluation = run.evaluation or read_object(folder / INSIDE / _EVALUATION, notes) or {}
     run.base_model = _base_model(folder, run.provenance)
     return run
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from preftune.report.curves import Curve, Curves
+from preftune.report.curves import Curve, Curves, curves_of
 from preftune.report.files import mapping, number, objects, strings
-from preftune.report.read import Run
+from preftune.report.read import Run, read_run
 from preftune.report.settings import settings_of
 from preftune.report.tables import figure, interval, is_interval, level_of, percent
+from preftune.runs.next_steps import chat, command, evaluation
 from preftune.stats.intervals import wilson_interval
 from preftune.stats.significance import mcnemar
 
@@ -53,6 +55,7 @@ class Verdict:
         evidence: Sentences that support the headline.
         steps: What to do next.
         tiles: Key figures.
+        command: The command that comes next; empty where the folder is no run of preftune.
     """
 
     tone: str
@@ -61,6 +64,7 @@ class Verdict:
     evidence: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
     tiles: list[Tile] = field(default_factory=list)
+    command: str = ""
 
 
 def judge(run: Run, curves: Curves) -> Verdict:
@@ -78,17 +82,20 @@ def judge(run: Run, curves: Curves) -> Verdict:
     if accuracy is not None and accuracy["has_reference"]:
         _judge_accuracy(verdict, accuracy)
     elif accuracy is not None:
-        _judge_without_reference(verdict, accuracy)
+        _judge_without_reference(verdict, accuracy, run)
     else:
         _judge_loss(verdict, curves)
     _add_best_step(verdict, curves)
     _add_lengths(verdict, mapping(run.evaluation.get("lengths")))
     _add_alarms(verdict, run.alarms)
     if not run.evaluation and accuracy is None and curves.metrics:
-        verdict.steps.append("Score the model on held-out pairs: preftune eval --model_name_or_path … --dataset_name …")
+        verdict.steps.append(_how_to_evaluate(run))
     if not run.samples and not objects(run.evaluation.get("samples")) and curves.metrics:
         verdict.steps.append("Read samples: figures alone do not show what the answers look like.")
     verdict.tiles = _tiles(run, curves, accuracy)
+    if run.provenance:
+        to_score = not run.evaluation and "test" in mapping(run.provenance.get("data"))
+        verdict.command = evaluation(run.path) if to_score else chat(run.path)
     return verdict
 
 
@@ -100,7 +107,7 @@ def describe(run: Run, curves: Curves) -> str:
     # A folder's name is enough; where it lies is said with the settings.
     local = (run.base_model or "").startswith(("/", ".", "~"))
     parts = [(run.base_model or "A model").rstrip("/").rpartition("/")[2] if local else run.base_model or "A model"]
-    parts.append(f"tuned with {method}" if method else "trained")
+    parts.append(f"tuned with {_method(run, str(method))}" if method else "trained")
     knobs = [f"{name.replace('_', ' ')} {values[name]}" for name in ("beta", "learning_rate") if name in values]
     parts += [f"({', '.join(knobs)})"] if knobs else []
     if values.get("use_peft") == "true":
@@ -116,6 +123,16 @@ def describe(run: Run, curves: Curves) -> str:
     if planned and done < planned:
         sentence += f" {figure(done)} of {figure(planned)} planned steps are logged: it goes on, or was stopped early."
     return sentence
+
+
+def _method(run: Run, method: str) -> str:
+    """What people call the method: ``DPO`` where the verb is dpo, with the loss where that is another one."""
+    words = strings(run.provenance.get("command"))
+    verb = words[1] if len(words) > 1 else ""
+    if verb not in ("dpo", "orpo", "cpo", "kto"):
+        return method
+    usual = {"dpo": "sigmoid"}.get(verb, verb)
+    return verb.upper() if method == usual else f"{verb.upper()}, loss {method}"
 
 
 def held_out_accuracy(run: Run, curves: Curves) -> dict[str, Any] | None:
@@ -176,7 +193,17 @@ def _judge_accuracy(verdict: Verdict, accuracy: dict[str, Any]) -> None:
     verdict.evidence.append(PROXY)
 
 
-def _judge_without_reference(verdict: Verdict, accuracy: dict[str, Any]) -> None:
+def _how_to_evaluate(run: Run) -> str:
+    """The command that evaluates a run, complete where the run held rows out."""
+    if "test" in mapping(run.provenance.get("data")):
+        return f"Score the model on held-out pairs: {evaluation(run.path)}"
+    return (
+        f"Score the model on held-out pairs: {evaluation(run.path)} --dataset_name heldout.jsonl, on any pairs that it "
+        "was not trained on; with --test_split_size 0.1 the next run holds some out by itself."
+    )
+
+
+def _judge_without_reference(verdict: Verdict, accuracy: dict[str, Any], run: Run) -> None:
     """Without a reference an untrained model may rank any share of pairs right: only its own start is a measure."""
     start, mean = number(accuracy["start"]), number(accuracy.get("mean"))
     evidence = f"On held-out pairs {_ranked(accuracy)}"
@@ -185,10 +212,8 @@ def _judge_without_reference(verdict: Verdict, accuracy: dict[str, Any]) -> None
         verdict.evidence.append(
             f"{evidence}. An untrained model may sit anywhere, so that this is neither gain nor loss."
         )
-        verdict.steps.append(
-            "Compare it with the model before training: preftune eval --model_name_or_path … --compare … "
-            "--dataset_name … --reference_free"
-        )
+        before = command("eval", "--model", run.path, "--compare", run.base_model or "BASE", "--reference_free")
+        verdict.steps.append(f"Compare it with the model before training: {before}")
     else:
         p = _most_cautious(start, mean, number(accuracy.get("n")))
         moved = "better" if mean > start else "worse"
@@ -327,3 +352,13 @@ def _sentence(text: str) -> str:
     """The text with a capital at its beginning and a stop at its end."""
     flat = " ".join(text.split())
     return flat[:1].upper() + flat[1:] + ("" if flat.endswith((".", "!", "?")) else ".")
+
+
+def headline(folder: Path) -> str:
+    """The sentence that a report on a run begins with.
+
+    Args:
+        folder: The run's folder.
+    """
+    run = read_run(folder)
+    return judge(run, curves_of(run)).headline

@@ -7,7 +7,7 @@ from typing import Any
 
 from preftune.config import Resolved, ScriptConfig
 from preftune.data import load
-from preftune.data.sources import carry_report
+from preftune.data.loader import carry_report
 from preftune.errors import ConfigError, DataError
 from preftune.runs.holdout import hold_out
 

@@ -13,7 +13,7 @@ from preftune.errors import ConfigError, SetupError
 from preftune.ownership import check_places, holding
 from preftune.runs.data import dataset_names
 from preftune.training.checkpoints.output import begin_early, is_result
-from preftune.training.checkpoints.trainer import resume_point
+from preftune.training.checkpoints.resume import resume_point
 
 #: Settings that name a model or tokenizer.
 _MODELS = ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path")

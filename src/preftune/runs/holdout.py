@@ -1,18 +1,15 @@
-"""Rows that are held out of training: chosen by prompt, and found again from what a run left."""
+"""Rows that are held out of training, whole prompts at a time."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from preftune.data import DataOptions
-from preftune.errors import ConfigError, DataError, PreftuneError, flat
-from preftune.models.tuned import Tuned
+from preftune.errors import ConfigError, DataError
 
 #: The setting that asks for it.
 SETTING = "test_split_size"
@@ -98,42 +95,3 @@ def hold_out(dataset: Any, size: float, seed: int) -> dict[str, Any]:
         "train": dataset.select([n for n, out in enumerate(flags) if not out]),
         "test": dataset.select([n for n, out in enumerate(flags) if out]),
     }
-
-
-def rows_of_run(tuned: Tuned) -> Any:
-    """The rows that a run held out, read again; or why that cannot be, as a text.
-
-    Args:
-        tuned: What the run left.
-
-    Returns:
-        The rows of its test split, or a sentence.
-    """
-    from preftune.runs.data import load_rows
-
-    if "test" not in tuned.data:
-        return "the run held no rows out"
-    values = {name: value for role in tuned.settings.values() for name, value in role.items()}
-    if tuned.verb == "sft":
-        values.pop("implicit_prompt", None)
-    named = values.get("dataset_name")
-    if isinstance(named, str) and os.path.sep in named and named.startswith((".", "/")) and not os.path.exists(named):
-        return f"its data are not there any more ({named})"
-    try:
-        splits = load_rows({**values, "quarantine_path": None}, with_test=True)
-    except (PreftuneError, OSError, ValueError) as error:
-        return f"its data cannot be read ({flat(error)[:160]})"
-    return splits["test"]
-
-
-def options_of_run(tuned: Tuned) -> DataOptions:
-    """How the rows of a run become tokens, as in its training; rows that cannot be used are left out.
-
-    Args:
-        tuned: What the run left.
-    """
-    defaults = DataOptions()
-    names = ("max_length", "max_prompt_length", "truncation_mode", "implicit_prompt", "transcripts")
-    names += ("environment_turns", "append_eos")
-    given = {name: tuned.setting("trainer", name, getattr(defaults, name)) for name in names}
-    return DataOptions(**given, on_bad_rows="skip")

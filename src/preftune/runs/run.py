@@ -26,9 +26,8 @@ from preftune.runs.settings import complete_settings, snapshot_of
 from preftune.runs.stopping import StopOnSignal, say_to_stderr
 from preftune.training.guards import find_guards
 from preftune.training.live import LiveLog
-
-#: Verbs that compare with a reference.
-_WITH_REFERENCE = ("dpo", "kto")
+from preftune.training.telling import Telling
+from preftune.verbs import TRAINING
 
 
 class Sources:
@@ -53,7 +52,9 @@ class Run:
         settings: Resolved settings.
         console: Where the first process prints; the others have a silent one.
         sources: Where data and model come from.
+        again: Command that goes on where the run stops, where it is not its own with a checkpoint.
         snapshot: All values by role as they were resolved, before they are used up.
+        has_test: Whether rows are held out; known once they are loaded.
     """
 
     verb: str
@@ -61,7 +62,9 @@ class Run:
     settings: Resolved[Any]
     console: Console = field(default_factory=lambda: Console(quiet=True))
     sources: Sources = field(default_factory=Sources)
+    again: str | None = None
     snapshot: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+    has_test: bool = field(default=False, init=False)
 
     @property
     def args(self) -> Any:
@@ -112,9 +115,10 @@ def build_trainer(this: Run, trainer_class: type[Any]) -> tuple[Any, dict[str, A
     with this.console.status("loading data"):
         offline = go_offline_if_unreachable([*dataset_names(script), model.model_name_or_path])
         splits = this.sources.splits(this.settings, with_test=_evaluates(args))
+        this.has_test = "test" in splits
     if offline:
         this.console.print(offline, style="yellow", highlight=False)
-    compares = this.verb in _WITH_REFERENCE
+    compares = TRAINING[this.verb].reference
     with this.console.status("loading model"):
         loaded = this.sources.model(model, model_init_kwargs=args.model_init_kwargs, with_reference=compares)
     if not compares and model.ref_model_name_or_path:
@@ -166,6 +170,8 @@ def train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> bool
         PreftuneError: Training, a checkpoint that is missing in the end, or the push to the Hub failed.
     """
     stop = StopOnSignal(say_to_stderr if trainer.is_world_process_zero() else lambda text: None)
+    # The command line tells all of this itself.
+    trainer.remove_callback(Telling)
     guards = find_guards(trainer)
     if guards is not None:
         guards.say = lambda text: _say(this, text)
@@ -182,13 +188,13 @@ def train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> bool
     if stop.stopped_at is not None and stop.stopped_at < trainer.state.max_steps:
         checkpoint = os.path.join(this.args.output_dir, f"checkpoint-{stop.stopped_at}")
         saved = f"saved {checkpoint}" if os.path.isdir(checkpoint) else f"checkpoint-{stop.stopped_at} was not saved"
-        _say(this, f"stopped; {saved}\nto go on: {resume_command(this.verb, this.argv)}")
+        _say(this, f"stopped; {saved}\nto go on: {this.again or resume_command(this.verb, this.argv)}")
         end_trainer(trainer)
         return False
     results = dict(outcome.metrics)
     trainer.save_metrics("train", outcome.metrics)
     if splits.get("test") is not None:
-        metrics = trainer.evaluate()
+        metrics = _last_evaluation(trainer) or trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         results |= metrics
     if guards is not None:
@@ -205,6 +211,17 @@ def train(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any]) -> bool
     if complaint is not None:
         raise complaint
     return True
+
+
+def _last_evaluation(trainer: Any) -> dict[str, Any] | None:
+    """The evaluation of the last step, if there was one and the weights are still those that it was of."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    for entry in reversed(trainer.state.log_history):
+        found = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if found and entry.get("step") == trainer.state.global_step:
+            return found | ({"epoch": entry["epoch"]} if "epoch" in entry else {})
+    return None
 
 
 def record(this: Run, trainer: Any, plan: Any, splits: Mapping[str, Any], results: Mapping[str, Any]) -> None:

@@ -13,9 +13,10 @@ from preftune.config.fields import fields_of
 from preftune.errors import ConfigError, SetupError
 from preftune.runs.network import hub_answers, is_offline
 from preftune.training.provenance import plain
+from preftune.verbs import TRAINING
 
 #: Verbs that train, those with most settings last.
-TRAINING_VERBS = ("sft", "orpo", "cpo", "kto", "dpo")
+TRAINING_VERBS = (*(verb for verb in TRAINING if verb != "dpo"), "dpo")
 
 
 def settings_classes(verb: str) -> tuple[type[Any], type[Any]]:
@@ -60,7 +61,7 @@ def read_settings(verb: str, line: CommandLine | Sequence[str], **defaults: Any)
         defaults=cli_defaults() | defaults,
         elsewhere=lambda name: _other_verb(verb, name),
     )
-    if verb == "kto" and settings.origins["pairing"].kind == "default":
+    if TRAINING[verb].rows == "labelled" and settings.origins["pairing"].kind == "default":
         # Single answers are what it learns from, unless somebody wants pairs made of them.
         settings.script.pairing = "none"
     return settings

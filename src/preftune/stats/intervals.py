@@ -18,7 +18,7 @@ from preftune.errors import ConfigError, DataError
 from preftune.stats.resampling import bca_shares, linear_error, resample_ratio, student_ends
 from preftune.stats.rows import Array, check_level, finite_rows, normal_quantile, sum_by_group
 
-# Where nothing varies the estimate itself solves the equation of the interval's ends; the ends lie further out.
+# Where nothing varies the estimate itself solves the equation of the interval's ends; the ends are further out.
 _ASIDE = 1e-9
 
 Method = Literal["percentile", "bca", "student"]

@@ -4,7 +4,7 @@ Every trial of the plan has a *slot*. A slot's trial is put into the study as wa
 first has it: storages do that in one step. Where two processes put the same slot's trial in at the same time, the one
 with the lower number counts and the other is struck out by whoever claims it, so that no lock is needed. A trial whose
 process died is closed as abandoned and put in again as the next *attempt* of its slot; if the process had noted the
-outcome before it died, that outcome stands and nothing is run again.
+outcome before it died, that outcome is kept and nothing is run again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class SlotState:
-    """Where a trial stands.
+    """The state of a trial.
 
     Attributes:
         slot: Its number in the plan.
@@ -112,7 +112,7 @@ class Board:
         return {slot: [each[number] for number in sorted(each)] for slot, each in found.items()}
 
     def states(self) -> list[SlotState]:
-        """Where every trial stands, by slot."""
+        """The state of every trial, by slot."""
         found = []
         for slot, attempts in self._attempts().items():
             last = attempts[-1] if attempts else None
@@ -262,7 +262,7 @@ class Board:
         return optuna.samplers.TPESampler(seed=int(seed))
 
     def _is_double(self, number: int, slot: int, attempt: int) -> bool:
-        """Whether the same trial stands in the study under a lower number, or has gone on without this one."""
+        """Whether the same trial is in the study under a lower number, or has gone on without this one."""
         for other in self._study.get_trials(deepcopy=False):
             if other.user_attrs.get("slot") != slot or other.number == number:
                 continue

@@ -3,14 +3,14 @@
 The cell with the best held-out mean is the best *estimate*, not the best cell. Every other cell is compared with it
 pair by pair on the same held-out pairs, and the p-values are adjusted after Holm (1979) over all comparisons: cells
 that survive are *tied with the best*. Among the tied ones the choice is that of the one-standard-error rule (Breiman,
-Friedman, Olshen and Stone 1984, section 3.4.3): the most conservative cell whose mean lies within one standard error of
+Friedman, Olshen and Stone 1984, section 3.4.3): the most conservative cell whose mean is within one standard error of
 the best, the standard error being that of the paired difference. Conservative is, in this order, a higher beta, a lower
 learning rate, fewer epochs. A cell that is merely not distinguishable is not enough: with few held-out pairs every cell
 is, and the most conservative of all has learned nothing. The preference gain charges a policy for its distance from
 the reference already; there the best mean is taken as it is.
 
 Held-out pairs show whether a policy prefers what was preferred, not what it writes itself. Where trials were sampled,
-those that have left the reference (`scores.left_reference`) stand back behind those that have not.
+those that have left the reference (`scores.left_reference`) come after those that have not.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Choice:
     Attributes:
         best: Number of the trial with the best mean.
         sweet_spot: Number of the trial to take.
-        left: Numbers of trials that stand back because they have left the reference.
+        left: Numbers of trials that are passed over because they have left the reference.
         comparisons: Per trial its comparison with the best.
         reason: Why this one, in words.
     """

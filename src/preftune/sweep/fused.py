@@ -31,8 +31,8 @@ from preftune.training.provenance import plain
 class FusedTrials(PairTrials):
     """Runs as many trials at once as the plan says, in one forward.
 
-    A trial whose loss or gradient stops being finite stands still and is run again by itself, so that its end is told
-    as it would be alone.
+    A trial whose loss or gradient stops being finite is not updated any more and is run again by
+    itself, so that its end is told as it would be alone.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:

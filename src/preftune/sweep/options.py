@@ -10,8 +10,10 @@ from preftune.config import CommandLine
 from preftune.config.fields import fields_of
 from preftune.config.own import take_own
 from preftune.errors import ConfigError
+from preftune.verbs import PAIR_VERBS, TRAINING
 
-VERBS = ("dpo", "orpo", "cpo")
+VERBS = PAIR_VERBS
+_OTHERS = tuple(verb for verb in TRAINING if verb not in VERBS)
 SEARCHES, PRUNERS, KEEPS = ("grid", "random", "tpe"), ("none", "median", "halving"), ("best", "all", "none")
 #: Holds the storage's URL for workers: on a command line everybody on the machine could read a password.
 STORAGE_VARIABLE = "PREFTUNE_SWEEP_STORAGE"
@@ -76,7 +78,7 @@ class Options:
         for name, allowed in (("verb", VERBS), ("search", SEARCHES), ("pruner", PRUNERS), ("keep", KEEPS)):
             value = getattr(self, name)
             if value is not None and value not in allowed:
-                remedy = "sft and kto have no held-out pairs to compare" if value in ("sft", "kto") else None
+                remedy = f"{' and '.join(_OTHERS)} have no held-out pairs to compare" if value in _OTHERS else None
                 raise ConfigError(
                     "unknown value", where=f"--{name}", value=value, allowed=", ".join(allowed), remedy=remedy
                 )

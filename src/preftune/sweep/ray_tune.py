@@ -106,7 +106,7 @@ def run_on_ray(
     # Tune would swallow Ctrl-C and return as if it were done.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Its tables would stand between the sweep's own lines.
+    # Its tables would be between the sweep's own lines.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     if plan.storage:
         os.environ[STORAGE_VARIABLE] = plan.storage

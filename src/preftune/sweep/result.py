@@ -47,7 +47,7 @@ def summarise(plan: Plan, states: Sequence[SlotState], folder: Path) -> dict[str
 
     Args:
         plan: The sweep.
-        states: Where every trial stands.
+        states: The state of every trial.
         folder: The sweep's folder.
 
     Returns:
@@ -178,7 +178,7 @@ def drop_weights(plan: Plan, states: Sequence[SlotState], folder: Path, *, final
 
     Args:
         plan: The sweep.
-        states: Where every trial stands.
+        states: The state of every trial.
         folder: The sweep's folder.
         final: Whether all trials are done.
     """

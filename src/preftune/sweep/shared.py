@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def twin(model: nn.Module, *, adapter: bool) -> Any:
-    """A model of its own that begins where ``model`` stands, and shares with it whatever is not going to be trained.
+    """A model of its own with the weights of ``model``, which shares with it whatever is not going to be trained.
 
     Modules are new, so that nothing a trainer attaches outlives its trial. Frozen parameters are the same tensors:
     an adapter's trial costs the memory of its adapter.

@@ -50,7 +50,7 @@ class Dimension:
         return not self.values
 
     def suggest(self, trial: Trial) -> Value:
-        """Let an Optuna trial take a value; one that was fixed beforehand stands."""
+        """Let an Optuna trial take a value; one that was fixed beforehand is kept."""
         if not self.is_range:
             chosen: Value = trial.suggest_categorical(self.name, list(self.values))
             return chosen
@@ -222,7 +222,7 @@ def draw(dimensions: Sequence[Dimension], number: int, seed: int) -> list[Cell]:
 
 
 def as_flag(value: Any) -> tuple[str, ...]:
-    """A value as it stands behind its flag on the command line."""
+    """A value as it follows its flag on the command line."""
     if value is None:
         return ("null",)
     if isinstance(value, bool):
@@ -233,7 +233,7 @@ def as_flag(value: Any) -> tuple[str, ...]:
 
 
 def as_setting(value: Any, field: Field) -> Any:
-    """A value as it stands in a file: lists and mappings, which a study keeps as text, are written out."""
+    """A value as a file has it: lists and mappings, which a study keeps as text, are written out."""
     return coerce(value, field.annotation, choices=field.choices, text=True) if isinstance(value, str) else value
 
 

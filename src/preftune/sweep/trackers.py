@@ -23,7 +23,7 @@ def grouped(name: str, trackers: Sequence[str], folder: Path) -> Iterator[None]:
     """Runs of trackers that begin inside are one group, and end with the block, whatever happens in it.
 
     TensorBoard groups by folders and Trackio by its project, which are settings of a run. W&B takes the group and
-    MLflow the experiment from the environment; what the user has set there stands. Some trackers keep one run per
+    MLflow the experiment from the environment; what the user has set there is kept. Some trackers keep one run per
     process: a trial that fails must not leave it to the next one.
 
     Args:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from preftune.ownership.run import move_aside
+from preftune.ownership.paths import move_aside
 from preftune.sweep.board import Board, Claim
 from preftune.sweep.liveness import BEAT_SECONDS
 from preftune.sweep.runner import Outcome, TrialRunner, TrialSpec

@@ -25,7 +25,7 @@ class Batch:
     Attributes:
         examples: One mapping per example.
         sizes: How many of them the data loader grouped together each time.
-        weightless: Whether they are another process's, and only stand in where this one has none: they keep it in step
+        weightless: Whether they are another process's, and only take the place of missing ones: they keep it in step
             and count for nothing.
     """
 

@@ -19,7 +19,7 @@ from preftune.training.config import PackedConfig
 _SCHEDULES_WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
 _LOSS = "override row_terms, which gets the log-probs of one packed row"
 _DATA = "prepare the data before they are passed, down to prompt_ids, chosen_ids and rejected_ids if need be"
-#: Methods of padded trainers that nothing calls here, and what stands in their place.
+#: Methods of padded trainers that nothing calls here, and what replaces them.
 _NEVER_CALLED = {
     **dict.fromkeys(("compute_loss", "_compute_loss", "prediction_step", "get_batch_loss_metrics"), _LOSS),
     **dict.fromkeys(("dpo_loss", "kto_loss", "cpo_loss", "odds_ratio_loss", "store_metrics"), _LOSS),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
+
+from accelerate import Accelerator
 
 from preftune.errors import ConfigError
 from preftune.training.config import PackedConfig
@@ -17,9 +20,31 @@ def check_engine(args: PackedConfig, model: Any = None) -> None:
     Raises:
         ConfigError: Names the setting, and what to take instead.
     """
+    _check_batches(args)
     _check_parallelism(args, model)
     _check_fsdp(args)
     _check_deepspeed(args)
+
+
+def _check_batches(args: PackedConfig) -> None:
+    if args.world_size > 1 and getattr(args.accelerator_config, "split_batches", False):
+        raise ConfigError(
+            "a step is divided over the processes by tokens, and per_device_train_batch_size is that of one process",
+            where="accelerator_config",
+            value={"split_batches": True},
+            remedy="leave split_batches out, and divide per_device_train_batch_size by the number of processes",
+        )
+
+
+def gather_when_saving(accelerator: Accelerator) -> None:
+    """Let FSDP2 save whole weights: sharded ones would leave no usable model in the output folder."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or "FULL" in str(plugin.state_dict_type):
+        return
+    if accelerator.is_main_process:
+        said = f"checkpoints and the result are written whole, not as {plugin.state_dict_type.name}"
+        warnings.warn(said, UserWarning, stacklevel=3)
+    plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def _check_parallelism(args: PackedConfig, model: Any) -> None:
@@ -54,15 +79,6 @@ def _check_fsdp(args: PackedConfig) -> None:
             value=version,
             allowed="2",
             remedy="set version: 2 in fsdp_config" if given else "set fsdp_version: 2 for accelerate launch",
-        )
-    kind = given.get("state_dict_type") or os.environ.get("FSDP_STATE_DICT_TYPE") or "SHARDED_STATE_DICT"
-    if "FULL" not in str(kind):
-        raise ConfigError(
-            "would leave no weights in the output folder",
-            where="fsdp_state_dict_type",
-            value=str(kind),
-            allowed="FULL_STATE_DICT",
-            remedy="set state_dict_type in fsdp_config, or fsdp_state_dict_type for accelerate launch",
         )
     sparing = given.get("cpu_ram_efficient_loading", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))
     if str(sparing).lower() in ("true", "1"):

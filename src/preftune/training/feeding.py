@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import datasets
-from torch.utils.data import DataLoader
+import numpy as np
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers.trainer_utils import seed_worker
 
 from preftune.data import DataOptions, PrepareReport
 from preftune.errors import TrainingError
 from preftune.training.batch import Batch, collate
 from preftune.training.config import PackedConfig
+from preftune.training.lengths import ExampleLengths
 from preftune.training.setup import prepared_train
+from preftune.training.shares import Shares
+from preftune.training.step import Step
 from preftune.training.task import Task
 from preftune.training.workers import limited, worker_errors
 
@@ -33,6 +41,8 @@ class TaskFeeding(Trainer):
     eval_dataset: Any
     #: What became of the rows of each data set.
     reports: dict[str, PrepareReport]
+    step: Step
+    lengths: ExampleLengths | None
 
     # ---- preparing --------------------------------------------------------------------------------------------------
 
@@ -67,11 +77,86 @@ class TaskFeeding(Trainer):
             lengths = self.task.lengths(dataset)
             if lengths is not None:
                 dataset = datasets.Dataset.from_dict({self.args.length_column_name: lengths.row})
-        return super()._get_train_sampler(dataset)
+        sampler: Any = super()._get_train_sampler(dataset)
+        # Examples are grouped as for one process; a step is divided afterwards.
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.args.world_size
+        elif isinstance(sampler, BatchRebalanceSampler):
+            sampler.dp_size, sampler.rank = 1, 0
+        return sampler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of this process's share of the training data."""
-        return limited(super().get_train_dataloader(), self.args.worker_timeout)
+        args = self.args
+        if args.world_size == 1 or not isinstance(self.train_dataset, datasets.Dataset):
+            return limited(super().get_train_dataloader(), args.worker_timeout)
+        accelerator, dataset = self.accelerator, self.train_dataset
+        sampler = self._get_train_sampler()
+        batches = sampler
+        if not isinstance(sampler, BatchRebalanceSampler):
+            batches = BatchSampler(sampler, args.train_batch_size * args.world_size, args.dataloader_drop_last)
+        seedable = accelerator.use_seedable_sampler and isinstance(sampler, RandomSampler)
+        drawn_here = hasattr(sampler, "generator") and not seedable
+        shares = Shares(
+            batches,
+            self._costs(dataset),
+            share=(args.process_index, args.world_size),
+            per_step=args.gradient_accumulation_steps,
+            group=args.train_batch_size if self.step.router else None,
+            agree=self.step.processes.firsts if drawn_here else None,
+        )
+        dataset = self._remove_unused_columns(dataset, description="training")
+        begin = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+        loader: Any = DataLoader(
+            dataset,
+            batch_sampler=shares,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=begin,
+        )
+        # As for one process: what is divided is divided already.
+        loader = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            rng_types=[],
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+            non_blocking=accelerator.non_blocking,
+            use_stateful_dataloader=accelerator.use_stateful_dataloader,
+        )
+        return limited(loader, args.worker_timeout)
+
+    def prepare_reference(self) -> None:
+        """Know the reference, where there is one."""
+        raise NotImplementedError
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Wrap the model; then, where FSDP2 shards it, know the reference before a checkpoint moves the policy."""
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(  # type: ignore[no-untyped-call]
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        model, _ = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
+        self.prepare_reference()
+        train_dataloader = self.callback_handler.train_dataloader = self.get_train_dataloader()
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return model, train_dataloader
+
+    def _costs(self, dataset: Any) -> list[int]:
+        """Tokens of every example, all alike where they are unknown."""
+        lengths = self.lengths if dataset is self.train_dataset else self.task.lengths(dataset)
+        counts = np.ones(len(dataset), dtype=np.int64) if lengths is None else lengths.row
+        found: list[int] = counts.tolist()
+        return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Batches of this process's share of the evaluation data, every example exactly once over all processes."""
@@ -81,19 +166,29 @@ class TaskFeeding(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("Trainer: evaluation requires an eval_dataset.")
+        more: dict[str, Any] = {"batch_size": args.eval_batch_size}
+        if args.world_size > 1:
+            if not isinstance(dataset, datasets.Dataset):
+                raise TrainingError("this dataset cannot be split over processes", value=type(dataset).__name__)
+            batches = BatchSampler(SequentialSampler(dataset), args.eval_batch_size * args.world_size, False)
+            more = {
+                "batch_sampler": Shares(
+                    batches,
+                    self._costs(dataset),
+                    share=(args.process_index, args.world_size),
+                    group=args.eval_batch_size if self.step.router else None,
+                    keep_empty=False,
+                )
+            }
         if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
             dataset = self._remove_unused_columns(dataset, description="evaluation")
-        if args.world_size > 1:
-            if not hasattr(dataset, "shard"):
-                raise TrainingError("this dataset cannot be split over processes", value=type(dataset).__name__)
-            dataset = dataset.shard(args.world_size, args.process_index, contiguous=False)
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_size=args.eval_batch_size,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
+            **more,
         )
         return limited(loader, args.worker_timeout)
 
@@ -123,6 +218,6 @@ class TaskFeeding(Trainer):
         with worker_errors(self.args):
             found: Any = super().predict(*args, **kwargs)
         if found.predictions is None:
-            # Rewards are kept for whom they are of use, the user's compute_metrics.
+            # Rewards are kept only for the user's compute_metrics.
             logger.warning("predict returns metrics and no predictions: logits are never built")
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -62,4 +63,8 @@ def evaluate(
         after_batch()
     step.processes.agree_on_names(step.held_out)
     metrics = {**step.held_out.pop(step.processes.reduce), "num_tokens": tokens_trained(step)}
-    return metrics, step.processes.in_order(predictions) if predict else None
+    if not predict:
+        return metrics, None
+    sampler = getattr(batches, "batch_sampler", None)
+    places = list(range(sum(map(len, predictions)))) if sampler is None else list(chain.from_iterable(sampler))
+    return metrics, step.processes.in_order(predictions, places)

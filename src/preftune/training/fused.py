@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from preftune.errors import ConfigError
 from preftune.kernels.device import wide_dtype
 from preftune.kernels.head import TokenScores
 from preftune.models.grouped import Parts, adapter_parameters, add_copies, grouped
+from preftune.objectives import METHODS, NEUTRAL
 from preftune.packing import PackedRow, plan_rows
 from preftune.training.batch import Batch, Examples, Totals
 from preftune.training.metrics import Term
@@ -31,19 +33,10 @@ from preftune.training.trainers import DPOTrainer
 
 #: Settings that configurations may differ in, beside those that the objective reads.
 OPTIMIZER_FIELDS = ("learning_rate", "weight_decay", "max_grad_norm")
+_SHARED_KNOBS = {knob.name for spec in METHODS.values() for knob in spec.knobs.values() if not knob.in_function}
 OBJECTIVE_FIELDS = (
-    "loss_type",
-    "loss_weights",
-    "beta",
-    "label_smoothing",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "ipo_normalize",
-    "dpop_lambda",
-    "odpo_alpha",
-    "odpo_transform",
-    "sft_average",
+    *("loss_type", "loss_weights", "beta"),
+    *(item.name for item in fields(DPOConfig) if item.name in NEUTRAL and item.name not in _SHARED_KNOBS),
 )
 FUSABLE = (*OPTIMIZER_FIELDS, *OBJECTIVE_FIELDS)
 #: Optimizers that treat every element by itself, so that adapters in one optimizer do not feel each other.
@@ -51,7 +44,7 @@ _ELEMENTWISE = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "lion")
 
 
 class FusedTask(PairTask):
-    """Pairs that stand in a row once per configuration.
+    """Pairs that are in a row once per configuration.
 
     Args:
         args: Settings that all share.
@@ -184,7 +177,7 @@ class FusedTrainer(DPOTrainer):
         self.step.names = self.names
         if self.step.router is not None or not self.step.forward.packed:
             raise ConfigError("only packed rows can be shared", where="packing_mode", value=self.verdict.reason)
-        # Configurations whose loss or gradient was not finite: they stand still, and the others go on unharmed.
+        # Configurations whose loss or gradient was not finite: they are not updated, and the others go on.
         self.lost: set[int] = set()
 
     def make_task(self, args: Any) -> FusedTask:
@@ -261,7 +254,7 @@ class FusedTrainer(DPOTrainer):
 
 
 def _part(row: PackedRow, scores: TokenScores, number: int, num_pairs: int) -> tuple[PackedRow, TokenScores]:
-    """The targets of one configuration: parts stand in order, and so do the slots of their sequences."""
+    """The targets of one configuration: parts are in order, and so are the slots of their sequences."""
     first = 2 * number * num_pairs
     own = slice(*np.searchsorted(row.target_slot, [first, first + 2 * num_pairs]).tolist())
     columns = [getattr(scores, item.name) for item in dataclasses.fields(scores)]

@@ -15,7 +15,7 @@ from preftune.training.reference import Reference
 from preftune.training.start import method_settings
 from preftune.training.task import Task
 
-#: Attributes of TRL's trainers that stand under another name in the settings.
+#: Attributes of TRL's trainers that have another name in the settings.
 _RENAMED = {"loss_types": "loss_type", "precompute_ref_logps": "precompute_ref_log_probs"}
 
 

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from preftune.errors import ConfigError
-from preftune.objectives import Objective, build_objective
+from preftune.objectives import METHODS, NEUTRAL, MethodSpec, Objective, build_objective
 from preftune.training.config import PackedConfig, check_at_least, check_choice
+
+_Config = TypeVar("_Config", bound=type)
+_TYPES = {"number": "float", "flag": "bool", "choice": "str"}
+_PAIRS = [spec for spec in METHODS.values() if spec.paired and spec.family != "reference_free"]
+_ANSWERS = [spec for spec in METHODS.values() if not spec.paired]
+
+
+def with_knobs(specs: Iterable[MethodSpec]) -> Callable[[_Config], _Config]:
+    """Give a settings class a field for every knob of its methods that it does not declare itself.
+
+    Args:
+        specs: Rows of the table of methods.
+
+    Returns:
+        The decorator, for use below ``@dataclass``.
+    """
+    knobs = {knob.name: knob for spec in specs for knob in spec.knobs.values()}
+
+    def add(config: _Config) -> _Config:
+        for name, knob in knobs.items():
+            if not hasattr(config, name):
+                config.__annotations__[name] = _TYPES[knob.kind]
+                setattr(config, name, knob.neutral)
+                config.__doc__ = f"{(config.__doc__ or '').rstrip()}\n        {name}: {knob.description}\n    "
+        return config
+
+    return add
 
 
 @dataclass
@@ -35,6 +63,10 @@ class PreferenceConfig(PackedConfig):
 
     def _check_reference(self, objective: Objective) -> None:
         """Refuse settings of a reference that contradict each other, or that no loss looks at."""
+
+    def knobs(self) -> dict[str, Any]:
+        """The settings that a loss may take, in the order of the fields."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in NEUTRAL}
 
     def build_objective(self) -> Objective:
         """The objective that these settings describe; refuses contradictory ones."""
@@ -126,6 +158,7 @@ class ReferenceConfig(PreferenceConfig):
 
 
 @dataclass
+@with_knobs(_PAIRS)
 class DPOConfig(ReferenceConfig):
     """Settings of :class:`~preftune.DPOTrainer`.
 
@@ -178,22 +211,14 @@ class DPOConfig(ReferenceConfig):
             self.loss_type,
             loss_weights=self.loss_weights,
             beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            f_divergence_type=self.f_divergence_type,
-            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
-            discopop_tau=self.discopop_tau,
-            ipo_normalize=self.ipo_normalize,
-            dpop_lambda=self.dpop_lambda,
-            odpo_alpha=self.odpo_alpha,
-            odpo_transform=self.odpo_transform,
-            bco_running_delta=self.bco_running_delta,
-            sft_average=self.sft_average,
             use_weighting=self.use_weighting,
             ld_alpha=self.ld_alpha,
+            **self.knobs(),
         )
 
 
 @dataclass
+@with_knobs(_ANSWERS)
 class KTOConfig(ReferenceConfig):
     """Settings of :class:`~preftune.KTOTrainer`.
 
@@ -213,7 +238,7 @@ class KTOConfig(ReferenceConfig):
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("loss_type", self.loss_type, ("kto", "apo_zero_unpaired"))
+        check_choice("loss_type", self.loss_type, tuple(spec.name for spec in _ANSWERS))
         super().__post_init__()
         if self.build_objective().uses_kl:
             self._check_kl()
@@ -243,9 +268,4 @@ class KTOConfig(ReferenceConfig):
 
     def build_objective(self) -> Objective:
         """The objective that these settings describe; refuses contradictory ones."""
-        return build_objective(
-            self.loss_type,
-            beta=self.beta,
-            desirable_weight=self.desirable_weight,
-            undesirable_weight=self.undesirable_weight,
-        )
+        return build_objective(self.loss_type, beta=self.beta, **self.knobs())

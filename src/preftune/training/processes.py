@@ -97,21 +97,30 @@ class Processes:
             for names in self.gathered(sorted(sums.state())):
                 sums.add(dict.fromkeys(names, (0.0, 0.0)))
 
-    def in_order(self, predictions: Sequence[Tensor]) -> npt.NDArray[Any] | None:
+    def firsts(self, value: Any) -> Any:
+        """What the first process has."""
+        if self.number == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        several = [value]
+        broadcast_object_list(several)
+        return several[0]
+
+    def in_order(self, predictions: Sequence[Tensor], places: Sequence[int]) -> npt.NDArray[Any] | None:
         """Predictions of all processes, in the order of the data.
 
         Args:
-            predictions: Those of this process, one tensor per batch; shares may differ in length. The ``n``-th example
-                went to the ``n``-th process, counted round and round.
+            predictions: Those of this process, one tensor per batch; shares may differ in length.
+            places: Where in the data the examples stand that they are of.
 
         Returns:
             One array, or ``None`` where nothing was predicted.
         """
-        mine = np.concatenate([each.cpu().numpy() for each in predictions]) if predictions else None
+        mine = (np.concatenate([each.cpu().numpy() for each in predictions]), places) if predictions else None
         parts = [part for part in self.gathered(mine) if part is not None]
         if not parts:
             return None
-        places = np.concatenate([np.arange(len(part)) for part in parts])
-        # Equal places keep the order of the processes.
-        joined: npt.NDArray[Any] = np.concatenate(parts)[np.argsort(places, kind="stable")]
+        order = np.argsort(np.concatenate([np.asarray(part[1]) for part in parts]))
+        joined: npt.NDArray[Any] = np.concatenate([part[0] for part in parts])[order]
         return joined

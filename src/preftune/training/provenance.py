@@ -1,6 +1,6 @@
 """Where a model comes from: versions, machine, settings with their origin, data and seed, written beside the weights.
 
-Environment variables are never read into it, and secrets are replaced wherever they stand.
+Environment variables are never read into it, and secrets are replaced wherever they occur.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ class Reference:
         max_tokens: int,
         share: tuple[int, int] = (0, 1),
         exchange: Callable[[dict[Any, Any]], dict[Any, Any]] = lambda values: values,
+        in_step: Callable[[int], int] | None = None,
         description: str = "Reference",
     ) -> Sums:
         """Reference sums of the pairs ``indices``, from the store where known, computed and stored where not.
@@ -121,6 +122,7 @@ class Reference:
             max_tokens: Token budget of a row of the reference pass.
             share: This process's number and the number of processes, which divide the missing pairs.
             exchange: Gathers a mapping from all processes.
+            in_step: Gives the most rows that any process has, where all have to run equally many.
             description: Title of the progress bar.
 
         Returns:
@@ -133,7 +135,7 @@ class Reference:
             for start in range(0, len(indices), ITEMS_PER_CHUNK):
                 chunk = indices[start : start + ITEMS_PER_CHUNK]
                 items = [_sequences(as_arrays(example)) for example in _rows(dataset, chunk)]
-                values = self._scorer.values(items, max_tokens, share=share, exchange=exchange)
+                values = self._scorer.values(items, max_tokens, share=share, exchange=exchange, in_step=in_step)
                 for index, found in zip(chunk, values, strict=True):
                     out[index] = self._weighted_sums(found[0], found[-1])
                 bar.update(len(chunk))

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from preftune.errors import ConfigError
-from preftune.objectives import Objective, build_objective
+from preftune.objectives import METHODS, Objective, build_objective
 from preftune.training.preference_config import PreferenceConfig
 
 #: TRL's ``loss_type`` of its CPO trainer, by the method's name in the table.
 CPO_METHODS = {"sigmoid": "cpo", "hinge": "cpo_hinge", "ipo": "cpo_ipo", "simpo": "simpo", "alphapo": "alphapo"}
+
+
+def _is_unpaired(name: str) -> bool:
+    return any(name in (spec.name, f"{spec.name}_pair") for spec in METHODS.values() if not spec.paired)
 
 
 @dataclass
@@ -84,7 +88,7 @@ class CPOConfig(ReferenceFreeConfig):
                 where="loss_type",
                 value=self.loss_type,
                 allowed=", ".join(CPO_METHODS),
-                remedy="unpaired data are for KTOTrainer" if self.loss_type in ("kto", "kto_pair") else None,
+                remedy="unpaired data are for KTOTrainer" if _is_unpaired(self.loss_type) else None,
             )
         if self.loss_type == "alphapo":
             self._set_alphapo()
@@ -110,10 +114,7 @@ class CPOConfig(ReferenceFreeConfig):
         return build_objective(
             CPO_METHODS[self.loss_type],
             beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            cpo_alpha=None if self.loss_type == "alphapo" else self.cpo_alpha,
-            simpo_gamma=self.simpo_gamma,
-            alpha=self.alpha,
+            **{**self.knobs(), **({"cpo_alpha": None} if self.loss_type == "alphapo" else {})},
         )
 
 

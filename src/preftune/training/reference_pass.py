@@ -106,6 +106,7 @@ def with_reference(step: Step, dataset: Any, name: str, rows: list[int] | None =
         max_tokens=memory.reference_budget(step.max_tokens_per_row, step.device),
         share=(processes.index, processes.number),
         exchange=processes.merged,
+        in_step=processes.most_rows if processes.sharded else None,
         description=f"Reference log-probs ({name})",
     )
     for column, values in zip(COLUMNS, sums.T, strict=True):

@@ -1,6 +1,6 @@
 """The load-balancing loss of mixture-of-experts models, as a term beside the trainer's own loss.
 
-It is a product of means over the tokens of a batch, so that it depends on which tokens stand together and how often.
+It is a product of means over the tokens of a batch, so that it depends on which tokens are together and how often.
 With it, rows are therefore the data loader's own micro-batches on the padded path, prompts counted once per answer, and
 the term is the mean over micro-batches: TRL's numbers.
 """
@@ -76,7 +76,7 @@ class RouterLoss:
 
 
 def _returns_loss(base: Any) -> bool:
-    """Whether the model makes the loss of what its configuration speaks of: Llama 4 does not."""
+    """Whether the model computes the loss that its configuration names: Llama 4 does not."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
     with torch.no_grad():
         output = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **RouterLoss.keywords)

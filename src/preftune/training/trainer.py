@@ -27,7 +27,7 @@ from preftune.training import card, carried, checks, setup
 from preftune.training.batch import Batch, Examples, Totals, collate
 from preftune.training.checkpoints import CheckpointedTrainer
 from preftune.training.config import PackedConfig
-from preftune.training.engines import check_engine
+from preftune.training.engines import check_engine, gather_when_saving
 from preftune.training.explicit import explicit_reference
 from preftune.training.feeding import TaskFeeding
 from preftune.training.figures import completed, evaluate, line_is_due
@@ -47,8 +47,9 @@ from preftune.training.start import check_start, method_settings
 from preftune.training.step import Step
 from preftune.training.step_setup import Paths, make_step
 from preftune.training.task import RowTerms, Task
+from preftune.training.telling import Telling
 from preftune.training.visits import visited_rows
-from preftune.training.workers import limit_collectives
+from preftune.training.workers import limit_collectives, remember_processes
 
 
 class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
@@ -121,6 +122,8 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
             **kwargs,
         )
         limit_collectives(self.args)
+        remember_processes(self.args)
+        gather_when_saving(self.accelerator)
         checks.check_devices(self.args)
         checks.check_optimizer(self)
         for name, each in {"train": self.train_dataset, **self._evaluated()}.items():
@@ -138,6 +141,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         if task.reference is not None and task.reference.follows:
             self.add_callback(SyncReference(task.reference))
         task.check_training_data(self.train_dataset)
+        self.add_callback(Telling(self))
 
     def _make_step(self) -> None:
         args, task = self.args, self.task
@@ -215,7 +219,11 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         # Before a reference pass that may take long.
         check_start(self, trial)
         self.check_resume(resume_from_checkpoint)
-        self.prepare_reference()
+        if self.is_fsdp_enabled and self.reference is not None and self.reference.store is not None:
+            # While the weights are whole; the pass itself follows when they are sharded, on the device.
+            _ = self.reference.weights_key
+        else:
+            self.prepare_reference()
         if self.generations is not None:
             self.generations.keep_reference()
         try:
@@ -338,7 +346,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
 
         self.step.watch.begin_heldout(metric_key_prefix)
         metrics, found = evaluate(self.step, self.model, dataloader, after_batch, predict=judge is not None)
-        num_samples = int(self.step.processes.sums([float(len(dataloader.dataset))])[0])  # type: ignore[arg-type]
+        num_samples = len(dataloader.dataset)  # type: ignore[arg-type]
         if judge is not None:
             metrics.update(judge(EvalPrediction(*self.task.judged(found))))
         named = {

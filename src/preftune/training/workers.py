@@ -6,18 +6,23 @@ but it can be stopped, wait for a file system that has gone away, or be ended by
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from preftune.config.machine import machine_id
 from preftune.errors import PreftuneError, SetupError
 
 if TYPE_CHECKING:
@@ -54,6 +59,50 @@ def limit_collectives(args: PackedConfig) -> None:
     """Let ``ddp_timeout`` hold without an accelerator too, where transformers does not hand it on."""
     if args.use_cpu and args.world_size > 1 and torch.distributed.is_initialized():
         _set_pg_timeout(args.ddp_timeout_delta)
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """A training process: where it runs, and its number there."""
+
+    machine: str
+    pid: int
+    started: float
+
+    def has_gone(self) -> bool:
+        try:
+            found = psutil.Process(self.pid)
+            return found.create_time() != self.started or found.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+
+#: All training processes by rank, this one included; empty where there is one alone.
+_peers: list[_Peer] = []
+#: Seconds until the death of a process shows, after its connection has broken.
+_SECONDS_TO_SHOW = 3.0
+
+
+def remember_processes(args: PackedConfig) -> None:
+    """Let processes know each other, so that one that goes can be named."""
+    if args.world_size > 1:
+        from accelerate.utils import gather_object
+
+        me = _Peer(machine_id(), os.getpid(), psutil.Process().create_time())
+        _peers[:] = gather_object([me])
+
+
+def _gone() -> str:
+    """Which processes of this machine have gone, in words; empty where none shows."""
+    here = machine_id()
+    end = time.monotonic() + _SECONDS_TO_SHOW
+    while True:
+        found = [f"{n} (pid {peer.pid})" for n, peer in enumerate(_peers) if peer.machine == here and peer.has_gone()]
+        if found or time.monotonic() > end or not _peers:
+            return ", ".join(found)
+        time.sleep(0.1)
 
 
 @contextmanager
@@ -97,8 +146,10 @@ def _worker_failed(said: str, error: RuntimeError, args: PackedConfig) -> SetupE
 
 def _process_failed(said: str, args: PackedConfig) -> SetupError:
     waited = "timed out" in said.lower() or "timeout" in said.lower()
-    what, remedy = "another training process has gone", "what it said stands above or in its own output"
-    if waited:
+    gone = _gone()
+    what = f"training process {gone} has gone" if gone else "a training process of another machine has gone"
+    remedy = "what it said stands above or in its own output; if it said nothing, the system ended it"
+    if waited and not gone:
         what = f"another training process has taken no part for {args.ddp_timeout} s (ddp_timeout)"
         remedy = "see whether it hangs or is merely slow; raise ddp_timeout for the latter"
     return SetupError(what, where=f"process {args.process_index} of {args.world_size}", remedy=f"{remedy}; {_GO_ON}")

@@ -23,6 +23,7 @@ from preftune.ui import control, pages
 from preftune.ui.folders import Entry, find, overview, signature
 from preftune.ui.generate import checked
 from preftune.ui.helper import Helper
+from preftune.ui.launch import Launcher
 from preftune.ui.security import Guard, TooLarge
 
 #: Seconds between two looks at the folders.
@@ -44,6 +45,7 @@ class Live:
         self.root, self.token, self.interval = root, token, interval
         self.bench = Helper("prompt", "another prompt is being answered")
         self.rows = Helper("rows", "other rows are being loaded")
+        self.launcher = Launcher(root)
         self._lock = threading.Lock()
         self._known: dict[str, Entry] = {}
         self._looked = -math.inf
@@ -133,6 +135,19 @@ class Live:
         asked = {"work": "prompt", "folder": str(entry.folder.absolute()), "content": content}
         return _json(await self.bench.ask(asked, request.is_disconnected))
 
+    async def plan(self, request: Request) -> Response:
+        """What a run would do that is asked for."""
+        return _json(await self.launcher.plan(await _content(request), request.is_disconnected))
+
+    async def launch(self, request: Request) -> Response:
+        """Start a run."""
+        return _json(await run_in_threadpool(self.launcher.start, await _content(request)))
+
+    async def launched(self, request: Request) -> Response:
+        """What a run prints that was started here."""
+        content = await _content(request)
+        return _json(await run_in_threadpool(self.launcher.told, str(content.get("name"))))
+
     async def data(self, request: Request) -> Response:
         """Rows of the training data with their token masks."""
         chosen = await run_in_threadpool(self._chosen, request)
@@ -143,12 +158,7 @@ class Live:
         return _json(await self.rows.ask(asked, request.is_disconnected))
 
     async def _asked(self, request: Request) -> tuple[dict[str, Any], Entry | None]:
-        try:
-            content = await request.json()
-        except (ValueError, RecursionError) as error:
-            raise Unreadable from error
-        if not isinstance(content, dict):
-            raise Unreadable
+        content = await _content(request)
         found = await run_in_threadpool(find, self.root)
         return content, found.get(str(content.get("id")))
 
@@ -185,6 +195,9 @@ def create(root: Path, token: str, hosts: frozenset[str], *, interval: float = I
         Route(f"{at}/data", live.data),
         Route(f"{at}/act", live.act, methods=["POST"]),
         Route(f"{at}/prompt", live.prompt, methods=["POST"]),
+        Route(f"{at}/plan", live.plan, methods=["POST"]),
+        Route(f"{at}/launch", live.launch, methods=["POST"]),
+        Route(f"{at}/launched", live.launched, methods=["POST"]),
     ]
     # A body that is too large is also one that could not be read, so that both end with a short answer.
     handlers: dict[Any, Any] = {
@@ -197,6 +210,17 @@ def create(root: Path, token: str, hosts: frozenset[str], *, interval: float = I
 
 class Unreadable(Exception):
     """A body that is no JSON object."""
+
+
+async def _content(request: Request) -> dict[str, Any]:
+    """The JSON object that a request brings."""
+    try:
+        content = await request.json()
+    except (ValueError, RecursionError) as error:
+        raise Unreadable from error
+    if not isinstance(content, dict):
+        raise Unreadable
+    return content
 
 
 #: What values that nobody expects can lead to.

@@ -11,6 +11,7 @@ from preftune import __version__
 from preftune.report.page import Page, page_payload
 from preftune.report.render import SCRIPTS, content_policy, embed, environment, plotly_script, static, unwanted_sheets
 from preftune.ui.folders import Entry, status_of
+from preftune.ui.launch import SETTINGS
 
 _HERE = Path(__file__).parent
 
@@ -25,11 +26,12 @@ def index_page(root: Path, found: list[dict[str, Any]]) -> str:
     Returns:
         HTML.
     """
-    theme, style, script = static("theme.js"), _style(), _own("watch.js") + "\n" + _own("index.js")
+    theme, style, script = static("theme.js"), _style(), "\n".join(map(_own, ("watch.js", "index.js", "launch.js")))
     return str(
         _template("index.html.j2").render(
             root=root.resolve().name or str(root),
             found=found,
+            settings=SETTINGS,
             theme=Markup(theme),
             style=Markup(style),
             script=Markup(script),

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from preftune.data.options import DataOptions
-from preftune.data.view import ENCLOSING, LABELS, REMARKS, VERBS, Viewer
+from preftune.data.view import ENCLOSING, LABELS, REMARKS, Viewer
 from preftune.errors import DataError
 from preftune.report.files import mapping
 from preftune.report.read import Run, read_run
+from preftune.verbs import ROWS
 
 MAX_ROWS = 20
 _OPTIONS = (
@@ -89,7 +90,7 @@ def _load(folder: Path) -> tuple[str, Viewer]:
         known.pop("max_prompt_length", None)
     known["max_length"] = values.get("max_length", DataOptions.max_length)
     options = DataOptions(on_bad_rows="skip", enclose=verb in ENCLOSING, **known)
-    return verb, Viewer(_rows(values, verb, folder), tokenizer, options, VERBS[verb], **masks)
+    return verb, Viewer(_rows(values, verb, folder), tokenizer, options, ROWS[verb], **masks)
 
 
 def _rows(values: dict[str, Any], verb: str, folder: Path) -> Any:
@@ -114,7 +115,7 @@ def _values(run: Run) -> dict[str, Any]:
 def _verb(run: Run) -> str:
     command = run.provenance.get("command")
     named = command[1] if isinstance(command, list) and len(command) > 1 else None
-    return str(named) if named in VERBS else "dpo"
+    return str(named) if named in ROWS else "dpo"
 
 
 def _given(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -131,5 +132,5 @@ def _row(viewer: Viewer, index: int) -> dict[str, Any]:
             text = str(viewer.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
             runs.append({"label": label, "num_tokens": len(ids), "text": text})
         sides.append({"name": name, "num_tokens": len(tokens), "runs": runs})
-    problem = f"the whole row is dropped: {shown.dropped}" if shown.dropped else shown.problem
+    problem = f"the whole row is dropped: {shown.dropped.replace('_', ' ')}" if shown.dropped else shown.problem
     return {"index": index, "problem": problem, "sides": sides}

@@ -165,11 +165,11 @@ def test_any_text_gives_a_report(triples: list[tuple[str, str, str]]) -> None:
 
 
 @pytest.mark.slow
-def test_both_real_files(look: Look, shared_data: Path) -> None:
-    hh = look(load(str(shared_data / "hh_harmless_1700.jsonl.gz"), on_bad_rows="skip")["train"])
+def test_both_real_files(look: Look, preference_files: Path) -> None:
+    hh = look(load(str(preference_files / "hh_harmless_1700.jsonl.gz"), on_bad_rows="skip")["train"])
     assert (hh.num_rows, hh.num_read, hh.format) == (1696, 1700, "hh")
     empty = hh.finding("empty_answers")
     assert empty is not None
     assert empty.count == 4
-    talks = look(load(str(shared_data / "dpo_en_demo.json"))["train"])
+    talks = look(load(str(preference_files / "dpo_en_demo.json"))["train"])
     assert (talks.num_rows, talks.format) == (300, "sharegpt_preference")

@@ -109,6 +109,7 @@ def test_the_judge_is_not_asked_about_prompts_it_knows() -> None:
     assert cross_fitted(gaps[:12], prompts[:12]) is None
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 def test_the_review_world(noise: float) -> None:
     rows, turned = world_pairs(0, 1000, noise)

@@ -81,6 +81,7 @@ SAMPLED: dict[str, Any] = {"generation_steps": 2, "num_generations": 6, "generat
 WILD: dict[str, Any] = {"learning_rate": 0.1, "max_steps": 8}
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("verb", ["dpo", "kto", "cpo", "orpo"])
 def test_samples_and_guards_change_no_bit_of_the_training(world: worlds.World, tmp_path: Path, verb: str) -> None:
     plain = build(world, verb, tmp_path / "plain", guards="off")
@@ -183,6 +184,7 @@ def test_stop_ends_the_training_with_a_checkpoint(world: worlds.World, tmp_path:
     assert (tmp_path / f"checkpoint-{first['step']}").is_dir()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("restore", [False, True], ids=["ours", "by transformers"])
 @pytest.mark.parametrize("verb", ["dpo", "cpo"])
 def test_a_resumed_run_says_what_an_uninterrupted_one_says(

@@ -10,9 +10,9 @@ from preftune.data.audit.text import flat
 from preftune.data.convert import canonical_rows, convert_row
 from preftune.data.formats import FormatSpec, column_uses, resolve
 from preftune.data.formats.base import BadRow, Row
+from preftune.data.loader import load_report
 from preftune.data.options import DataOptions
 from preftune.data.rows import BadRowHandler
-from preftune.data.sources import load_report
 from preftune.data.tables import from_dataset
 from preftune.data.transcripts import as_conversation
 from preftune.errors import DataError

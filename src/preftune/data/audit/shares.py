@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-_Z = 1.959963984540054
+from preftune.stats.intervals import proportion_interval, wilson_ends
+from preftune.stats.resampling import linear_error
+from preftune.stats.rows import normal_quantile, sum_by_group
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,7 @@ class Share:
 
 
 def share_of(flags: Sequence[bool], groups: Sequence[Hashable] | None = None) -> Share:
-    """A share with Wilson's interval for the effective number of independent rows.
-
-    Rows that share a prompt vary together: the number of rows is divided by the design effect, the variance of the
-    share over prompts as a ratio to what independent rows would have (at least 1).
+    """A share with the 95 % interval that an evaluation of the same rows would give.
 
     Args:
         flags: One yes or no per row.
@@ -52,32 +50,29 @@ def share_of(flags: Sequence[bool], groups: Sequence[Hashable] | None = None) ->
         The share; the interval of no rows is everything.
 
     Source:
-        Wilson (1927), J. Am. Stat. Assoc. 22, 209-212; effective sample size as in Korn & Graubard (1998), Survey
-        Methodology 24, 193-201.
+        :func:`~preftune.stats.intervals.proportion_interval`.
     """
     values = np.asarray(flags, dtype=np.float64)
     if not len(values):
         return Share(0, 0, 0.0, 0.0, 1.0)
-    p = float(values.mean())
-    size = float(len(values)) if groups is None else effective_size(values, groups)
-    centre = (p + _Z**2 / (2 * size)) / (1 + _Z**2 / size)
-    half = _Z / (1 + _Z**2 / size) * math.sqrt(p * (1 - p) / size + (_Z / (2 * size)) ** 2)
-    low = 0.0 if p == 0 else max(0.0, centre - half)
-    high = 1.0 if p == 1 else min(1.0, centre + half)
-    return Share(int(values.sum()), len(values), p, low, high)
+    share, num_groups = float(values.mean()), len(values) if groups is None else len(set(groups))
+    if num_groups < 2:
+        # A single prompt shows no spread: it counts as one row.
+        low, high = wilson_ends(share, num_groups, normal_quantile(0.975))
+    else:
+        found = proportion_interval(values, groups=groups)
+        low, high = found.low, found.high
+    return Share(int(values.sum()), len(values), share, low, high)
 
 
 def effective_size(values: Any, groups: Sequence[Hashable]) -> float:
     """Number of independent rows that would give the share the same variance, from 1 to the number of rows."""
-    codes: dict[Hashable, int] = {}
-    index = np.array([codes.setdefault(group, len(codes)) for group in groups])
-    num_rows, num_groups = len(values), len(codes)
+    num_rows, num_groups = len(values), len(set(groups))
     if num_groups == num_rows:
         return float(num_rows)
     p = float(values.mean())
     if p in (0.0, 1.0) or num_groups < 2:
         # Nothing varies, so that nothing can be estimated: the cautious answer.
         return float(num_groups)
-    deviations = np.bincount(index, weights=values - p)
-    variance = num_groups / (num_groups - 1) * float(np.sum(deviations**2)) / num_rows**2
+    variance = linear_error(*sum_by_group(values, np.ones(num_rows), groups), p) ** 2
     return float(num_rows / max(1.0, variance / (p * (1 - p) / num_rows)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,7 @@ from preftune.data.formats.ranked import RANKED
 from preftune.data.formats.rated import RATED
 from preftune.data.formats.sharegpt import SHAREGPT, SHAREGPT_PREFERENCE
 from preftune.data.formats.text import TEXT
-from preftune.data.formats.turns import decode_columns
+from preftune.data.formats.turns import ROLE_KEYS, decode_columns, decoded, is_messages
 from preftune.data.formats.two_answers import TWO_ANSWERS
 from preftune.data.formats.ultrafeedback import ULTRAFEEDBACK
 from preftune.data.formats.unpaired import UNPAIRED
@@ -42,10 +42,11 @@ __all__ = [
     "check_format_name",
     "column_uses",
     "detect",
+    "overlooked",
     "resolve",
 ]
 
-# The order is the order of detection: a format stands before any whose columns it contains.
+# The order is the order of detection: a format comes before any whose columns it contains.
 _IN_ORDER = (
     ULTRAFEEDBACK,
     PREFERENCE,
@@ -114,7 +115,56 @@ def column_uses(spec: FormatSpec, columns: Collection[str], *, for_sft: bool = F
     without = {*EXTRA_USES} - {*TEMPLATE_USES} if for_sft else set()
     if for_sft and "rejected" in spec.uses:
         without |= {"rejected"}
+    for group in spec.either:
+        without |= {*[name for name in group if name in columns][1:]}
     return {name: NOT_USED if name in without else spec.uses.get(name, NOT_USED) for name in columns}
+
+
+#: Names of columns that hold a part of a conversation.
+_TELLING = (
+    *("system", "system_prompt", "system_message", "history", "prompt", "question", "query", "instruction", "input"),
+    *("context", "messages", "conversation", "conversations", "dialogue", "tools", "functions", "documents"),
+)
+
+
+def overlooked(uses: Mapping[str, str], row: Mapping[str, Any]) -> list[str]:
+    """Columns that nothing reads although they hold a part of the conversation that no other column has.
+
+    Args:
+        uses: What is done with every column.
+        row: An early row.
+
+    Returns:
+        Names of such columns.
+    """
+    said = "\n".join(text for name, use in uses.items() if use != NOT_USED for text in _texts(row.get(name)))
+    found = []
+    for name, use in uses.items():
+        value = row.get(name)
+        if use != NOT_USED or not (name.lower() in _TELLING or is_messages(decoded_or_same(value))):
+            continue
+        if any(text.strip() and text.strip() not in said for text in _texts(decoded_or_same(value))):
+            found.append(name)
+    return found
+
+
+def decoded_or_same(value: Any) -> Any:
+    """A conversation that is stored as text as what it was; all else, broken text too, unchanged."""
+    with suppress(BadRow):
+        return decoded(value, "")
+    return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in ROLE_KEYS:
+                yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def detect(
@@ -182,11 +232,17 @@ def resolve(
         return spec
     found = detect(columns, first_row, for_sft=for_sft, implicit_prompt=implicit_prompt)
     if found is None:
+        lowered = {name.strip().lower(): name for name in columns}
+        if detect(lowered, {key.strip().lower(): value for key, value in first_row.items()}, for_sft=for_sft) is None:
+            lowered = {}
+        renamed = ", ".join(f"{theirs}: {ours}" for ours, theirs in lowered.items() if ours != theirs)
         raise DataError(
             "the columns match no known data format",
             where=where,
             value=sorted(columns),
             allowed="prompt, chosen, rejected; messages; prompt, completion; and the formats of docs/compatibility.md",
-            remedy="rename columns with `columns: {theirs: ours}`, where theirs may be nested (data.prompt)",
+            remedy=f"set `dataset_columns: {{{renamed}}}`"
+            if renamed
+            else "rename columns with `dataset_columns: {theirs: ours}`, where theirs may be nested (data.prompt)",
         )
     return found

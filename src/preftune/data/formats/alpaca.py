@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from preftune.data.formats.base import (
+    BELOW_USES,
     OPENING_USES,
     PAIR_USES,
     TEMPLATE_USES,
+    BadRow,
     FormatSpec,
     Message,
     Row,
     extras,
     has,
-    need_text,
-    optional_text,
     template_extras,
 )
-from preftune.data.formats.turns import answer, need_text_or_messages, opening
+from preftune.data.formats.openings import answer, is_two_texts, questioned
+from preftune.data.formats.turns import need_text_or_messages
 
 INSTRUCTION_USES = {
     "instruction": "the user turn",
-    "input": "the user turn, below the instruction",
+    **BELOW_USES,
     **OPENING_USES,
 }
 
 
 def instruction_prompt(row: Mapping[str, Any]) -> list[Message]:
     """Instruction and input as a user turn, below an optional system turn and history."""
-    question = "\n".join(part for part in (need_text(row, "instruction"), optional_text(row, "input")) if part)
-    return [*opening(row), {"role": "user", "content": question}]
+    return questioned(row, "instruction")
+
+
+def detect_preference(columns: Collection[str], row: Mapping[str, Any]) -> bool:
+    """An instruction beside two answers of text, in columns of their own or as a list."""
+    if not has(columns, "instruction"):
+        return False
+    if has(columns, "chosen", "rejected"):
+        return isinstance(row.get("chosen"), str)
+    return is_two_texts(row.get("output"))
 
 
 def convert_preference(row: Mapping[str, Any]) -> Row:
     """Instruction and input are the user turn, below an optional system turn and history."""
+    if "output" in row and "chosen" not in row:
+        # LLaMA-Factory's first form: two outputs, the better one first.
+        if not is_two_texts(row["output"]):
+            what = "'output' does not hold two answers, the better one first"
+            raise BadRow("too_few_responses", "output", what, value=row["output"], remedy="remove the row")
+        row = {**row, "chosen": row["output"][0], "rejected": row["output"][1]}
     answers = {name: answer(need_text_or_messages(row, name)) for name in ("chosen", "rejected")}
     return {"prompt": instruction_prompt(row), **answers, **extras(row)}
 
@@ -48,13 +63,11 @@ def convert_sft(row: Mapping[str, Any]) -> Row:
 ALPACA_PREFERENCE = FormatSpec(
     name="alpaca_preference",
     kind="preference",
-    required=("instruction", "chosen", "rejected"),
-    detect=lambda columns, row: (
-        has(columns, "instruction", "chosen", "rejected") and isinstance(row.get("chosen"), str)
-    ),
+    required=("instruction",),
+    detect=detect_preference,
     convert=convert_preference,
-    summary="instruction, chosen, rejected; optional input, system, history",
-    uses={**INSTRUCTION_USES, **PAIR_USES},
+    summary="instruction, chosen, rejected, or an output of two answers; optional input, context, system, history",
+    uses={**INSTRUCTION_USES, "output": "both answers, the better one first", **PAIR_USES},
 )
 
 ALPACA = FormatSpec(

@@ -36,10 +36,10 @@ EXTRA_USES: Mapping[str, str] = {
 }
 PAIR_USES: Mapping[str, str] = {"chosen": "the preferred answer", "rejected": "the other answer", **EXTRA_USES}
 OPENING_USES: Mapping[str, str] = {
-    "system": "the system turn",
-    "system_prompt": "the system turn",
+    **dict.fromkeys(("system", "system_prompt", "system_message"), "the system turn"),
     "history": "earlier turns",
 }
+BELOW_USES: Mapping[str, str] = dict.fromkeys(("input", "context"), "the user turn, below the question")
 
 
 class BadRow(Exception):
@@ -79,6 +79,7 @@ class FormatSpec:
         convert: ``row -> canonical row``; raises :class:`BadRow`.
         summary: One line for help texts.
         uses: Column -> what is done with it, for every column that the format may read.
+        either: Groups of columns of which the first that is there is read, and no other.
     """
 
     name: str
@@ -88,6 +89,7 @@ class FormatSpec:
     convert: Callable[[Mapping[str, Any]], Row]
     summary: str
     uses: Mapping[str, str] = field(default_factory=dict)
+    either: tuple[tuple[str, ...], ...] = ()
 
 
 def has(columns: Collection[str], *names: str) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
-from preftune.data.formats.turns import need_text_or_messages, opened
+from preftune.data.formats.openings import opened
+from preftune.data.formats.turns import need_text_or_messages
 
 
 def split_index(chosen: Any, rejected: Any) -> int:

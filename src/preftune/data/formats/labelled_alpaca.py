@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.alpaca import INSTRUCTION_USES, instruction_prompt
+from preftune.data.formats.alpaca import INSTRUCTION_USES
 from preftune.data.formats.base import EXTRA_USES, FormatSpec, Row, extras
+from preftune.data.formats.openings import answer, questioned
 from preftune.data.formats.question_answer import ANSWERS, QUESTIONS, names
-from preftune.data.formats.turns import answer, asked, need_text_or_messages, opening
-from preftune.data.formats.unpaired import LABEL_USES, label_column, label_of
+from preftune.data.formats.turns import need_text_or_messages
+from preftune.data.formats.unpaired import LABEL_USES, LABELS, label_column, label_of
 
 
 def _names(columns: Collection[str]) -> tuple[str, str] | None:
@@ -26,12 +27,8 @@ def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
 def convert(row: Mapping[str, Any]) -> Row:
     """The question is the user turn, below an optional system turn and history."""
     question, given = _names(row) or ("instruction", "output")
-    if question == "instruction":
-        prompt = instruction_prompt(row)
-    else:
-        prompt = [*opening(row), *asked(need_text_or_messages(row, question))]
     completion = answer(need_text_or_messages(row, given))
-    return {"prompt": prompt, "completion": completion, "label": label_of(row), **extras(row)}
+    return {"prompt": questioned(row, question), "completion": completion, "label": label_of(row), **extras(row)}
 
 
 LABELLED_ALPACA = FormatSpec(
@@ -48,4 +45,5 @@ LABELLED_ALPACA = FormatSpec(
         **LABEL_USES,
         **EXTRA_USES,
     },
+    either=(tuple(name for name in QUESTIONS if name != "input"), ANSWERS, LABELS),
 )

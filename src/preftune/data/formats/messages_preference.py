@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
-from preftune.data.formats.turns import answer, last_answer, need_messages, need_text_or_messages, opened
+from preftune.data.formats.openings import answer, last_answer, opened
+from preftune.data.formats.turns import need_messages, need_text_or_messages
 
 REJECTED = ("rejected_response", "rejected_messages")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import EXTRA_USES, OPENING_USES, FormatSpec, Row, extras
-from preftune.data.formats.turns import answer, asked, is_messages, is_turn, message, need_text_or_messages, opening
+from preftune.data.formats.base import BELOW_USES, EXTRA_USES, OPENING_USES, FormatSpec, Row, extras
+from preftune.data.formats.openings import answer, questioned
+from preftune.data.formats.turns import is_messages, is_turn, message, need_text_or_messages
 
 #: Names of the question and of the two answers, in the order in which they are looked for.
 QUESTIONS = ("prompt", "question", "instruction", "query", "input")
@@ -48,8 +49,7 @@ def convert(row: Mapping[str, Any]) -> Row:
     """Messages: an optional system turn and history, the question, and one assistant turn per answer."""
     question, better, worse = names(row) or ("prompt", *ANSWERS[0])
     chosen, rejected = (answer(need_text_or_messages(row, name)) for name in (better, worse))
-    prompt = [*opening(row), *asked(need_text_or_messages(row, question))]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **extras(row)}
+    return {"prompt": questioned(row, question), "chosen": chosen, "rejected": rejected, **extras(row)}
 
 
 NAMED_PAIR = FormatSpec(
@@ -60,10 +60,12 @@ NAMED_PAIR = FormatSpec(
     convert=convert,
     summary=f"a question ({', '.join(QUESTIONS)}) and two answers ({', '.join('/'.join(pair) for pair in ANSWERS)})",
     uses={
+        **BELOW_USES,
         **dict.fromkeys(QUESTIONS, "the prompt"),
         **{pair[1]: "the other answer" for pair in ANSWERS},
         **{pair[0]: "the preferred answer" for pair in ANSWERS},
         **OPENING_USES,
         **EXTRA_USES,
     },
+    either=(tuple(name for name in QUESTIONS if name != "input"),),
 )

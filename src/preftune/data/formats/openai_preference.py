@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from preftune.data.formats.base import EXTRA_USES, FormatSpec, Row, extras, has, need
-from preftune.data.formats.turns import answer, need_messages, need_text_or_messages, parsed
+from preftune.data.formats.openings import answer
+from preftune.data.formats.turns import need_messages, need_text_or_messages, parsed
 
 
 def convert(row: Mapping[str, Any]) -> Row:

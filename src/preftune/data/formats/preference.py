@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from preftune.data.formats.base import OPENING_USES, PAIR_USES, FormatSpec, Row, extras, has
-from preftune.data.formats.turns import need_text_or_messages, prompted
+from preftune.data.formats.openings import prompted
+from preftune.data.formats.turns import need_text_or_messages
 
 
 def convert(row: Mapping[str, Any]) -> Row:

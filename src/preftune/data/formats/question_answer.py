@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import OPENING_USES, TEMPLATE_USES, FormatSpec, Row, template_extras
-from preftune.data.formats.turns import answer, asked, need_text_or_messages, opening
+from preftune.data.formats.base import BELOW_USES, OPENING_USES, TEMPLATE_USES, FormatSpec, Row, template_extras
+from preftune.data.formats.openings import answer, questioned
+from preftune.data.formats.turns import need_text_or_messages
 
 QUESTIONS = ("prompt", "question", "query", "instruction", "input", "problem")
 ANSWERS = ("response", "answer", "output", "solution")
@@ -28,8 +29,11 @@ def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
 def convert(row: Mapping[str, Any]) -> Row:
     """The question is the user turn, below an optional system turn and history; the answer the assistant's."""
     question, given = names(row) or ("question", "answer")
-    prompt = [*opening(row), *asked(need_text_or_messages(row, question))]
-    return {"prompt": prompt, "completion": answer(need_text_or_messages(row, given)), **template_extras(row)}
+    return {
+        "prompt": questioned(row, question),
+        "completion": answer(need_text_or_messages(row, given)),
+        **template_extras(row),
+    }
 
 
 QUESTION_ANSWER = FormatSpec(
@@ -38,11 +42,14 @@ QUESTION_ANSWER = FormatSpec(
     required=(),
     detect=detect,
     convert=convert,
-    summary=f"a question ({', '.join(QUESTIONS)}) and an answer ({', '.join(ANSWERS)}); optional system, history",
+    summary=f"a question ({', '.join(QUESTIONS)}) and an answer ({', '.join(ANSWERS)}); optional input, context,"
+    " system, history",
     uses={
+        **BELOW_USES,
         **dict.fromkeys(QUESTIONS, "the user turn"),
         **dict.fromkeys(ANSWERS, "the answer"),
         **OPENING_USES,
         **TEMPLATE_USES,
     },
+    either=(tuple(name for name in QUESTIONS if name != "input"), ANSWERS),
 )

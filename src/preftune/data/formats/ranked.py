@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatSpec, Row, extras, need, need_number
-from preftune.data.formats.turns import answer, is_messages, need_text_or_messages, parsed, prompted
+from preftune.data.formats.base import (
+    BELOW_USES,
+    EXTRA_USES,
+    OPENING_USES,
+    BadRow,
+    FormatSpec,
+    Row,
+    extras,
+    need,
+    need_number,
+)
+from preftune.data.formats.openings import answer, prompted, question
+from preftune.data.formats.turns import is_messages, need_text_or_messages, parsed
 
-PROMPTS = ("prompt", "question", "instruction")
+PROMPTS = ("prompt", "question", "instruction", "query")
 RESPONSES = ("responses", "completions", "answers", "candidates")
 SCORES = ("scores", "ratings", "rewards")
 RANKS = ("ranks", "ranking", "rank")
@@ -40,21 +51,28 @@ def convert(row: Mapping[str, Any]) -> Row:
     """``{prompt, responses, scores}`` with higher scores better; a rank counts from 1, the best, and is negated."""
     prompt_name = _first(PROMPTS, row) or "prompt"
     field = _first(RESPONSES, row) or "responses"
-    (prompt,) = prompted(row, need_text_or_messages(row, prompt_name))
+    (prompt,) = prompted(row, question(row, prompt_name))
     items = _listed(need(row, field))
     if not isinstance(items, list) or len(items) < 2:
         raise BadRow(
             "too_few_responses", field, f"{field!r} must list two or more responses", remedy="remove the row or add one"
         )
     if isinstance(items[0], Mapping) and not is_messages(items):
-        responses, scores = zip(*(_read_item(item, field) for item in items), strict=True)
+        read = [_read_item(item, field) for item in items]
+        # Judges leave answers without a score; the others can still be compared.
+        rated = [(text, score) for text, score in read if score is not None]
+        responses, scores = zip(*(rated if len(rated) > 1 else map(_need_scored, read)), strict=True)
     else:
         responses, scores = tuple(items), _read_scores(row, len(items))
     out: Row = {"prompt": prompt, "responses": [_response(text, prompt, field) for text in responses]}
     return {**out, "scores": list(scores), **extras(row)}
 
 
-def _read_item(item: Any, field: str) -> tuple[Any, float]:
+def _need_scored(item: tuple[Any, float | None]) -> tuple[Any, float]:
+    return item[0], need_number("N/A" if item[1] is None else item[1], "score")
+
+
+def _read_item(item: Any, field: str) -> tuple[Any, float | None]:
     text = _first(_TEXT_KEYS, item) if isinstance(item, Mapping) else None
     score = _first((*_SCORE_KEYS, "rank"), item) if isinstance(item, Mapping) else None
     if text is None or score is None:
@@ -65,6 +83,8 @@ def _read_item(item: Any, field: str) -> tuple[Any, float]:
             value=item,
             remedy=f"give each entry one of {', '.join(_TEXT_KEYS)} and one of {', '.join(_SCORE_KEYS)} or rank",
         )
+    if item[score] is None or str(item[score]).strip().lower() in ("", "n/a", "none", "nan", "null"):
+        return item[text], None
     number = need_number(item[score], score)
     return item[text], -number if score == "rank" else number
 
@@ -100,7 +120,9 @@ RANKED = FormatSpec(
         **dict.fromkeys(PROMPTS, "the prompt"),
         **dict.fromkeys(RESPONSES, "the answers"),
         **dict.fromkeys((*SCORES, *RANKS), "which answers are better"),
+        **BELOW_USES,
         **OPENING_USES,
         **EXTRA_USES,
     },
+    either=(PROMPTS, RESPONSES, (*SCORES, *RANKS)),
 )

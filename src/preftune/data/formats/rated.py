@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import OPENING_USES, TEMPLATE_USES, FormatSpec, Row, need_number, template_extras
-from preftune.data.formats.turns import need_text_or_messages, prompted
+from preftune.data.formats.base import (
+    BELOW_USES,
+    OPENING_USES,
+    TEMPLATE_USES,
+    FormatSpec,
+    Row,
+    need_number,
+    template_extras,
+)
+from preftune.data.formats.openings import prompted, question
+from preftune.data.formats.turns import need_text_or_messages
 
 PROMPTS = ("prompt", "question", "instruction", "query")
 ANSWERS = ("response", "completion", "answer", "output")
@@ -30,7 +39,7 @@ def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
 def convert(row: Mapping[str, Any]) -> Row:
     """``{prompt, completion, score}``; rows of one prompt are brought together later."""
     prompt, given, score = _names(row) or ("prompt", "response", "score")
-    values = prompted(row, need_text_or_messages(row, prompt), need_text_or_messages(row, given))
+    values = prompted(row, question(row, prompt), need_text_or_messages(row, given))
     return {
         "prompt": values[0],
         "completion": values[1],
@@ -50,7 +59,9 @@ RATED = FormatSpec(
         **dict.fromkeys(PROMPTS, "the prompt"),
         **dict.fromkeys(ANSWERS, "the answer"),
         **dict.fromkeys(SCORES, "which answer is better"),
+        **BELOW_USES,
         **OPENING_USES,
         **TEMPLATE_USES,
     },
+    either=(PROMPTS, ANSWERS, SCORES),
 )

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from preftune.data.formats.base import BadRow, Message, need, need_text, not_text, optional_text
+from preftune.data.formats.base import BadRow, Message, need, not_text
 
 #: Roles that chat templates know. Other names are translated to these first.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -38,7 +38,7 @@ _CALLS = ("function_call", "tool_call")
 #: Types of a part of a turn that is text.
 _TEXT_TYPES = ("text", "input_text", "output_text", None)
 
-_STRUCTURE = re.compile(r"\s*(?:array\()?\[?\s*\{\s*['\"](?:role|from|content|value|speaker)['\"]\s*:")
+_STRUCTURE = re.compile(r"\s*\"?(?:array\()?\[?\s*\{\s*\\?['\"](?:role|from|content|value|speaker)\\?['\"]\s*:")
 _BETWEEN_ITEMS = re.compile(r"\}\s*\n\s*\{")
 
 
@@ -54,6 +54,23 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and is_turn(value[0])
 
 
+def is_exchanges(value: Any) -> bool:
+    """Whether ``value`` is a list of questions with their answers, as XTuner and Capybara write conversations."""
+    return isinstance(value, list) and bool(value) and all(map(_is_exchange, value))
+
+
+def _is_exchange(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"input", "output"} <= value.keys() and not is_turn(value)
+
+
+def _exchanged(items: list[Any]) -> list[Any]:
+    turns: list[Any] = []
+    for item in items:
+        told = (("system", item.get("system")), ("user", item["input"]), ("assistant", item["output"]))
+        turns += [{"role": role, "content": text} for role, text in told if text or (role == "user" and text is None)]
+    return turns
+
+
 def decoded(value: Any, field: str) -> Any:
     """A conversation that is stored as text (JSON, or what Python prints) as the list it was; all else unchanged.
 
@@ -63,6 +80,7 @@ def decoded(value: Any, field: str) -> Any:
     if not isinstance(value, str) or not _STRUCTURE.match(value):
         return value
     found = parsed(value)
+    found = parsed(found) if isinstance(found, str) and found != value else found
     if is_messages(found) or is_turn(found):
         return found
     # JSON of another kind is an answer like any other, and so is what only begins as an object does.
@@ -100,11 +118,11 @@ def decode_columns(row: Mapping[str, Any]) -> dict[str, Any]:
         BadRow: See :func:`decoded`.
     """
     out = {field: decoded(value, field) if isinstance(value, str) else value for field, value in row.items()}
-    for field in ("prompt", "chosen", "rejected", "completion"):
+    for field in ("prompt", "chosen", "rejected", "completion", "messages", "conversations"):
         whole = _conversation_within(out.get(field))
         if whole is not None:
             out[field] = whole["messages"]
-            out["tools"] = out.get("tools") or whole.get("tools")
+            out |= {"tools": out.get("tools") or whole.get("tools")} if whole.get("tools") else {}
     return out
 
 
@@ -130,7 +148,7 @@ def need_messages(row: Mapping[str, Any], field: str) -> list[Message]:
         raise not_text(field, value)
     if not value:
         raise BadRow("empty_messages", field, f"{field!r} holds no messages", remedy="add a message or remove the row")
-    return [message(item, field) for item in value]
+    return [message(item, field) for item in (_exchanged(value) if is_exchanges(value) else value)]
 
 
 def message(item: Any, field: str) -> Message:
@@ -220,140 +238,3 @@ def _with_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(arguments, Mapping):
             out["arguments"] = arguments
     return out
-
-
-def opening(row: Mapping[str, Any]) -> list[Message]:
-    """What the columns ``system`` and ``history`` put before a conversation.
-
-    Raises:
-        BadRow: They hold something else.
-    """
-    return [*system_turn(row), *_history(row)]
-
-
-def system_turn(row: Mapping[str, Any]) -> list[Message]:
-    """The ``system`` column (or ``system_prompt``) as a list of no or one message."""
-    name = "system" if "system" in row else "system_prompt"
-    text = optional_text(row, name)
-    return [{"role": "system", "content": text}] if text else []
-
-
-def _history(row: Mapping[str, Any]) -> list[Message]:
-    given = row.get("history") or []
-    if isinstance(given, str):
-        given = parsed(given)
-    if is_messages(given):
-        return need_messages({"history": given}, "history")
-    turns: list[Message] = []
-    for turn in [given] if isinstance(given, str) else given:
-        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise BadRow(
-                "malformed_message",
-                "history",
-                "'history' must hold [question, answer] pairs",
-                value=turn,
-                remedy="write history as [[question, answer], ...]",
-            )
-        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return turns
-
-
-def opened(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
-    """A conversation after the row's ``system`` and ``history``.
-
-    Raises:
-        BadRow: The conversation begins with another system turn than the column holds.
-    """
-    before = opening(row)
-    if before and before[0]["role"] == "system" and turns and turns[0].get("role") == "system":
-        if turns[0].get("content") != before[0]["content"]:
-            raise BadRow(
-                "two_system_turns",
-                "system",
-                "the row has a system column and a system turn",
-                remedy="keep one of the two",
-            )
-        turns = turns[1:]
-    return [*before, *turns]
-
-
-def has_opening(row: Mapping[str, Any]) -> bool:
-    """Whether the row has a column of what stands before its prompt."""
-    return any(name in row for name in ("system", "system_prompt", "history"))
-
-
-def answer(value: str | list[Message]) -> list[Message]:
-    """An answer as messages."""
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
-
-
-def asked(value: str | list[Message]) -> list[Message]:
-    """A prompt as messages."""
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
-
-
-def alike(prompt: Any, *answers: Any) -> tuple[Any, ...]:
-    """Prompt and answers, answers of text made messages where the prompt is messages and none of them is."""
-    if not isinstance(prompt, str) and all(isinstance(one, str) for one in answers):
-        return (prompt, *map(answer, answers))
-    return (prompt, *answers)
-
-
-def prompted(row: Mapping[str, Any], prompt: str | list[Message], *answers: Any) -> tuple[Any, ...]:
-    """Prompt and answers with ``system`` and ``history`` before them; a row that has those columns becomes messages.
-
-    Answers that begin with the whole prompt once more lose it.
-
-    Raises:
-        BadRow: See :func:`opened`.
-    """
-    if has_opening(row) and (not isinstance(prompt, str) or all(isinstance(one, str) for one in answers)):
-        prompt = opened(row, asked(prompt))
-    prompt, *rest = alike(prompt, *answers)
-    if not isinstance(prompt, str) and all(_repeats(prompt, one) for one in rest):
-        rest = [one[len(prompt) :] for one in rest]
-    return (prompt, *rest)
-
-
-def _repeats(prompt: list[Message], turns: Any) -> bool:
-    return isinstance(turns, list) and len(turns) > len(prompt) > 0 and turns[: len(prompt)] == prompt
-
-
-def last_answer(turns: list[Message], field: str) -> tuple[list[Message], list[Message]]:
-    """A conversation divided before its last run of turns that begins with the assistant.
-
-    Raises:
-        BadRow: It ends with another turn.
-    """
-    if turns[-1].get("role") != "assistant" or len(turns) == 1:
-        raise BadRow(
-            "no_answer",
-            field,
-            f"{field!r} does not end with an answer to something",
-            value=turns[-1].get("role"),
-            remedy="end it with an assistant turn, or set on_bad_rows: skip",
-        )
-    return turns[:-1], turns[-1:]
-
-
-__all__ = [
-    "ROLES",
-    "alike",
-    "answer",
-    "asked",
-    "decode_columns",
-    "decoded",
-    "is_messages",
-    "is_turn",
-    "last_answer",
-    "message",
-    "need_messages",
-    "need_text",
-    "need_text_or_messages",
-    "opened",
-    "opening",
-    "parsed",
-    "prompted",
-    "system_turn",
-    "tool_calls",
-]

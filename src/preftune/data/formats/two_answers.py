@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from preftune.data.formats.base import (
+    BELOW_USES,
     OPENING_USES,
     TEMPLATE_USES,
     BadRow,
@@ -17,14 +18,15 @@ from preftune.data.formats.base import (
     need_number,
     template_extras,
 )
-from preftune.data.formats.turns import answer, asked, is_messages, need_messages, need_text_or_messages, opened, parsed
+from preftune.data.formats.openings import answer, asked, opened, question
+from preftune.data.formats.turns import is_messages, need_messages, need_text_or_messages, parsed
 
-QUESTIONS = ("prompt", "question", "context", "instruction", "query", "history", "input")
+QUESTIONS = ("prompt", "question", "instruction", "query", "context", "history", "input")
 #: Names of the two answers, the first one's first.
 ANSWERS = (
-    *((f"{word}_{a}", f"{word}_{b}") for word in ("response", "answer", "completion", "output", "conversation")
-      for a, b in (("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"))),
-    ("response1", "response2"),
+    *((f"{word}{a}", f"{word}{b}")
+      for word in ("response", "answer", "completion", "output", "summary", "conversation")
+      for a, b in (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("1", "2"), ("A", "B"))),
     ("human_ref_A", "human_ref_B"),
 )  # fmt: skip
 #: Columns that name the better answer.
@@ -72,7 +74,11 @@ def convert(row: Mapping[str, Any]) -> Row:
 
 def _system(row: Mapping[str, Any]) -> Mapping[str, Any]:
     # SHP's history is the question.
-    return {key: value for key, value in row.items() if key != "history"}
+    return row if _question(row) != "history" else {key: value for key, value in row.items() if key != "history"}
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    return next((name for name in QUESTIONS if name in row), "prompt")
 
 
 def _divided(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Message], list[Message], list[Message]]:
@@ -86,15 +92,15 @@ def _divided(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Mess
 
 
 def _asked(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Message], list[Message], list[Message]]:
-    question = next((name for name in QUESTIONS if name in row), "prompt")
-    given = need(row, question)
+    name = _question(row)
+    given = need(row, name)
     if isinstance(given, Mapping) and isinstance(given.get("full_text"), str):
         given = given["full_text"]
-    several = [parsed(row[name]) if isinstance(row.get(name), str) else row.get(name) for name in (better, worse)]
+    several = [parsed(row[one]) if isinstance(row.get(one), str) else row.get(one) for one in (better, worse)]
     turns = parsed(given) if isinstance(given, str) and given.lstrip().startswith("[") else given
     if isinstance(turns, list) and turns and not is_messages(turns):
         return _exchanges(turns, several, better, worse)
-    prompt = asked(need_text_or_messages({question: given}, question))
+    prompt = asked(question({**row, name: given}, name))
     return prompt, answer(need_text_or_messages(row, better)), answer(need_text_or_messages(row, worse))
 
 
@@ -124,21 +130,25 @@ def _verdict(row: Mapping[str, Any], pair: tuple[str, str]) -> float:
             return -need_number(row[name], name)
     for name in WINNERS:
         if row.get(name) is not None:
-            return _named(row[name], name, pair)
+            return _named(row, name, pair)
     for a, b in SCORES:
         if row.get(a) is not None and row.get(b) is not None:
             return need_number(row[a], a) - need_number(row[b], b)
     raise BadRow("null", "winner", "nothing says which answer is better", remedy="remove the row")
 
 
-def _named(value: Any, field: str, pair: tuple[str, str]) -> float:
+def _named(row: Mapping[str, Any], field: str, pair: tuple[str, str]) -> float:
+    value = row[field]
     word = str(value).strip().lower()
     if word in _FIRST or word == pair[0].lower():
         return 1.0
     if word in _SECOND or word == pair[1].lower():
         return -1.0
-    if "tie" in word or word in ("both", "neither", "none", "equal", "same", "draw", "bothbad"):
+    if "tie" in word or word.startswith("both") or word in ("neither", "none", "equal", "same", "draw"):
         return 0.0
+    models = [str(row.get(name)).strip().lower() for name in ("model_a", "model_b")]
+    if word in models and models[0] != models[1]:
+        return 1.0 if word == models[0] else -1.0
     # SHP says 1 where A is better; elsewhere the number is that of the answer, as it is in the columns' names.
     if field == "labels" and word in ("0", "1", "0.0", "1.0"):
         return 1.0 if float(word) else -1.0
@@ -166,9 +176,12 @@ TWO_ANSWERS = FormatSpec(
     uses={
         **OPENING_USES,
         **TEMPLATE_USES,
+        **dict.fromkeys(("model_a", "model_b"), "which answer a winner of that name gave"),
         **dict.fromkeys(QUESTIONS, "the prompt"),
         **dict.fromkeys((name for pair in ANSWERS for name in pair), "one of the two answers"),
         **dict.fromkeys((*WINNERS, *STRENGTHS, *VOTES), "which answer is better"),
         **dict.fromkeys((name for pair in SCORES for name in pair), "which answer is better, if nothing else says it"),
+        **BELOW_USES,
     },
+    either=(tuple(name for name in QUESTIONS if name not in BELOW_USES and name != "history"),),
 )

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
-from preftune.data.formats.turns import is_messages, need_messages, opened
+from preftune.data.formats.openings import opened
+from preftune.data.formats.turns import is_messages, need_messages
 
 
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:

@@ -6,9 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatSpec, Row, extras, has, need
-from preftune.data.formats.turns import need_text_or_messages, prompted
+from preftune.data.formats.openings import prompted
+from preftune.data.formats.turns import need_text_or_messages
 
-_LABELS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
+_YES = ("true", "1", "1.0", "+1", "yes", "desirable", "chosen", "accepted", "thumbs_up", "up", "like", "liked")
+_NO = ("false", "0", "0.0", "-1", "-1.0", "no", "undesirable", "rejected", "thumbs_down", "down", "dislike", "disliked")
+_LABELS = {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}
 #: Columns that say whether an answer is desirable, in the order in which they are looked for.
 LABELS = ("label", "kto_tag", "desirable")
 LABEL_USES = dict.fromkeys(LABELS, "whether the answer is desirable")
@@ -24,7 +27,7 @@ def _truth(value: Any) -> bool | None:
 
 
 def label_of(row: Mapping[str, Any]) -> bool:
-    """The label of a row; ``true``/``false``, ``yes``/``no`` and 1/0 are understood.
+    """The label of a row; ``true``/``false``, ``yes``/``no``, 1/0, 1/-1 and ``desirable`` are understood.
 
     Raises:
         BadRow: It is none of these.
@@ -57,4 +60,5 @@ UNPAIRED = FormatSpec(
     convert=convert,
     summary="prompt, completion, label (or kto_tag); paired where a prompt has both labels",
     uses={"prompt": "the prompt", "completion": "the answer", **LABEL_USES, **OPENING_USES, **EXTRA_USES},
+    either=(LABELS,),
 )

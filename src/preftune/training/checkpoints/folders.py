@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,3 +178,22 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError:
         return []
+
+
+def keep_only(run: RunFolder, name: str) -> None:
+    """Remove all checkpoints of a run but one."""
+    for each in list(run.record.folders):
+        if each.startswith("checkpoint-") and each != name:
+            run.remove_folder(each)
+
+
+def warn_not_saved(final: Path, failure: str) -> None:
+    """Say that a checkpoint could not be written, and which one is the last good one."""
+    good = [path.name for _, path in list_checkpoints(final.parent) if is_whole(path)]
+    last = f"the last good one is {good[-1]}" if good else "there is no earlier one"
+    warnings.warn(
+        f"{final.name} could not be written ({failure}); {last}; training goes on, and the next save tries again: "
+        f"free some space in {final.parent}",
+        UserWarning,
+        stacklevel=2,
+    )

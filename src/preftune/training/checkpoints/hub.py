@@ -12,7 +12,7 @@ from preftune.training.checkpoints.files import files_below
 from preftune.training.checkpoints.manifest import FILE_NAME
 
 if TYPE_CHECKING:
-    from preftune.training.checkpoints.trainer import CheckpointedTrainer
+    from preftune.training.checkpoints.saved import SavedTrainer
 
 #: What training needs to go on, and users of the model do not.
 _STATE_PREFIXES = ("optimizer", "scheduler", "scaler", "rank_state_", "extra_state", "trainer_state", FILE_NAME)
@@ -26,7 +26,7 @@ def not_pushed(args: Any) -> list[str]:
 
 
 def push_result(
-    trainer: CheckpointedTrainer, commit_message: str | None, blocking: bool, token: str | None, revision: str | None
+    trainer: SavedTrainer, commit_message: str | None, blocking: bool, token: str | None, revision: str | None
 ) -> Any:
     """Upload the output folder; see :meth:`CheckpointedTrainer.push_to_hub`."""
     from transformers.utils.hub import hf_api
@@ -45,7 +45,7 @@ def push_result(
     )
 
 
-def push_checkpoint(trainer: CheckpointedTrainer, folder: Path) -> None:
+def push_checkpoint(trainer: SavedTrainer, folder: Path) -> None:
     """Start the uploads that ``hub_strategy`` asks for after a save; they run beside the training.
 
     The model goes to the top of the repository; the checkpoint, with all it takes to go on, to ``last-checkpoint`` or

@@ -20,7 +20,7 @@ from preftune.training.provenance import plain, versions
 from preftune.version import __version__
 
 if TYPE_CHECKING:
-    from preftune.training.checkpoints.trainer import CheckpointedTrainer
+    from preftune.training.checkpoints.saved import SavedTrainer
 
 #: Settings that change neither weights nor metrics.
 _FREE = frozenset(
@@ -50,7 +50,7 @@ _LOOSE = frozenset(
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
         *("activation_checkpointing_kwargs", "activation_offloading", "per_device_train_batch_size"),
         *("gradient_accumulation_steps", "torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"),
-        *("num_processes", "path", *_LIBRARIES, "preftune"),
+        *("num_processes", "fsdp", "fsdp_config", "path", *_LIBRARIES, "preftune"),
     ]
 )
 _BLOCK = 1024
@@ -65,7 +65,7 @@ def settings_of(args: Any) -> dict[str, Any]:
     }
 
 
-def describe_run(trainer: CheckpointedTrainer) -> dict[str, Any]:
+def describe_run(trainer: SavedTrainer) -> dict[str, Any]:
     """Settings, derived facts, data, model and reference of a run, with digests of settings and data."""
     args = trainer.args
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -93,7 +93,7 @@ def code_versions() -> dict[str, str | None]:
     return {**{name: found.get(name) for name in _LIBRARIES}, "preftune": __version__}
 
 
-def model_facts(trainer: CheckpointedTrainer) -> dict[str, Any]:
+def model_facts(trainer: SavedTrainer) -> dict[str, Any]:
     """What the policy started from, as far as a checkpoint does not hold it itself."""
     from preftune.references.fingerprint import model_weights_key, stable_config
 
@@ -106,7 +106,7 @@ def model_facts(trainer: CheckpointedTrainer) -> dict[str, Any]:
         if reference is not None:
             facts["reference"] = reference.weights_key
         elif configs:
-            # Frozen weights stand in no checkpoint of an adapter.
+            # Frozen weights are in no checkpoint of an adapter.
             facts["base_model"] = model_weights_key(model, {})
     except (PreftuneError, RuntimeError):
         # Weights without data of their own, as under sharding: nothing to compare.

@@ -32,7 +32,7 @@ class Manifest:
     """A checkpoint's own description.
 
     Attributes:
-        folder: Where it lies.
+        folder: Where it is.
         step: Optimizer steps done.
         resumable: Whether it holds everything that training needs to go on; weights alone are not enough.
         identity: What the run was: settings, data, reference; see :mod:`preftune.training.checkpoints.identity`.

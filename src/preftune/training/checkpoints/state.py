@@ -12,7 +12,7 @@ from preftune.training.checkpoints import rng
 from preftune.training.checkpoints.trees import has_tree, load_tree, save_tree
 
 if TYPE_CHECKING:
-    from preftune.training.checkpoints.trainer import CheckpointedTrainer
+    from preftune.training.checkpoints.saved import SavedTrainer
 
 
 def load_optimizer(optimizer: Any, folder: Path) -> None:
@@ -35,7 +35,7 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
                 held[name] = value.to(mine.device)
 
 
-def progress(trainer: CheckpointedTrainer) -> dict[str, Any]:
+def progress(trainer: SavedTrainer) -> dict[str, Any]:
     """This process's share of what the loop holds between two log lines, and its random state."""
     return {
         "random": rng.capture(trainer.args.device),
@@ -52,7 +52,7 @@ def progress(trainer: CheckpointedTrainer) -> dict[str, Any]:
     }
 
 
-def restore_progress(trainer: CheckpointedTrainer, state: dict[str, Any]) -> None:
+def restore_progress(trainer: SavedTrainer, state: dict[str, Any]) -> None:
     """Put back what :func:`progress` returned, but for the random state, whose moment comes with the first batch."""
     trainer._tr_loss = state["loss"].to(trainer.args.device)
     trainer.load_process_state(state["process"])
@@ -68,7 +68,7 @@ def restore_progress(trainer: CheckpointedTrainer, state: dict[str, Any]) -> Non
     trainer.checkpoint_above = state["checkpoint_above"]
 
 
-def callback_states(trainer: CheckpointedTrainer) -> dict[str, Any]:
+def callback_states(trainer: SavedTrainer) -> dict[str, Any]:
     """``{class name: [state, ...]}`` of every callback that has any."""
     found: dict[str, Any] = {}
     for callback in (*trainer.callback_handler.callbacks, trainer.control):
@@ -77,7 +77,7 @@ def callback_states(trainer: CheckpointedTrainer) -> dict[str, Any]:
     return {name: states[0] if len(states) == 1 else states for name, states in found.items()}
 
 
-def restore_callbacks(trainer: CheckpointedTrainer) -> None:
+def restore_callbacks(trainer: SavedTrainer) -> None:
     """Put the callbacks' attributes back, into the callbacks that are there.
 
     Making new ones out of saved arguments, as transformers does on request, loses whatever they hold that is not an

@@ -1,14 +1,14 @@
 """transformers' trainer with checkpoints that are whole or absent, and with exact resuming.
 
 transformers decides when to save; what is written, how it gets its name and what is read back is decided here. Under
-FSDP and DeepSpeed the parts that are sharded stay in those libraries' own formats; the manifest covers them as well.
+FSDP2 a checkpoint is that of one process; under DeepSpeed the parts that are sharded stay in its own format, and the
+manifest covers them as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 import warnings
@@ -17,49 +17,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
-from preftune.config import redact
 from preftune.errors import ConfigError
 from preftune.files import write_text
-from preftune.models.gate import Verdict
 from preftune.ownership import HOME, holding
-from preftune.ownership.run import move_aside
-from preftune.training.checkpoints import folders, rng, state
+from preftune.training.checkpoints import folders, rng, shards, state
 from preftune.training.checkpoints.files import is_write_failure, plain_failures, reason_of
 from preftune.training.checkpoints.hub import push_checkpoint, push_result
 from preftune.training.checkpoints.identity import compare, describe_run
 from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, seal, verify
 from preftune.training.checkpoints.output import Output
+from preftune.training.checkpoints.results import write_metrics, write_model
+from preftune.training.checkpoints.resume import resolve
+from preftune.training.checkpoints.saved import SavedTrainer
 from preftune.training.checkpoints.trees import has_tree, load_tree, save_tree
 from preftune.training.checkpoints.watch import LoopWatch
-from preftune.training.config import PackedConfig
-from preftune.training.provenance import plain
 from preftune.version import __version__
 
 _STATE = "trainer_state.json"
 _SETTINGS = "training_args.json"
 
 
-class CheckpointedTrainer(Trainer):
-    """Saves and resumes; the trainers above it know nothing of files.
-
-    A subclass with state of its own that training changes returns it from :meth:`extra_state`, the same on every
-    process, or from :meth:`process_state`, and takes it back in :meth:`load_extra_state` or :meth:`load_process_state`.
-    """
-
-    args: PackedConfig
-    example_columns: tuple[str, ...]
-    verdict: Verdict
-    max_tokens_per_row: int
-    checkpoint_above: int
-    _total_loss_scalar: float
+class CheckpointedTrainer(SavedTrainer):
+    """Saves and resumes; the trainers above it know nothing of files."""
 
     def __init__(self, **kwargs: Any) -> None:
-        #: Optimizer steps in a row that were skipped because of non-finite values.
-        self.num_skipped_in_a_row = 0
-        self.seconds_before = 0.0
-        self._clock = time.monotonic()
         self._manifest: Manifest | None = None
         self._checked: tuple[Any, Manifest | None] | None = None
         self._identity: dict[str, Any] | None = None
@@ -69,22 +52,6 @@ class CheckpointedTrainer(Trainer):
         self.output = Output(self.args)
         self._watch = LoopWatch(self)
         self.add_callback(self._watch)
-
-    # ---- what subclasses may add ------------------------------------------------------------------------------------
-
-    def extra_state(self) -> dict[str, Any]:
-        """Further state that training changes: numbers, text, tensors, nested in mappings and lists."""
-        return {}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`extra_state` returned; called when the first step is about to begin."""
-
-    def process_state(self) -> dict[str, Any]:
-        """State of this process alone, such as sums since the last log line; tensors and numbers."""
-        return {}
-
-    def load_process_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`process_state` returned."""
 
     # ---- going on ---------------------------------------------------------------------------------------------------
 
@@ -102,7 +69,7 @@ class CheckpointedTrainer(Trainer):
                 results of another run.
         """
         asked = resume_from_checkpoint
-        manifest = None if asked in (None, False) else _resolve(asked, Path(str(self.args.output_dir)))
+        manifest = None if asked in (None, False) else resolve(asked, Path(str(self.args.output_dir)))
         self._identity = describe_run(self)
         if manifest is not None:
             if bool(manifest.body.get("sharded")) != self._is_sharded:
@@ -146,7 +113,7 @@ class CheckpointedTrainer(Trainer):
 
     def begin(self) -> None:
         """Put the running sums and the subclass's state back; called when the loop has reset its own."""
-        self._clock = time.monotonic()
+        super().begin()
         if self._manifest is None:
             return
         folder = self._manifest.folder
@@ -172,8 +139,23 @@ class CheckpointedTrainer(Trainer):
         if checkpoint is None or self._is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        state.load_optimizer(self.optimizer, Path(checkpoint))
+        if self.is_fsdp_enabled:
+            shards.load_optimizer(self.model, self.optimizer, Path(checkpoint))
+        else:
+            state.load_optimizer(self.optimizer, Path(checkpoint))
         state.load_scheduler(self.lr_scheduler, Path(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            shards.load_model(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            shards.load_model(self.model, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -194,11 +176,7 @@ class CheckpointedTrainer(Trainer):
     @property
     def _is_sharded(self) -> bool:
         loaded_in_parts = getattr(self, "is_distributed_loading_by_transformers", False)
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded_in_parts)
-
-    def seconds_trained(self) -> float:
-        """Seconds spent training, those before the checkpoint included."""
-        return self.seconds_before + time.monotonic() - self._clock
+        return bool(self.is_deepspeed_enabled or loaded_in_parts)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         epoch = kwargs["epoch"] if "epoch" in kwargs else args[4]
@@ -228,7 +206,9 @@ class CheckpointedTrainer(Trainer):
         if failure is not None:
             self.state.best_model_checkpoint = best
             self.output.not_saved(step, failure)
-            self._say_not_saved(final, staging, failure)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+                folders.warn_not_saved(final, failure)
             return
         self.output.saved(step)
         if self.args.push_to_hub:
@@ -240,8 +220,12 @@ class CheckpointedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            save_tree(Path(output_dir), "optimizer", self.optimizer.state_dict())  # type: ignore[union-attr]
+            return
+        sharded = self.is_fsdp_enabled
+        optimizer: Any = self.optimizer
+        whole = shards.whole_optimizer(self.model, optimizer) if sharded else None
+        if self.args.should_save:
+            save_tree(Path(output_dir), "optimizer", optimizer.state_dict() if whole is None else whole)
             state.save_scheduler(self.lr_scheduler, Path(output_dir))
 
     def _prepare_staging(self, staging: Path, final: Path) -> None:
@@ -300,19 +284,6 @@ class CheckpointedTrainer(Trainer):
         assert isinstance(reduced, Tensor)
         return not bool(reduced.item())
 
-    def _say_not_saved(self, final: Path, staging: Path, failure: str) -> None:
-        if not self.args.should_save:
-            return
-        shutil.rmtree(staging, ignore_errors=True)
-        good = [path.name for _, path in folders.list_checkpoints(final.parent) if folders.is_whole(path)]
-        last = f"the last good one is {good[-1]}" if good else "there is no earlier one"
-        warnings.warn(
-            f"{final.name} could not be written ({failure}); {last}; training goes on, and the next save tries again: "
-            f"free some space in {final.parent}",
-            UserWarning,
-            stacklevel=2,
-        )
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the model, file by file in one step each, with the settings as JSON and without secrets."""
         target = Path(str(output_dir if output_dir is not None else self.args.output_dir))
@@ -335,23 +306,13 @@ class CheckpointedTrainer(Trainer):
                 shutil.rmtree(staging, ignore_errors=True)
 
     def _write_result(self, folder: Path, state_dict: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write_model(str(folder), state_dict)
-        settings = redact(plain(self.args.to_dict()))  # type: ignore[no-untyped-call]
-        write_text(folder / _SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
-
-    def _write_model(self, folder: str, state_dict: Any) -> None:
-        """Model and tokenizer, without the settings that transformers would pickle beside them."""
         from peft import PeftModel
 
         model: Any = self.model
         if not isinstance(model, (PreTrainedModel, PeftModel)):
             state_dict = model.state_dict() if state_dict is None else state_dict
             model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict, is_main_process=True)
-        processing: Any = self.processing_class
-        if processing is not None:
-            processing.save_pretrained(folder)
+        write_model(folder, model, self.processing_class, state_dict, self.args)
 
     def save_state(self) -> None:
         """Write ``trainer_state.json`` into the output folder, in one step."""
@@ -367,21 +328,8 @@ class CheckpointedTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        folder = Path(str(self.args.output_dir))
-        results = {f"{split}_results.json": dict(metrics)}
-        if combined:
-            try:
-                before = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-            except ValueError:
-                before = {}
-                if not self.output.run().may_put("all_results.json"):
-                    move_aside(folder / "all_results.json", folder)
-            except OSError:
-                before = {}
-            results["all_results.json"] = {**(before if isinstance(before, dict) else {}), **metrics}
-        with plain_failures(str(folder)):
-            for name, figures in results.items():
-                self.output.run().put_text(name, json.dumps(figures, indent=4, sort_keys=True) + "\n")
+        with plain_failures(str(self.args.output_dir)):
+            write_metrics(self.output.run(), split, metrics, combined=combined)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         push_checkpoint(self, Path(checkpoint_folder))
@@ -427,53 +375,5 @@ class CheckpointedTrainer(Trainer):
             self.args.save_total_limit = limit
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and limit == 1:
-            self._keep_only(Path(best))
+            folders.keep_only(self.output.run(Path(best).parent), Path(best).name)
         return outcome
-
-    def _keep_only(self, best: Path) -> None:
-        run = self.output.run(best.parent)
-        for name in list(run.record.folders):
-            if name.startswith("checkpoint-") and name != best.name:
-                run.remove_folder(name)
-
-
-def _resolve(asked: Any, output_dir: Path) -> Manifest:
-    if asked is True:
-        found = folders.find_checkpoint(output_dir)
-        if found.skipped:
-            warnings.warn(found.describe_skipped(), UserWarning, stacklevel=4)
-        if found.manifest is None:
-            raise ConfigError(
-                "no checkpoint to go on from",
-                where="resume_from_checkpoint",
-                value=str(output_dir),
-                remedy="leave resume_from_checkpoint out to begin anew, or check output_dir",
-            )
-        return found.manifest
-    folder = Path(os.fspath(asked))
-    folders.recover(folder.parent, tidy=False)
-    try:
-        manifest = verify(folder)
-    except InvalidCheckpoint as error:
-        raise ConfigError(
-            f"not a checkpoint to go on from: {error}",
-            where="resume_from_checkpoint",
-            value=str(folder),
-            remedy="resume_from_checkpoint: true takes the newest one that is whole",
-        ) from error
-    if not manifest.resumable:
-        raise ConfigError(
-            "the checkpoint holds the weights alone (save_only_model)",
-            where="resume_from_checkpoint",
-            value=str(folder),
-            remedy="train anew with it as model_name_or_path",
-        )
-    return manifest
-
-
-def resume_point(asked: Any, output_dir: str) -> Manifest | None:
-    """The checkpoint that a command line asks for, before anything is loaded; see ``check_resume``."""
-    return None if asked in (None, False) else _resolve(asked, Path(output_dir))
-
-
-__all__ = ["CheckpointedTrainer", "resume_point"]

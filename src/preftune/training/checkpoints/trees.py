@@ -1,6 +1,6 @@
 """Nested state as one JSON file and one safetensors file: nothing is pickled, every bit comes back.
 
-JSON holds the structure and the numbers; tensors stand in the safetensors file under running numbers. Python's floats
+JSON holds the structure and the numbers; tensors are in the safetensors file under running numbers. Python's floats
 are written with the shortest text that reads back as the same number.
 """
 
@@ -98,7 +98,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[Any, str], where:
 
 
 def _keep(tensor: Tensor, tensors: dict[str, Tensor], seen: dict[Any, str]) -> str:
-    """Number under which a tensor is written; one that stands in several places is written once."""
+    """Number under which a tensor is written; one that occurs in several places is written once."""
     place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.device)
     if tensor.numel() and place in seen:
         return seen[place]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
-    from preftune.training.checkpoints.trainer import CheckpointedTrainer
+    from preftune.training.checkpoints.saved import SavedTrainer
 
 #: An empty file of this name in the output folder asks for a checkpoint after the present step.
 TRIGGER = "SAVE"
@@ -25,7 +25,7 @@ class LoopWatch(TrainerCallback):
         trainer: The trainer that is watched.
     """
 
-    def __init__(self, trainer: CheckpointedTrainer) -> None:
+    def __init__(self, trainer: SavedTrainer) -> None:
         self._trainer = trainer
         self._epoch_ended = False
         self._postponed = False

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from preftune.files import finite
 from preftune.ownership import put_text
 
 #: Beside the checkpoints.
@@ -49,11 +49,7 @@ class Alarm:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what is not a number is null."""
-        record = asdict(self)
-        record["evidence"] = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in self.evidence.items()
-        }
+        record: dict[str, Any] = finite(asdict(self))
         return record
 
     def line(self) -> str:

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 
 from preftune.data import PrepareReport, prepare_sft
-from preftune.data.prepare import place_of
 from preftune.data.sft_tokens import given_mask
+from preftune.data.worker import place_of
 from preftune.errors import ConfigError, DataError, ModelError
 from preftune.kernels.head import TokenScores
 from preftune.packing import Branch, PackedRow, Tree

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import cases as given
 from tests.parity import worlds
-from tests.training import sharded
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+SHARDED = {**given.EVEN, **given.UNEVEN, **given.SHARDED}
+PLAIN = {**given.UNEVEN, **given.ORDERS}
 
 
 @pytest.fixture(scope="module")
@@ -22,26 +25,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
     return worlds.World(tmp_path_factory.mktemp("world"))
 
 
-def launched(cases: dict[str, sharded.Case], world: worlds.World, folder: Path, **more: Any) -> Any:
+def launched(cases: dict[str, given.Case], world: worlds.World, folder: Path, **more: Any) -> Any:
     """Run some cases in two processes."""
     command = [
         "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tests.training.sharded",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tests.distributed.cases",
     ]  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", *command, world.path, str(folder), json.dumps(cases), json.dumps(more)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PREFTUNE_CACHE": str(folder / "cache")},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
 
 
-def assert_as_one_process(case: sharded.Case, world: worlds.World, folder: Path, together: Path) -> None:
+def assert_same(one: Path, two: Path, tolerance: float) -> None:
+    """Two folders hold the same weights."""
+    mine, others = given.saved(one), given.saved(two)
+    assert set(mine) == set(others)
+    for name, value in mine.items():
+        assert float((others[name] - value).norm()) <= tolerance * float(value.norm()), name
+
+
+def assert_as_one_process(case: given.Case, world: worlds.World, folder: Path, together: Path) -> None:
     """One process ends with the same weights, losses and evaluation."""
-    sharded.run(case, world.path, folder)
-    one, two = sharded.saved(folder), sharded.saved(together)
-    assert set(one) == set(two)
-    for name, value in one.items():
-        assert float((two[name] - value).norm()) <= 1e-5 * float(value.norm()), name
+    given.run(case, world.path, folder)
+    assert_same(folder, together, 1e-5)
     alone = json.loads((folder / "found-0.json").read_text(encoding="utf-8"))
     for rank in (0, 1):
         found = json.loads((together / f"found-{rank}.json").read_text(encoding="utf-8"))
@@ -53,11 +61,25 @@ def assert_as_one_process(case: sharded.Case, world: worlds.World, folder: Path,
 def fsdp2(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes with FSDP2 left of every case."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    done = launched(sharded.FSDP2, world, folder, fsdp=True)
+    done = launched(SHARDED, world, folder, fsdp=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
-@pytest.mark.parametrize("name", sharded.FSDP2)
+@pytest.fixture(scope="module")
+def ddp(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes with DDP left of every case."""
+    folder = tmp_path_factory.mktemp("ddp")
+    done = launched(PLAIN, world, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", SHARDED)
 def test_fsdp2_ends_with_one_processs_weights(name: str, world: worlds.World, fsdp2: Path, tmp_path: Path) -> None:
-    assert_as_one_process(sharded.FSDP2[name], world, tmp_path, fsdp2 / name)
+    assert_as_one_process(SHARDED[name], world, tmp_path, fsdp2 / name)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_ddp_ends_with_one_processs_weights(name: str, world: worlds.World, ddp: Path, tmp_path: Path) -> None:
+    assert_as_one_process(PLAIN[name], world, tmp_path, ddp / name)

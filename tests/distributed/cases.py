@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import preftune
 from tests.parity import worlds
@@ -25,7 +25,7 @@ Case = tuple[str, int, dict[str, Any]]
 _STORED: dict[str, Any] = {"num_train_epochs": 2}
 _LIVE: dict[str, Any] = {**_STORED, "reference_store": False}
 _SYNC: dict[str, Any] = {**_STORED, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
-FSDP2: dict[str, Case] = {
+EVEN: dict[str, Case] = {
     "stored": ("DPO", 24, _STORED),
     "live": ("DPO", 24, _LIVE),
     "lora-live": ("DPO", 24, {**_LIVE, "lora": True}),
@@ -38,6 +38,54 @@ FSDP2: dict[str, Case] = {
     "orpo": ("ORPO", 24, _STORED),
     "sft": ("SFT", 24, _STORED),
 }
+#: What a sharded model may have beside.
+SHARDED: dict[str, Case] = {
+    "tied": ("DPO", 37, {**_LIVE, "model_init_kwargs": {"tie_word_embeddings": True}}),
+    "checkpointing": ("DPO", 37, {**_LIVE, "gradient_checkpointing": True, "checkpoint_policy": "always"}),
+    "recomputing": (
+        "DPO",
+        37,
+        {**_LIVE, "gradient_checkpointing": False, "fsdp_config": {"activation_checkpointing": True}},
+    ),
+    "sharded-state": ("DPO", 37, {**_LIVE, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}),
+}
+_ACCUMULATED = {"gradient_accumulation_steps": 3}
+#: Rows that do not divide by the step: the last one leaves a process with fewer than the other, or with none.
+UNEVEN: dict[str, Case] = {
+    "uneven": ("DPO", 37, _STORED),
+    "uneven-live": ("DPO", 51, {**_LIVE, **_ACCUMULATED}),
+    "uneven-lora": ("DPO", 37, {**_LIVE, "lora": True}),
+    "uneven-synced": ("DPO", 37, _SYNC),
+    "uneven-kto": ("KTO", 37, _LIVE),
+    "uneven-orpo": ("ORPO", 51, {**_STORED, **_ACCUMULATED}),
+    "uneven-sft": ("SFT", 51, {**_STORED, **_ACCUMULATED}),
+}
+#: Orders of the data, and a loss that joins the pairs of a step, in fp64: the optimizer makes much of how fp32 rounds.
+ORDERS: dict[str, Case] = {
+    "sequential": ("DPO", 37, {**_LIVE, "fp64": True, "train_sampling_strategy": "sequential"}),
+    "by-length": ("DPO", 37, {**_LIVE, "fp64": True, "train_sampling_strategy": "group_by_length"}),
+    "rebalanced": ("DPO", 37, {**_LIVE, **_ACCUMULATED, "fp64": True, "train_sampling_strategy": "batch_rebalance"}),
+    "unseeded": ("DPO", 37, {**_LIVE, "fp64": True, "accelerator_config": {"use_seedable_sampler": False}}),
+    "dropped": ("DPO", 37, {**_LIVE, "fp64": True, **_ACCUMULATED, "dataloader_drop_last": True}),
+    "workers": ("DPO", 37, {**_LIVE, "fp64": True, "dataloader_num_workers": 1}),
+    "joint": ("DPO", 37, {**_LIVE, "fp64": True, "loss_type": ["bco_pair"]}),
+    "short": ("DPO", 37, {**_STORED, "fp64": True, "max_steps": 3}),
+}
+#: Runs that keep a checkpoint in the middle of their first epoch, and in the middle of an accumulated one.
+RESUMED: dict[str, Case] = {
+    "kept": ("DPO", 37, {**_LIVE, "save_strategy": "steps", "save_steps": 6}),
+    "kept-lora": ("DPO", 51, {**_LIVE, **_ACCUMULATED, "lora": True, "save_strategy": "steps", "save_steps": 3}),
+    "kept-synced": ("DPO", 37, {**_SYNC, "save_strategy": "steps", "save_steps": 6}),
+}
+
+
+def resumed(cases: dict[str, Case], folder: Path) -> dict[str, Case]:
+    """The same runs, to be gone on with at the first checkpoint that they left in a folder."""
+    found = {}
+    for name, (kind, rows, settings) in cases.items():
+        checkpoint = folder / name / f"checkpoint-{settings['save_steps']}"
+        found[name] = (kind, rows, {**settings, "resume": str(checkpoint)})
+    return found
 
 
 def let_fsdp_in() -> None:
@@ -67,6 +115,9 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
     settings = {**worlds.DEFAULTS, "max_steps": -1, "learning_rate": 3e-3, **settings, **more}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // processes
+    resume = settings.pop("resume", None)
+    if "fsdp" not in settings:
+        settings.pop("fsdp_config", None)
     given: dict[str, Any] = {}
     if settings.pop("given", False):
         given["ref_model"] = different(path)
@@ -76,15 +127,16 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
         torch.manual_seed(3)
         given["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     trainer_class, config_class = getattr(preftune, f"{kind}Trainer"), getattr(preftune, f"{kind}Config")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) if settings.pop("fp64", False) else path
     trainer = trainer_class(
-        model=path,
+        model=model,
         args=config_class(output_dir=str(out), **settings),
         train_dataset=Dataset.from_list(rows_of(kind, number)),
         eval_dataset=Dataset.from_list(rows_of(kind, 13)),
         processing_class=AutoTokenizer.from_pretrained(path),
         **given,
     )
-    trainer.train()
+    trainer.train(resume)
     return trainer
 
 

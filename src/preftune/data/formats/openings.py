@@ -1,0 +1,174 @@
+"""What stands before an answer: system turn, history, question, and the columns that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from preftune.data.formats.base import BadRow, Message, optional_text
+from preftune.data.formats.turns import is_messages, need_messages, need_text_or_messages, parsed
+
+#: Columns of a system turn, in the order in which they are looked for.
+SYSTEMS = ("system", "system_prompt", "system_message")
+#: Columns whose text stands below a question.
+BELOW = ("input", "context")
+#: What tables of texts write where there is none.
+_NOTHING = ("nan", "none", "null", "<na>", "n/a")
+
+
+def opening(row: Mapping[str, Any]) -> list[Message]:
+    """What the columns ``system`` and ``history`` put before a conversation.
+
+    Raises:
+        BadRow: They hold something else.
+    """
+    return [*system_turn(row), *_history(row)]
+
+
+def system_turn(row: Mapping[str, Any]) -> list[Message]:
+    """The ``system`` column (or one of another name) as a list of no or one message."""
+    name = next((name for name in SYSTEMS if row.get(name) is not None), SYSTEMS[0])
+    text = optional_text(row, name)
+    return [{"role": "system", "content": text}] if _says(text) else []
+
+
+def _says(text: str) -> bool:
+    return bool(text) and text.strip().lower() not in _NOTHING
+
+
+def question(row: Mapping[str, Any], name: str) -> str | list[Message]:
+    """A question with the text that belongs below it, such as Alpaca's ``input`` and Dolly's ``context``.
+
+    Args:
+        row: A row.
+        name: The column of the question.
+
+    Returns:
+        Text, or messages where the question is messages. A conversation in ``context`` comes before it.
+
+    Raises:
+        BadRow: They hold something else.
+    """
+    asks = need_text_or_messages(row, name)
+    if not isinstance(asks, str):
+        return asks
+    below = [other for other in BELOW if other != name and row.get(other) is not None]
+    before = [turn for other in below if is_messages(row[other]) for turn in need_messages(row, other)]
+    texts = [optional_text(row, other) for other in below if not is_messages(row[other])]
+    text = "\n".join(part for part in (asks, *filter(_says, texts)) if part)
+    return [*before, *asked(text)] if before else text
+
+
+def questioned(row: Mapping[str, Any], name: str) -> list[Message]:
+    """A question as messages, after the row's ``system`` and ``history``.
+
+    Raises:
+        BadRow: See :func:`question` and :func:`opened`.
+    """
+    rest = {key: value for key, value in row.items() if key != name}
+    return opened(rest, asked(question(row, name)))
+
+
+def _history(row: Mapping[str, Any]) -> list[Message]:
+    given = row.get("history") or []
+    if isinstance(given, str):
+        given = parsed(given)
+    if is_messages(given):
+        return need_messages({"history": given}, "history")
+    turns: list[Message] = []
+    for turn in [given] if isinstance(given, str) else given:
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise BadRow(
+                "malformed_message",
+                "history",
+                "'history' must hold [question, answer] pairs",
+                value=turn,
+                remedy="write history as [[question, answer], ...]",
+            )
+        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return turns
+
+
+def opened(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+    """A conversation after the row's ``system`` and ``history``.
+
+    Raises:
+        BadRow: The conversation begins with another system turn than the column holds.
+    """
+    before = opening(row)
+    if before and before[0]["role"] == "system" and turns and turns[0].get("role") == "system":
+        if turns[0].get("content") != before[0]["content"]:
+            raise BadRow(
+                "two_system_turns",
+                "system",
+                "the row has a system column and a system turn",
+                remedy="keep one of the two",
+            )
+        turns = turns[1:]
+    return [*before, *turns]
+
+
+def has_opening(row: Mapping[str, Any]) -> bool:
+    """Whether the row has a column of what stands before its prompt."""
+    return any(name in row for name in (*SYSTEMS, "history"))
+
+
+def answer(value: str | list[Message]) -> list[Message]:
+    """An answer as messages."""
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+
+
+def asked(value: str | list[Message]) -> list[Message]:
+    """A prompt as messages."""
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def alike(prompt: Any, *answers: Any) -> tuple[Any, ...]:
+    """Prompt and answers as messages where one side is: answers of text below messages, and the other way round."""
+    if not isinstance(prompt, str) and all(isinstance(one, str) for one in answers):
+        return (prompt, *map(answer, answers))
+    if isinstance(prompt, str) and answers and not any(isinstance(one, str) for one in answers):
+        return (asked(prompt), *answers)
+    return (prompt, *answers)
+
+
+def prompted(row: Mapping[str, Any], prompt: str | list[Message], *answers: Any) -> tuple[Any, ...]:
+    """Prompt and answers with ``system`` and ``history`` before them; a row that has those columns becomes messages.
+
+    Answers that begin with the whole prompt once more lose it.
+
+    Raises:
+        BadRow: See :func:`opened`.
+    """
+    prompt, *rest = alike(prompt, *answers)
+    if has_opening(row) and (not isinstance(prompt, str) or all(isinstance(one, str) for one in answers)):
+        prompt, *rest = alike(opened(row, asked(prompt)), *rest)
+    if not isinstance(prompt, str) and all(_repeats(prompt, one) for one in rest):
+        rest = [one[len(prompt) :] for one in rest]
+    return (prompt, *rest)
+
+
+def _repeats(prompt: list[Message], turns: Any) -> bool:
+    return isinstance(turns, list) and len(turns) > len(prompt) > 0 and turns[: len(prompt)] == prompt
+
+
+def last_answer(turns: list[Message], field: str) -> tuple[list[Message], list[Message]]:
+    """A conversation divided before its last run of turns that begins with the assistant.
+
+    Raises:
+        BadRow: It ends with another turn.
+    """
+    if turns[-1].get("role") != "assistant" or len(turns) == 1:
+        raise BadRow(
+            "no_answer",
+            field,
+            f"{field!r} does not end with an answer to something",
+            value=turns[-1].get("role"),
+            remedy="end it with an assistant turn, or set on_bad_rows: skip",
+        )
+    return turns[:-1], turns[-1:]
+
+
+def is_two_texts(value: Any) -> bool:
+    """Whether a value is a list of two texts."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)

@@ -1,0 +1,53 @@
+"""The commands that come next: complete, so that they can be copied."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+#: Verbs whose rows are pairs.
+_PAIRED = ("dpo", "orpo", "cpo")
+
+
+def command(*words: object) -> str:
+    """A command line of preftune, quoted for a shell."""
+    return shlex.join(["preftune", *map(str, words)])
+
+
+def evaluation(run: str | os.PathLike[str]) -> str:
+    """Evaluate a run on the rows that it held out."""
+    return command("eval", "--model", os.fspath(run))
+
+
+def report(*runs: str | os.PathLike[str]) -> str:
+    """Report on runs."""
+    return command("report", *(os.fspath(run) for run in runs))
+
+
+def chat(run: str | os.PathLike[str]) -> str:
+    """Talk with a run."""
+    return command("chat", os.fspath(run))
+
+
+def export(run: str | os.PathLike[str]) -> str:
+    """Make a run a model that others load."""
+    return command("export", os.fspath(run))
+
+
+def after_training(verb: str, folder: str | os.PathLike[str], *, held_out: bool) -> list[str]:
+    """Lines to end a training with.
+
+    Args:
+        verb: Its verb.
+        folder: Its output folder.
+        held_out: Whether it held rows out.
+
+    Returns:
+        A line per command, the first one being the next step.
+    """
+    if verb in _PAIRED and held_out:
+        return [f"next: {evaluation(folder)}"]
+    lines = [f"next: {report(folder)}", f"      {chat(folder)}"]
+    if not held_out:
+        lines.insert(0, "nothing was held out, so that no figure can judge it; --test_split_size 0.1 holds a tenth out")
+    return lines
