@@ -107,9 +107,9 @@ def let_deepspeed_in() -> None:
     """Let DeepSpeed be used on a CPU, which accelerate does for accelerators only."""
     original = AcceleratorState.__init__
 
-    def opened(self: Any, precision: Any = None, cpu: bool = False, *args: Any, **kwargs: Any) -> None:
+    def opened(self: Any, mixed_precision: Any = None, cpu: bool = False, *args: Any, **kwargs: Any) -> None:
         used = kwargs.get("deepspeed_plugin") is not None
-        original(self, precision, cpu and not used, *args, **kwargs)
+        original(self, mixed_precision, cpu and not used, *args, **kwargs)
         if used:
             PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
 
