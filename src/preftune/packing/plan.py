@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 
 #: Up to so many examples the rows are the most evenly filled ones; beyond, finding them would take longer than a step.
@@ -78,10 +79,11 @@ def _longest_first(lengths: Sequence[float]) -> list[int]:
 
 def _fill(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Best-fit assignment: every example to the fullest row that has room for it."""
-    rows: list[list[int]] = []
+    # What is longer than a row stays alone.
+    rows = [[index] for index in itertools.takewhile(lambda index: lengths[index] > max_tokens, order)]
     # Rows by the tokens that they have left, and a bit for every such number that some row has.
-    with_room: list[list[int]] = [[] for _ in range(max(max_tokens, int(lengths[order[0]])) + 1)]
-    rooms = start = 0
+    with_room: list[list[int]] = [[] for _ in range(max_tokens + 1)]
+    rooms, start = 0, len(rows)
     while start < len(order):
         length = int(lengths[order[start]])
         end = start
@@ -89,7 +91,7 @@ def _fill(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list
             end += 1
         while start < end:
             fitting = rooms >> length
-            room = length + (fitting & -fitting).bit_length() - 1 if fitting else max(max_tokens, length)
+            room = length + (fitting & -fitting).bit_length() - 1 if fitting else max_tokens
             if not fitting:
                 with_room[room].append(len(rows))
                 rows.append([])
