@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 TEST_ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo real test test-all test-extras test-low docs check format bench gpu learning real-page noise parity differential faults reliability audit guards fuzz coverage advisories stale clean
+.PHONY: help setup demo real test test-ci test-all test-extras test-low docs check format bench gpu learning real-page noise parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -40,11 +40,14 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TE
 test: setup  ## the tests that take minutes (TEST_ARGS is handed to pytest)
 	@$(PYTEST) -m "not slow and not extras" $(TEST_ARGS)
 
-test-all: setup real  ## every test but those of optional extras; what continuous integration runs
+test-ci: setup real  ## what continuous integration runs: all of these, and the slow ones on the tests' own rows
+	@$(PYTEST) -m "not wide and not extras" $(TEST_ARGS)
+
+test-all: setup real  ## every test but those of optional extras
 	@$(PYTEST) -m "not extras" $(TEST_ARGS)
 
-test-extras: setup  ## tests of 4- and 8-bit weights, trackers and guided fuzzing; installs those extras
-	@$(PIP) install -e '.[quantization,trackers,fuzz]' -c constraints.txt
+test-extras: setup  ## tests of 4- and 8-bit weights, trackers, DeepSpeed and guided fuzzing; installs those extras
+	@$(PIP) install -e '.[quantization,trackers,deepspeed,fuzz]' -c constraints.txt
 	@$(PYTEST) -m "extras" $(TEST_ARGS)
 
 # Without TRL, which asks for newer versions of its own. PEFT 0.18 warns of tied layers in an adapter; with transformers

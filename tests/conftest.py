@@ -56,7 +56,10 @@ def pytest_unconfigure() -> None:
 
 #: Published preference files beside the checkout; without them the tests run on rows of their own alone.
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
-_SOURCES = ["own", *([pytest.param("published", marks=pytest.mark.slow)] if PUBLISHED.is_dir() else [])]
+_SOURCES = [
+    "own",
+    *([pytest.param("published", marks=[pytest.mark.slow, pytest.mark.wide])] if PUBLISHED.is_dir() else []),
+]
 
 
 @pytest.fixture(scope="session", params=_SOURCES)

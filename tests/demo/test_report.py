@@ -12,8 +12,6 @@ from preftune.files import write_json
 from preftune.report import build
 from preftune.report.read import read_all
 
-pytest.importorskip("plotly")
-
 
 def scores(reward: float) -> dict[str, Any]:
     return {

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 and ZeRO-2 end with one process's weights, where DeepSpeed is installed."""
+"""DeepSpeed's ZeRO-1 and ZeRO-2 end with one process's weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from tests.distributed import cases as given
 from tests.distributed.test_equality import assert_same
 from tests.parity import worlds
 
-pytest.importorskip("deepspeed")
 _CASES = ("uneven", "uneven-live", "uneven-lora", "uneven-kto", "uneven-orpo")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -57,29 +57,15 @@ def assert_as_one_process(case: given.Case, world: worlds.World, folder: Path, t
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-6)
 
 
-@pytest.fixture(scope="module")
-def fsdp2(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes with FSDP2 left of every case."""
-    folder = tmp_path_factory.mktemp("fsdp2")
-    done = launched(SHARDED, world, folder, fsdp=True)
+# One test for all cases of an engine: they share a start of two processes, and workers would each start their own.
+
+
+@pytest.mark.parametrize(("cases", "engine"), [(SHARDED, "fsdp2"), (PLAIN, "ddp")], ids=["fsdp2", "ddp"])
+def test_two_processes_end_with_one_processs_weights(
+    cases: dict[str, given.Case], engine: str, world: worlds.World, tmp_path: Path
+) -> None:
+    done = launched(cases, world, tmp_path / "two", **({"fsdp": True} if engine == "fsdp2" else {}))
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ddp(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes with DDP left of every case."""
-    folder = tmp_path_factory.mktemp("ddp")
-    done = launched(PLAIN, world, folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_fsdp2_ends_with_one_processs_weights(name: str, world: worlds.World, fsdp2: Path, tmp_path: Path) -> None:
-    assert_as_one_process(SHARDED[name], world, tmp_path, fsdp2 / name)
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_ddp_ends_with_one_processs_weights(name: str, world: worlds.World, ddp: Path, tmp_path: Path) -> None:
-    assert_as_one_process(PLAIN[name], world, tmp_path, ddp / name)
+    for name, case in cases.items():
+        print(name)
+        assert_as_one_process(case, world, tmp_path / "one" / name, tmp_path / "two" / name)

@@ -28,42 +28,16 @@ def together(cases: dict[str, given.Case], world: worlds.World, folder: Path, en
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def engine(request: pytest.FixtureRequest) -> str:
-    kind: str = request.param
-    return kind
-
-
-@pytest.fixture(scope="module")
-def one(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process left."""
-    folder = tmp_path_factory.mktemp("one")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_run_goes_on_in_as_many_processes_or_in_others(engine: str, world: worlds.World, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
     for name, case in given.RESUMED.items():
-        given.run(case, world.path, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two(engine: str, world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left."""
-    folder = tmp_path_factory.mktemp(f"two-{engine}")
-    together(given.RESUMED, world, folder, engine)
-    return folder
-
-
-def test_two_processes_go_on_to_the_bit(engine: str, world: worlds.World, two: Path, tmp_path: Path) -> None:
-    together(given.resumed(given.RESUMED, two), world, tmp_path, engine)
-    for name in given.RESUMED:
-        assert_same(two / name, tmp_path / name, 0.0)
-
-
-def test_one_process_goes_on_for_two(two: Path, world: worlds.World, tmp_path: Path) -> None:
+        given.run(case, world.path, one / name)
+    together(given.RESUMED, world, two, engine)
+    together(given.resumed(given.RESUMED, two), world, tmp_path / "two-two", engine)
+    together(given.resumed(given.RESUMED, one), world, tmp_path / "one-two", engine)
     for name, case in given.resumed(given.RESUMED, two).items():
-        given.run(case, world.path, tmp_path / name)
-        assert_same(two / name, tmp_path / name, 1e-5)
-
-
-def test_two_processes_go_on_for_one(engine: str, one: Path, world: worlds.World, tmp_path: Path) -> None:
-    together(given.resumed(given.RESUMED, one), world, tmp_path, engine)
-    for name in given.RESUMED:
-        assert_same(one / name, tmp_path / name, 1e-5)
+        assert_same(two / name, tmp_path / "two-two" / name, 0.0)
+        given.run(case, world.path, tmp_path / "two-one" / name)
+        assert_same(two / name, tmp_path / "two-one" / name, 1e-5)
+        assert_same(one / name, tmp_path / "one-two" / name, 1e-5)

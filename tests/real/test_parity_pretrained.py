@@ -1,4 +1,4 @@
-"""Twenty steps on trained weights, by TRL and by preftune, in fp32: logs and weights."""
+"""Steps on trained weights, by TRL and by preftune, in fp32: logs and weights; a few, or twenty."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from tests.real.conftest import pair_rows
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
-STEPS, BATCH = 20, 2
+BATCH = 2
 TOLERANCE = 5e-4
 #: Rewards are beta times differences of sums of hundreds of nats, which TRL takes in fp32.
 REWARD_FLOOR = 2e-5
 
 
-def train(library: str, folder: str, out: Path, lora: bool, **more: Any) -> tuple[Any, list[dict[str, float]]]:
+def train(
+    library: str, folder: str, out: Path, lora: bool, steps: int, **more: Any
+) -> tuple[Any, list[dict[str, float]]]:
     torch.manual_seed(0)
     module = importlib.import_module(library)
     args = module.DPOConfig(
-        output_dir=str(out), per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=1e-4 if lora else 1e-6,
+        output_dir=str(out), per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=1e-4 if lora else 1e-6,
         bf16=False, use_cpu=True, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **more,
     )  # fmt: skip
     config = peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear") if lora else None
     trainer = module.DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         args=args,
-        train_dataset=Dataset.from_list(pair_rows(STEPS * BATCH)),
+        train_dataset=Dataset.from_list(pair_rows(steps * BATCH)),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=config,
     )
@@ -44,10 +46,11 @@ def train(library: str, folder: str, out: Path, lora: bool, **more: Any) -> tupl
 @pytest.mark.parametrize(
     ("lora", "more"), [(False, {}), (True, {"reference_store": False})], ids=["full", "lora, live"]
 )
-def test_twenty_steps_are_trls(smollm2: str, tmp_path: Path, lora: bool, more: dict[str, Any]) -> None:
-    theirs, expected = train("trl", smollm2, tmp_path / "trl", lora)
-    ours, got = train("preftune", smollm2, tmp_path / "preftune", lora, packing_mode="packed", **more)
-    assert len(got) == len(expected) == STEPS
+@pytest.mark.parametrize("steps", [5, pytest.param(20, marks=pytest.mark.wide)])
+def test_steps_are_trls(smollm2: str, tmp_path: Path, steps: int, lora: bool, more: dict[str, Any]) -> None:
+    theirs, expected = train("trl", smollm2, tmp_path / "trl", lora, steps)
+    ours, got = train("preftune", smollm2, tmp_path / "preftune", lora, steps, packing_mode="packed", **more)
+    assert len(got) == len(expected) == steps
     for mine, its in zip(got, expected, strict=True):
         for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
             assert mine[name] == pytest.approx(its[name], rel=TOLERANCE), name
