@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from preftune.demo.run import as_sweep
 from preftune.files import write_json
 from preftune.report import build
