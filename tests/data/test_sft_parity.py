@@ -131,7 +131,7 @@ def test_generation_prompt_longer_than_the_turn_header() -> None:
 
 
 def test_template_that_rewrites_earlier_turns_is_refused() -> None:
-    changing = "{% for m in messages %}{% if loop.last %}{{ m['content'] }}</s>{% else %}-{% endif %}{% endfor %}"
+    changing = "{% for m in messages %}{{ m['content'] }}{% if loop.last %}</s>{% else %}-{% endif %}{% endfor %}"
     tokenizer = make_tokenizer(template=changing)
     with pytest.raises(DataError, match=r"row 0 .* renders earlier turns differently"):
         prepare_sft(Dataset.from_list(ROWS["messages"]), tokenizer, DataOptions(), assistant_only_loss=True)

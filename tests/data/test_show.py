@@ -56,7 +56,7 @@ def test_labels_are_the_real_mask(tokenizer: Any, mode: Any, max_length: int | N
 def test_dropped_and_bad_rows_say_why(tokenizer: Any) -> None:
     rows = [PLAIN[6], {**PLAIN[0], "chosen": ""}]
     text = printed(rows, tokenizer, DataOptions(max_length=10))
-    assert "the whole row is dropped: prompt_fills_max_length" in text
+    assert "the whole row is dropped: prompt fills max length" in text
     assert "bad row: empty_completion" in text
 
 
@@ -152,7 +152,7 @@ def test_answers_in_the_terminal(tokenizer: Any) -> None:
     text = printed(LABELLED, tokenizer, DataOptions(max_length=10), kind="labelled")
     assert "the cat[+ sat on a mat</s>+]" in text
     assert "the cat[- was bright</s>-]" in text
-    assert "the whole row is dropped: prompt_fills_max_length" in text
+    assert "the whole row is dropped: prompt fills max length" in text
     assert "desirable: " in text
 
 

@@ -21,7 +21,12 @@ from preftune.training.fused import FusedTrainer
 from tests.models.tiny import tiny_model
 from tests.parity import worlds
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    # Of torch's own modules, as they are first imported; `pytest.warns` raises it again without the module's name.
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 # Adam would divide gradients that are zero but for rounding by their own size.
 SGD: dict[str, Any] = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
