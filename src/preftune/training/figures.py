@@ -65,6 +65,7 @@ def evaluate(
     metrics = {**step.held_out.pop(step.processes.reduce), "num_tokens": tokens_trained(step)}
     if not predict:
         return metrics, None
-    sampler = getattr(batches, "batch_sampler", None)
+    # One process goes through the data in their order; trials that share a forward give several predictions an example.
+    sampler = getattr(batches, "batch_sampler", None) if step.processes.number > 1 else None
     places = list(range(sum(map(len, predictions)))) if sampler is None else list(chain.from_iterable(sampler))
     return metrics, step.processes.in_order(predictions, places)
