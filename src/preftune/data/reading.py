@@ -146,9 +146,9 @@ def _decode(data: bytes) -> str:
 
 
 def _delimiter(text: str) -> str:
-    """What divides the fields of a header; commas unless there are none."""
+    """What divides the fields of a header; where nothing does, a mark that no text has, as a line is one field then."""
     header = text.partition("\n")[0]
-    return "," if "," in header else next((mark for mark in (";", "\t", "|") if mark in header), ",")
+    return next((mark for mark in (",", ";", "\t", "|") if mark in header), "\x1f")
 
 
 def _read_csv(path: Path, text: str, delimiter: str | None) -> RawTable:
