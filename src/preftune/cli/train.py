@@ -44,7 +44,16 @@ def main(verb: str, argv: Sequence[str]) -> int:
         code = run_training(this)
         if code == 0:
             _how_to_go_on(this)
+        _leave_the_others()
         return code
+
+
+def _leave_the_others() -> None:
+    """End what joins the processes; threads that still serve it when Python ends abort the process."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _how_to_go_on(this: Run) -> None:
