@@ -40,8 +40,9 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TE
 test: setup  ## the tests that take minutes (TEST_ARGS is handed to pytest)
 	@$(PYTEST) -m "not slow and not extras" $(TEST_ARGS)
 
-test-ci: setup real  ## what continuous integration runs: all of these, and the slow ones on the tests' own rows
-	@$(PYTEST) -m "not wide and not extras" $(TEST_ARGS)
+test-ci: setup real  ## what continuous integration runs: all of these, then the pretrained model and several processes
+	@$(PYTEST) -m "not slow and not extras" $(TEST_ARGS)
+	@$(PYTEST) -m "slow and not wide and not extras" tests/real tests/distributed $(TEST_ARGS)
 
 test-all: setup real  ## every test but those of optional extras
 	@$(PYTEST) -m "not extras" $(TEST_ARGS)
