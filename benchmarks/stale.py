@@ -35,8 +35,7 @@ ENGINE = (
 )
 #: Pages whose figures are nobody's measurement: settings, limits, sizes of files, hand calculations.
 WITHOUT_RESULTS = frozenset(
-    {"compatibility.md", "design.md", "first_hour.md", "hardware.md", "migration.md", "recipes.md", "report.md"}
-    | {"scale.md", "serve.md"}
+    {"design.md", "first_hour.md", "hardware.md", "migration.md", "recipes.md", "report.md", "serve.md"}
 )
 _FIGURE = re.compile(r"^\|.*\b\d+\.\d+\b.*\|", re.MULTILINE)
 _NAMED = re.compile(r"benchmarks/results(?:/[\w./-]*\w)?")

@@ -48,6 +48,15 @@ def test_lists_add_up_and_stay_as_written() -> None:
 
 def test_a_switch_may_be_told_off() -> None:
     assert taken("--loud", "false")[0].loud is False
+    assert taken("--loud", "--no_loud")[0].loud is False
+    assert taken("--no_loud", "--loud")[0].loud is True
+
+
+@pytest.mark.parametrize("argv", [("--no_out",), ("--no_loud", "1"), ("--no_bf16",)])
+def test_only_switches_are_told_off(argv: tuple[str, ...]) -> None:
+    own, rest = taken(*argv)
+    assert own == Own()
+    assert [flag for _, _, flag in rest] == [argv[0]]
 
 
 def test_defaults_give_way_to_flags() -> None:

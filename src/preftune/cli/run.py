@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,8 @@ _HELP = """usage: preftune run DATA --model MODEL [--out DIR] [--name value ...]
 
 The whole path: look the data over, hold some out, choose settings, train, evaluate on what was held out, and write a
 report. DATA is a file of rows, a folder, or a name on the Hub; pairs are trained with DPO, labelled answers with KTO,
-conversations with supervised fine-tuning. What is chosen is shown with its reason and stands in DIR/run.yaml; any
-setting of the training verb may be given as a flag or in a --config file, and wins.
+conversations with supervised fine-tuning. Every chosen setting is shown with its reason and written to
+DIR/run.yaml. Any setting of the training verb can be given as a flag or in a --config file, and takes precedence.
 
 example: preftune run pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --out tuned
 
@@ -59,8 +59,8 @@ class _Own:
     verb: str | None = None
     audit: bool = True
     evaluate: bool = True
-    num_prompts: int = field(default=16)
-    max_new_tokens: int = field(default=128)
+    num_prompts: int = 16
+    max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         for name, least in (("num_prompts", 0), ("max_new_tokens", 1)):
@@ -83,7 +83,6 @@ def main(argv: Sequence[str]) -> int:
             value=os.environ["WORLD_SIZE"],
             remedy="write the settings with preftune advise --write FILE, then accelerate launch -m preftune dpo",
         )
-    line = _switches(line)
     own, line = take_own(line, _Own)
     line = _with(line, dataset_name=data, model_name_or_path=own.model, output_dir=own.out)
     from rich.console import Console
@@ -115,16 +114,6 @@ def _data(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
         return argv[0], list(argv[1:])
     return None, list(argv)
-
-
-def _switches(line: CommandLine) -> CommandLine:
-    """``--no_audit`` as ``--audit false``."""
-    names = {"no_audit": "audit", "no_evaluate": "evaluate"}
-    flags = [
-        (names[name], ("false",), flag) if name in names and not values else (name, values, flag)
-        for name, values, flag in line.flags
-    ]
-    return CommandLine(line.configs, tuple(flags), line.help)
 
 
 def _with(line: CommandLine, **given: str | None) -> CommandLine:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from preftune.config import split_command_line
 from preftune.config.own import take_own
 from preftune.runs.launch import Processes, launch, this_program
+from preftune.verbs import PAIR_VERBS
 
 if TYPE_CHECKING:
     from preftune.runs.run import Run
@@ -100,7 +101,7 @@ def run_training(this: Run) -> int:
             with without_trial() if dry_run else nullcontext():
                 trainer, splits = build_trainer(this, settings_classes(this.verb)[1])
             plan = trainer.plan()
-            paired, notes = this.verb in ("dpo", "orpo", "cpo"), this.settings.notes
+            paired, notes = this.verb in PAIR_VERBS, this.settings.notes
             output_dir = str(this.args.output_dir)
             this.console.print(summary(plan, paired=paired, output_dir=output_dir, verb=this.verb, notes=notes))
             show_at_start(this, trainer, plan)

@@ -19,7 +19,8 @@ def take_own(line: CommandLine, cls: type[T], **defaults: Any) -> tuple[T, Comma
 
     Args:
         line: The split command line.
-        cls: A dataclass. A flag of a boolean field needs no value; one of a list of texts may be repeated.
+        cls: A dataclass. A flag of a boolean field needs no value, and ``--no_name`` sets it to false; one of a list of
+            texts may be repeated.
         defaults: Values where no flag is given, over those of the class.
 
     Returns:
@@ -32,6 +33,10 @@ def take_own(line: CommandLine, cls: type[T], **defaults: Any) -> tuple[T, Comma
     given: dict[str, Any] = {}
     rest = []
     for name, values, flag in line.flags:
+        turned_off = name.removeprefix("no_")
+        if name not in own and not values and turned_off in own and own[turned_off].is_boolean:
+            given[turned_off] = False
+            continue
         if name not in own:
             rest.append((name, values, flag))
             continue

@@ -73,7 +73,7 @@ _OTHER_KINDS = {
 }
 #: What files begin with that are not what their name says, and what to do about it.
 _MISNAMED = (
-    (b"version https://git-lfs", "a Git LFS pointer stands in the place of the file", "fetch it with `git lfs pull`"),
+    (b"version https://git-lfs", "a Git LFS pointer in place of the file", "fetch it with `git lfs pull`"),
     (b"<!DOCTYPE html", "this is a web page, not the file", "download the file itself"),
     (b"<html", "this is a web page, not the file", "download the file itself"),
     (b"PAR1", "this is a Parquet file under another name", "rename it to .parquet"),

@@ -26,7 +26,7 @@ def modelfile(tokenizer: Any, weights: str, *, system: str | None = None) -> tup
         Its text, and why it has no template, or ``None``.
 
     Raises:
-        ConfigError: The system message cannot stand in such a file.
+        ConfigError: A Modelfile cannot hold this system message.
     """
     lines = [f"FROM {weights}"]
     pieces = take_apart(tokenizer)

@@ -29,7 +29,7 @@ def check_places(written: Mapping[str, str | None], read: Mapping[str, str | Non
             if one == other:
                 how = "is the same place as"
             elif _is_in(one, other) and os.path.isdir(other):
-                how = "lies in"
+                how = "is inside"
             elif _is_in(other, one) and os.path.isdir(other) and not may_hold:
                 how = "holds"
             if how is not None:

@@ -242,9 +242,7 @@ def advised_choices(advice: Advice) -> list[Choice]:
 
 def settle(verb: str, given: Mapping[str, Any], choices: Sequence[Choice]) -> Settled:
     """What was given wins over what is advised, and that over what this verb chooses by itself."""
-    by_name: dict[str, Choice] = {}
-    for choice in choices:
-        by_name[choice.name] = choice
+    by_name = {choice.name: choice for choice in choices}
     if given.get("use_peft") is False:
         by_name = {name: choice for name, choice in by_name.items() if not name.startswith(("lora_", "use_peft"))}
     return Settled(verb, given, [choice for name, choice in by_name.items() if name not in given])

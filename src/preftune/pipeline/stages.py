@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 STATE, SETTINGS, KIND = "run.json", "run.yaml", "run"
 #: Settings that say how to run, not what.
 _NOT_WRITTEN = ("dry_run", "resume_from_checkpoint", "existing_output")
-#: Verbs that there is an advice for.
-_ADVISED = PREFERENCE_VERBS
 
 
 @dataclass
@@ -189,7 +187,7 @@ class Pipeline:
         if self.begun:
             return None, None
         chosen = own_choices(self.verb, self._rows, accelerator=_computes_in_bfloat16())
-        advice = self._advice() if self.verb in _ADVISED else None
+        advice = self._advice() if self.verb in PREFERENCE_VERBS else None
         if advice is not None:
             chosen += advised_choices(advice)
         return settle(self.verb, self.explicit, chosen), advice

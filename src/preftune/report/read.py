@@ -21,7 +21,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)\Z")
 _RUN_FILES = (STATE, "provenance.json", LIVE_LOG, "alarms.jsonl", "samples.jsonl", "eval.json")
 _EVALUATION = "eval.json"
 _REPORT_FILES = ("audit.json", "advice.json", _EVALUATION)
-#: Folder of a run that its evaluation lies in.
+#: Folder of a run that holds its evaluation.
 INSIDE = "eval"
 
 
@@ -122,7 +122,7 @@ def read_all(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[S
 
 
 def _with_evaluations(runs: list[Run]) -> list[Run]:
-    """One run for a training and its evaluation, whether the latter was named or lies beside the former."""
+    """One run for a training and its evaluation, whether the evaluation was named or is found in the run's folder."""
     trained = {run.path.resolve(): run for run in runs if run.history or run.provenance}
     kept = []
     for run in runs:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 
-#: Verbs whose rows are pairs.
-_PAIRED = ("dpo", "orpo", "cpo")
+from preftune.verbs import PAIR_VERBS
 
 
 def command(*words: object) -> str:
@@ -45,7 +44,7 @@ def after_training(verb: str, folder: str | os.PathLike[str], *, held_out: bool)
     Returns:
         A line per command, the first one being the next step.
     """
-    if verb in _PAIRED and held_out:
+    if verb in PAIR_VERBS and held_out:
         return [f"next: {evaluation(folder)}"]
     lines = [f"next: {report(folder)}", f"      {chat(folder)}"]
     if not held_out:

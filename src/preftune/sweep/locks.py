@@ -42,7 +42,7 @@ def _opened(path: Path) -> IO[str]:
         if error.errno != errno.ELOOP:
             raise
         remedy = "remove it"
-        raise SetupError("a link stands in the place of a lock", where=str(path), remedy=remedy) from error
+        raise SetupError("a link in place of a lock", where=str(path), remedy=remedy) from error
 
 
 @contextlib.contextmanager

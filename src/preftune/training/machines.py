@@ -128,7 +128,7 @@ def kept_rates(kind: str, name: str) -> dict[str, float]:
     rates = measured_rates(kind)
     with suppress(OSError):
         make_home(path.parent)
-        replace_text(path, json_text({**known, key: {**rates, "at": round(time.time())}}))
+        replace_text(path, json_text({**known, key: {**rates, "at": int(time.time())}}))
     return rates
 
 

@@ -29,7 +29,7 @@ def pair_key(rows: Rows, i: int) -> tuple[str, ...]:
 
 
 def check_duplicates(rows: Rows) -> list[Finding]:
-    """Rows that stand in the data more than once, and prompts with many rows."""
+    """Rows that occur more than once, and prompts with many rows."""
     first: dict[tuple[str, ...], int] = {}
     copies = [(first.setdefault(pair_key(rows, i), i), i) for i in range(len(rows))]
     flags = [i != original for original, i in copies]
@@ -42,7 +42,7 @@ def check_duplicates(rows: Rows) -> list[Finding]:
             f"{plural(found.count, 'row')} of {len(rows):,} repeat an earlier one",
             "A repeated row weighs as often as it stands there; remove the copies unless that is meant."
             if found.count
-            else "No row stands in the data twice.",
+            else "No row occurs twice.",
             **found.fields(),
             examples=tuple({"row": rows.numbers[i], "repeats": rows.numbers[o]} for o, i in copies if i != o)[
                 :NUM_EXAMPLES
@@ -250,7 +250,7 @@ def check_leakage(train: Rows, test: Rows, progress: Callable[[Iterable[Any], st
             cache[text] = index.find(Shingled.of(text)) is not None
         near.append(exact is None and cache[text])
     return [
-        _leak("leaked_rows", test, [hit is not None for hit in same], "stand in the training data, whatever the label"),
+        _leak("leaked_rows", test, [hit is not None for hit in same], "are in the training data, whatever their label"),
         _leak("leaked_prompts", test, [hit is not None for hit in prompt_only], "have a prompt of the training data"),
         _leak("near_leaked_prompts", test, near, "have nearly a prompt of the training data"),
     ]
