@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import psutil
 import pytest
 from datasets import Dataset
 
-from preftune.data.batches import Outcome
+from preftune.data.batches import Outcome, to_table
 from preftune.data.options import DataOptions
 from preftune.data.processes import in_processes
 from preftune.errors import ConfigError, DataError, SetupError
@@ -37,7 +38,7 @@ class Doubling:
 
 
 def run(worker: Doubling, patience: float = 60.0) -> list[list[int]]:
-    tables = in_processes(ROWS, worker, 2, "Preparing train", 7, patience)
+    tables = in_processes(ROWS, partial(to_table, worker=worker), 2, "Preparing train", 7, patience)
     return [ids for table in tables for ids in table["ids"].to_pylist()]
 
 

@@ -38,6 +38,9 @@ _INNER = (
     *("optimizer.safetensors", "rank_state_0.json", "HEAD", "state.json", "dataset_info.json", "sub/deep.bin"),
 )
 
+#: The lock file while nobody holds it: it is what a run leaves, and what the next one writes into.
+FREE_LOCK = (".preftune/holder.json", hashlib.sha256().hexdigest())
+
 
 def plant(folder: Path, draw: random.Random, steps: int = 9) -> None:
     """Put random foreign files, folders and links into a folder; nothing that is there is touched."""
@@ -161,7 +164,7 @@ def lost(before: dict[str, str], folder: Path, *, moved: bool = False) -> list[s
         moved: Whether they may have been set aside, into a folder ``earlier-N``, as they were.
     """
     now = snapshot(folder)
-    gone = [name for name, what in before.items() if now.get(name) != what]
+    gone = [name for name, what in before.items() if now.get(name) != what and (name, what) != FREE_LOCK]
     if moved:
         asides = {name for name in now if "/" not in name and name.startswith("earlier-") and name not in before}
         gone = [name for name in gone if not any(now.get(f"{aside}/{name}") == before[name] for aside in asides)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,7 +116,7 @@ def run(dataset: Dataset, worker: Worker, options: DataOptions, desc: str) -> tu
     def compute() -> pa.Table:
         if num_proc is not None and num_proc > 1 and len(dataset) >= MIN_ROWS_FOR_PROCESSES:
             tables: Iterable[pa.Table] = in_processes(
-                dataset, worker, num_proc, desc, BATCH_SIZE, options.worker_timeout
+                dataset, partial(to_table, worker=worker), num_proc, desc, BATCH_SIZE, options.worker_timeout
             )
         else:
             tables = _in_batches(dataset, worker, desc)

@@ -6,34 +6,37 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as WaitedTooLong
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
+from preftune.data.arrow import rows_of
 from preftune.errors import SetupError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-    from preftune.data.batches import Worker
+#: Makes a table of a batch of rows and the rows' numbers.
+MakeTable = Callable[[list[dict[str, Any]], Sequence[int]], "pa.Table"]
 
 #: What every process works on; handed over once, when it starts.
-_given: tuple[Dataset, Worker, int] | None = None
+_given: tuple[Dataset, MakeTable, int] | None = None
 
 
 def in_processes(
-    dataset: Dataset, worker: Worker, num_proc: int, desc: str, batch_size: int, patience: float
+    dataset: Dataset, make_table: MakeTable, num_proc: int, desc: str, batch_size: int, patience: float
 ) -> list[pa.Table]:
-    """Apply a worker to batches of rows in processes of its own.
+    """Make tables of batches of rows in several processes.
 
     ``Dataset.map`` waits for ever for a process that never returns. Here a batch that is not done in time ends the
     whole with one error, as does a process that dies, and no process outlives its parent.
 
     Args:
         dataset: Rows.
-        worker: What to do with them; handed to the processes once.
+        make_table: What to do with them; must be picklable, and is handed to the processes once.
         num_proc: How many processes.
         desc: Title of the progress bar.
         batch_size: Rows of one piece of work.
@@ -48,7 +51,7 @@ def in_processes(
     from datasets.utils import tqdm
 
     starts = range(0, len(dataset), batch_size)
-    pool = ProcessPoolExecutor(min(num_proc, len(starts)), initializer=_begin, initargs=(dataset, worker, batch_size))
+    pool = ProcessPoolExecutor(min(num_proc, len(starts)), initializer=_begin, initargs=(dataset, make_table, batch_size))
     futures: list[Future[pa.Table]] = []
     try:
         futures = [pool.submit(_one_batch, start) for start in starts]
@@ -80,10 +83,10 @@ def _kill(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(dataset: Dataset, worker: Worker, batch_size: int) -> None:
+def _begin(dataset: Dataset, make_table: MakeTable, batch_size: int) -> None:
     """Runs in every process when it starts."""
     global _given
-    _given = (dataset, worker, batch_size)
+    _given = (dataset, make_table, batch_size)
     # Ctrl-C reaches every process of the terminal; the parent decides, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -98,9 +101,6 @@ def _end_with_parent() -> None:
 
 
 def _one_batch(start: int) -> pa.Table:
-    from preftune.data.arrow import rows_of
-    from preftune.data.batches import to_table
-
     assert _given is not None
-    dataset, worker, batch_size = _given
-    return to_table(rows_of(dataset, slice(start, start + batch_size)), range(start, len(dataset)), worker)
+    dataset, make_table, batch_size = _given
+    return make_table(rows_of(dataset, slice(start, start + batch_size)), range(start, len(dataset)))

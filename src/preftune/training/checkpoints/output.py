@@ -124,9 +124,11 @@ def _earlier(folder: Path, run: RunFolder) -> list[RunFolder]:
 
 
 def _empty(folder: Path, run: RunFolder, names: Sequence[str]) -> dict[str, RunFolder]:
-    """Empty files that an earlier run left, and that run: they hold no result, and make room."""
+    """Empty logs that an earlier run left, and that run: they hold no result, and make room."""
     found = {}
     for name in names:
+        if not name.endswith(".jsonl"):
+            continue
         owner = next((other for other in _earlier(folder, run) if other.owns(name)), None)
         if owner is not None and (folder / name).is_file() and not (folder / name).stat().st_size:
             found[name] = owner
