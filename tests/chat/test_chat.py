@@ -18,7 +18,7 @@ from rich.console import Console
 
 from preftune.chat import open_session
 from preftune.chat.session import Answer, Side
-from preftune.cli.chat import talk
+from preftune.chat.terminal import talk
 from preftune.cli.main import main
 from preftune.errors import ConfigError
 from preftune.models.tuned import find_tuned
@@ -181,7 +181,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(
             yield [Answer("tuned", f"so far {question}", 2), Answer("reference", "well", 1)]
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("preftune.cli.chat._questions", lambda interactive: iter(["one", "two"]))
+    monkeypatch.setattr("preftune.chat.terminal._questions", lambda interactive: iter(["one", "two"]))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     session: Any = Interrupted()
     talk(session, Console(force_terminal=True, highlight=False, width=width, height=20))

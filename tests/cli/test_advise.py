@@ -91,7 +91,7 @@ def test_memory_and_time_are_those_of_the_advised_settings_and_of_the_dry_run(cl
     code, out, err = cli("dpo", "--config", "advised.yaml", "--dry_run")
     assert code == 0, err
     shown = " ".join(out.replace("│", " ").split())
-    from preftune.cli.style import size
+    from preftune.terminal.units import size
 
     assert f"about {size(again['memory']['total'])} (weights" in shown
     assert f"of {again['time']['step_seconds']:.2g} s" in shown

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from preftune.cli.bar import Bar, fitting
 from preftune.cli.progress import ProgressReport, figures_of
+from preftune.terminal.bar import Bar, fitting
 
 LOGS = {
     "loss": 0.69312,

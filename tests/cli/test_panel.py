@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from preftune.cli.panel import memory, saved, summary
-from preftune.cli.style import count, duration, plural, share, size
 from preftune.data import PrepareReport
 from preftune.runs.records import data_lines
+from preftune.terminal.units import count, duration, plural, share, size
 from preftune.training.plan import MemoryEstimate, TrainingPlan
 
 GIB = 1 << 30

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from preftune.cli.bar import Bar
 from preftune.cli.help import help_of
 from preftune.cli.help_table import sections_of_verb
 from preftune.cli.panel import summary
 from preftune.evaluation.result import EvalResult
 from preftune.evaluation.table import show as show_evaluation
+from preftune.terminal.bar import Bar
 from tests.cli.test_panel import PLAN
 
 SCREENS = Path(__file__).with_name("screens")
@@ -91,7 +91,7 @@ def bar(console: Console) -> None:
 
 
 def of_sweep(console: Console) -> None:
-    from preftune.cli.sweep_view import table
+    from preftune.sweep.view import table
 
     console.print(table(sweep()))
 

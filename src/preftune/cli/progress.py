@@ -11,8 +11,8 @@ from rich.live import Live
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from preftune.bars import take_bars
-from preftune.cli.bar import Bar, fitting, live
-from preftune.cli.style import duration
+from preftune.terminal.bar import Bar, fitting, live
+from preftune.terminal.units import duration
 
 _SHOWN = (
     ("loss", "loss"),

@@ -75,8 +75,8 @@ def _told(page: Page) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page."""
-    from preftune.cli.style import size
     from preftune.report import write
+    from preftune.terminal.units import size
 
     _check_page(arguments.out)
     page, path = write(arguments.runs, arguments.out, title=arguments.title), Path(arguments.out)

@@ -196,7 +196,7 @@ def _settings_and_training(pipeline: Pipeline, console: Console, scratch: Path) 
 
 def _audit(report: AuditReport, pipeline: Pipeline, console: Console) -> None:
     """A line on the data, and one for each finding that needs attention."""
-    from preftune.cli.style import plural
+    from preftune.terminal.units import plural
 
     counts = [(one, sum(each.severity == one for each in report.findings)) for one in ("problem", "warn", "note")]
     found = ", ".join(plural(number, "warning" if one == "warn" else one) for one, number in counts if number)

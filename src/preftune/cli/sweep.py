@@ -71,11 +71,11 @@ def help_text() -> str:
 
 
 def _sweep(options: Options, rest: CommandLine, folder: Path, console: Console) -> int:
-    from preftune.cli.sweep_view import View, summary
     from preftune.cli.verbs import INTERRUPTED
     from preftune.sweep.board import Board
     from preftune.sweep.run import run_trials
     from preftune.sweep.setup import begin
+    from preftune.sweep.view import View, summary
 
     plan, notes = begin(options, rest, folder)
     if options.dry_run:
@@ -110,11 +110,11 @@ def _how_to_go_on(options: Options, console: Console) -> None:
 
 
 def _end(options: Options, plan: Plan, folder: Path, board: Board, console: Console) -> int:
-    from preftune.cli.sweep_view import table
     from preftune.ownership import RunFolder
     from preftune.sweep.holdout import KIND
     from preftune.sweep.locks import beginning
     from preftune.sweep.result import drop_weights, write_result
+    from preftune.sweep.view import table
 
     states = board.states()
     with beginning(folder):

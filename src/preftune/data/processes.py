@@ -51,7 +51,9 @@ def in_processes(
     from datasets.utils import tqdm
 
     starts = range(0, len(dataset), batch_size)
-    pool = ProcessPoolExecutor(min(num_proc, len(starts)), initializer=_begin, initargs=(dataset, make_table, batch_size))
+    pool = ProcessPoolExecutor(
+        min(num_proc, len(starts)), initializer=_begin, initargs=(dataset, make_table, batch_size)
+    )
     futures: list[Future[pa.Table]] = []
     try:
         futures = [pool.submit(_one_batch, start) for start in starts]

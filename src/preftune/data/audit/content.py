@@ -14,8 +14,9 @@ from preftune.data.audit.optional import optional
 from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
 from preftune.data.audit.shares import Share, share_of
-from preftune.data.audit.text import excerpt, plural, same_text, words
+from preftune.data.audit.text import excerpt, same_text, words
 from preftune.data.formats import NOT_USED
+from preftune.terminal.units import plural
 
 NUM_EXAMPLES = 5
 #: An answer counts as a refusal where one of these stands in its first 200 characters, in lower case.

@@ -14,7 +14,8 @@ from preftune.data.audit.optional import optional
 from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
 from preftune.data.audit.shares import share_of
-from preftune.data.audit.text import plural, same_text
+from preftune.data.audit.text import same_text
+from preftune.terminal.units import plural
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

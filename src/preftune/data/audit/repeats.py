@@ -10,7 +10,8 @@ from preftune.data.audit.near import NearIndex, Shingled
 from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
 from preftune.data.audit.shares import share_of
-from preftune.data.audit.text import SHINGLE, excerpt, plural, same_text
+from preftune.data.audit.text import SHINGLE, excerpt, same_text
+from preftune.terminal.units import plural
 
 NUM_EXAMPLES = 5
 #: Pairs of one prompt from which on the prompt is said to be over-represented.

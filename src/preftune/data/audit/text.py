@@ -68,11 +68,6 @@ def same_text(text: str) -> str:
     return " ".join(text.split())
 
 
-def plural(count: int, word: str) -> str:
-    """``1 row``, ``1,200 rows``."""
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
-
-
 def listed(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

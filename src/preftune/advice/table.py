@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from preftune.cli.style import count, duration, plural, size
+from preftune.terminal.units import count, duration, plural, size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from preftune.cli.bar import Bar, live
-from preftune.cli.style import duration
 from preftune.sweep import runner
 from preftune.sweep.board import Board
 from preftune.sweep.plan import Plan
@@ -20,6 +18,8 @@ from preftune.sweep.runner import Outcome, TrialSpec
 from preftune.sweep.scores import ACCURACY, PER_TOKEN, left_reference
 from preftune.sweep.space import shown
 from preftune.sweep.worker import Reporter
+from preftune.terminal.bar import Bar, live
+from preftune.terminal.units import duration
 
 
 def cell_text(entry: Mapping[str, Any] | None) -> str:
