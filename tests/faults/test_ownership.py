@@ -95,6 +95,8 @@ SETTINGS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "convert": ({"--out": "file"}, {"--dataset_name": "data"}),
     "advise": ({"--out": "folder", "--write": "file"}, {"--model_name_or_path": "model", "--dataset_name": "data"}),
     "sweep": ({"--out": "folder", "PREFTUNE_CACHE": "folder"}, {"--model_name_or_path": "model"}),
+    "run": ({"--out": "folder", "PREFTUNE_CACHE": "folder"}, {"--model": "model", "{world}/pairs.jsonl": "data"}),
+    "export": ({"--output_dir": "folder"}, {"{world}/model": "model", "--dataset_name": "data"}),
 }
 RELATIONS = ("same", "linked", "inside", "holds")
 
@@ -138,7 +140,8 @@ def test_settings_that_point_at_each_other(campaign: Campaign, world: Path) -> N
             if setting == "PREFTUNE_CACHE":
                 environment[setting] = str(path)
             elif setting in argv:
-                argv[argv.index(setting) + 1] = str(path)
+                # A word that stands for itself is replaced, a flag's value otherwise.
+                argv[argv.index(setting) + setting.startswith("--")] = str(path)
             else:
                 argv += [setting, str(path)]
         if "--quarantine_path" in argv:

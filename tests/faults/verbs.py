@@ -31,6 +31,13 @@ VERBS: dict[str, tuple[str, ...]] = {
     "report": ("report", "{world}/run", "--out", "{out}/report.html"),
     "recipes": ("recipes", "copy", "zephyr-7b-dpo-full", "{out}/README.md"),
     "convert": ("data", "convert", *_PAIRS, "--out", "{out}/log.jsonl"),
+    "run": (
+        *("run", "{world}/pairs.jsonl", "--model", "{world}/model", "--out", "{out}", "--use_cpu", "true"),
+        *("--bf16", "false", "--report_to", "none", "--max_steps", "2", "--num_prompts", "0", "--disable_tqdm", "true"),
+        *("--per_device_train_batch_size", "2", "--use_peft", "false", "--gradient_accumulation_steps", "1"),
+    ),
+    # With pairs to score the export takes a minute.
+    "export": ("export", "{world}/model", "--output_dir", "{out}", "--num_pairs", "0"),
     "sweep": (
         *("sweep", *_PAIRS, "--model_name_or_path", "{world}/model", "--out", "{out}", "--param", "beta=0.1,0.2"),
         *("--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "2", "--eval_share", "0.3"),
