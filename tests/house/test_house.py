@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -132,3 +133,24 @@ def test_version_is_said_once() -> None:
     assert isinstance(project, dict)
     assert project["version"] == preftune.__version__
     assert f"## [{preftune.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_no_module_reaches_itself_by_its_imports() -> None:
+    """Lazy imports and those for type checkers count too; a package stands for its ``__init__``."""
+    names = {
+        ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
+        for path in MODULES
+    }
+    needed: dict[str, set[str]] = {}
+    for name, path in names.items():
+        needed[name] = found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                asked = [f"{node.module}.{each.name}" for each in node.names]
+                found |= {each if each in names else str(node.module) for each in asked}
+            elif isinstance(node, ast.Import):
+                found |= {each.name for each in node.names}
+    graph = {name: found & names.keys() for name, found in needed.items()}
+    assert sum(map(len, graph.values())) > 1000
+    # Raises CycleError, which names the circle.
+    graphlib.TopologicalSorter(graph).prepare()
