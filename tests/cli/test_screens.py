@@ -107,11 +107,24 @@ def of_run_help(console: Console) -> None:
     console.print(help_text(), markup=False, highlight=False, soft_wrap=True)
 
 
+def of_advise(console: Console) -> None:
+    """Of a model, data and a machine that are not at hand, so that it is the same everywhere."""
+    from preftune.advice.inputs import Known, advise_on
+    from preftune.advice.table import show
+    from preftune.config import split_command_line
+    from preftune.runs.settings import read_settings
+
+    settings = read_settings("dpo", split_command_line(["--learning_rate", "5e-5", "--beta", "0.9"]))
+    advice, notes = advise_on("dpo", settings, Known("a100-80g", 7e9, 60_000, 0.1, None))
+    show(console, advice, [*settings.notes, *notes], following="preftune advise --write advised.yaml")
+
+
 DRAW: dict[str, Callable[[Console], None]] = {
     "bar": bar,
     "plan": lambda console: console.print(summary(PLAN, paired=True, output_dir="out/tuned", verb="dpo")),
     "eval": lambda console: show_evaluation(evaluation(), console),
     "sweep": of_sweep,
+    "advise": of_advise,
     "help-dpo": of_help,
     "help-run": of_run_help,
 }

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from preftune.errors import ConfigError
@@ -230,6 +231,38 @@ def test_a_full_disk_is_said_by_code_and_last_line(campaign: Campaign, world: Pa
         if answer["code"] == 6 and (out / "model.safetensors").exists() and "could not be written" in last:
             seen.add(last.split(": ")[2].split(" could")[0])
     assert seen & {"checkpoint-2", "checkpoint-3"}, seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strike", "codes"), [("full", {6}), ("interrupt", {130})])
+@pytest.mark.parametrize("name", ["run", "export"])
+def test_the_whole_path_is_stopped_anywhere_and_the_same_command_goes_on(
+    campaign: Campaign, world: Path, name: str, strike: str, codes: set[int]
+) -> None:
+    """A full disk, or Ctrl-C, at operations spread over all stages: audit, settings, training, evaluation, report."""
+    out = campaign.place(f"{name}-whole")
+    # An export is made beside its place.
+    argv = tuple(word.replace("{out}", "{out}/below") for word in VERBS[name])
+    whole = run(campaign, out, argv)
+    assert whole["code"] == 0, whole
+    # Training goes on without a checkpoint that could not be written, which its last line says.
+    results = {path.name for path in (out / "below").iterdir() if not path.name.startswith("checkpoint-")}
+    last = whole["operations"]
+    points = np.linspace(1, last, min(last, scaled(5, 40))).astype(int)
+    seen = Counter[int]()
+    for at in dict.fromkeys(points.tolist()):
+        shutil.rmtree(out, ignore_errors=True)
+        answer = run(campaign, out, argv, at=at, strike=strike)
+        assert_clear(answer)
+        # A page, a log or a table that cannot be written is said, and does not end the path.
+        assert answer["ended"] == "ok", answer
+        assert answer["code"] in {0, *codes}, answer
+        seen[answer["code"]] += 1
+        again = run(campaign, out, (*argv, *(("--overwrite",) if name == "export" else ())))
+        assert again["code"] == 0, (at, answer, again)
+        assert results <= {path.name for path in (out / "below").iterdir()}, (at, answer, again)
+        assert not [path for path in out.rglob("*.tmp")]
+    assert seen[min(codes)], seen
 
 
 def test_two_processes_do_not_share_a_folder(campaign: Campaign, world: Path) -> None:

@@ -84,7 +84,8 @@ def _about(case: Case) -> str:
     pairs = f", {plural(case.num_pairs, 'pair')}" if case.num_pairs else ""
     noise = "label noise not known"
     if case.noise is not None:
-        noise = f"label noise {case.noise.estimate:.0%} ({case.noise.span})"
+        span = f" ({case.noise.span})" if case.noise.low != case.noise.high else ""
+        noise = f"label noise {case.noise.estimate:.0%}{span}"
     trained = "an adapter" if case.lora else "all weights"
     return f"{case.verb}, {'+'.join(case.methods)}: {count(case.num_parameters)} parameters, {trained}{pairs}, {noise}"
 
