@@ -261,7 +261,7 @@ def test_the_whole_path_is_stopped_anywhere_and_the_same_command_goes_on(
         again = run(campaign, out, (*argv, *(("--overwrite",) if name == "export" else ())))
         assert again["code"] == 0, (at, answer, again)
         assert results <= {path.name for path in (out / "below").iterdir()}, (at, answer, again)
-        assert not [path for path in out.rglob("*.tmp")]
+        assert not list(out.rglob("*.tmp"))
     assert seen[min(codes)], seen
 
 
