@@ -5,6 +5,8 @@ rotating order, repetition after repetition, so that a slow minute of the machin
 median and the range; the JSON holds every single measurement and the environment. ``render.py`` turns it into
 ``docs/benchmarks.md``.
 
+Results are written after every cell; with ``--go_on`` a run that was cut short keeps what the same code has measured.
+
 A quick look:    python benchmarks/run.py --models llama-19m --reps 1
 """
 
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +32,7 @@ if __package__ in (None, ""):  # run as a file
 
 from benchmarks.workloads import MODELS
 
-from benchmarks import summary
+from benchmarks import stale, summary
 
 HERE = Path(__file__).resolve().parent
 WORKLOADS = ("hh", "dpo_en", "capybara", "hh_rlhf", "metamath", "tldr", "helpsteer", "ultrafeedback")
@@ -128,6 +131,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<device>-<preset>.json)")
     parser.add_argument("--note", default="", help="what a reader has to know about the circumstances")
+    parser.add_argument(
+        "--go_on", action="store_true", help="keep the cells of the result file that the same code measured before"
+    )
     parser.add_argument("--dry_run", action="store_true", help="list the cells and stop")
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
@@ -211,12 +217,26 @@ def run_cell(spec: dict[str, Any], timeout: float, cache: Path | None = None) ->
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def run_all(args: argparse.Namespace, settings: list[Setting]) -> list[dict[str, Any]]:
-    """Run every cell, interleaved, and print a line for each."""
-    total = args.reps * len(settings) * len(args.variants)
-    results: list[dict[str, Any]] = []
+def run_all(
+    args: argparse.Namespace, settings: list[Setting], results: list[dict[str, Any]], save: Callable[[], None]
+) -> None:
+    """Run every cell that is not done yet, interleaved, and print a line for each.
+
+    Args:
+        args: Command line.
+        settings: What is compared in.
+        results: Cells of an earlier call with the same code, to which this one adds.
+        save: Called after every cell.
+    """
+    total, before = args.reps * len(settings) * len(args.variants), len(results)
     start = time.monotonic()
+    done = {_place(cell) for cell in results}
     for rep, setting in itertools.product(range(args.reps), settings):
+        places = {_place(make_spec(args, setting, variant) | {"rep": rep}) for variant in args.variants}
+        if places <= done:
+            continue
+        # Contenders are compared within a repetition, so that one that was cut short is done again.
+        results[:] = [cell for cell in results if _place(cell) not in places]
         variants = [variant for variant in args.variants if variant != "packed-known"]
         variants = variants[rep % len(variants) :] + variants[: rep % len(variants)] if variants else []
         with tempfile.TemporaryDirectory(prefix="preftune-cache-") as known:
@@ -226,15 +246,40 @@ def run_all(args: argparse.Namespace, settings: list[Setting]) -> list[dict[str,
                 if variant == "packed-known" and "packed" not in variants:
                     run_cell(spec | {"variant": "packed"}, args.timeout, cache)  # fills the store, is not counted
                 result = run_cell(spec, args.timeout, cache)
-                keep = ("variant", "workload", "model", "dtype", "peft", "checkpointing", "batch_size", "scale")
-                record = {key: spec[key] for key in (*keep, "data_scale")} | {"rep": rep} | result
+                record = {key: spec[key] for key in _PLACE[:-1]} | {"rep": rep} | result
                 results.append(record)
-                left = (time.monotonic() - start) / len(results) * (total - len(results))
+                save()
+                run_here = max(1, len(results) - before)
+                left = (time.monotonic() - start) / run_here * (total - len(results))
                 print(
                     f"[{len(results)}/{total}] {setting.name}: {summary.cell_line(record)}; {left / 60:.0f} min left",
                     flush=True,
                 )
-    return results
+
+
+_PLACE = ("variant", "workload", "model", "dtype", "peft", "checkpointing", "batch_size", "scale", "data_scale", "rep")
+
+
+def _place(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """Which cell of the table it is."""
+    return tuple(cell[key] for key in _PLACE)
+
+
+def _earlier(out: Path, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cells that an earlier call measured with the same code on the same kind of machine."""
+    try:
+        report = json.loads(out.read_text())
+    except (OSError, ValueError):
+        return []
+    same = (stale.KEY, "processor", "num_cores", "num_threads", "versions", "accelerator")
+    if any(_comparable(report["machine"].get(key)) != _comparable(machine.get(key)) for key in same):
+        return []
+    return [cell for cell in report["cells"] if "error" not in cell]
+
+
+def _comparable(value: Any) -> Any:
+    """A stamp without its day, which is not part of what it says."""
+    return {key: each for key, each in value.items() if key != "date"} if isinstance(value, dict) else value
 
 
 def _without_places(argv: list[str]) -> list[str]:
@@ -269,7 +314,10 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     if busy := summary.busy(machine):
         print(busy, file=sys.stderr)
-    results = run_all(args, settings)
+    device = "cuda" if machine["accelerator"] else "cpu"
+    out = args.out or HERE / "results" / f"{device}-{args.preset}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = _earlier(out, machine) if args.go_on else []
     report = {
         "preset": args.preset,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -278,10 +326,12 @@ def main(argv: list[str] | None = None) -> int:
         "note": args.note,
         "cells": results,
     }
-    device = "cuda" if machine["accelerator"] else "cpu"
-    out = args.out or HERE / "results" / f"{device}-{args.preset}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+
+    def save() -> None:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+    run_all(args, settings, results, save)
+    save()
     print(f"\n{summary.table(report)}\n\nWritten to {out}; render with benchmarks/render.py")
     return 1 if any("error" in cell for cell in results) else 0
 

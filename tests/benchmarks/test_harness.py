@@ -190,3 +190,44 @@ def test_synthetic_rows_have_exact_lengths_around_the_published_medians() -> Non
     assert median(rows, "prompt") / median(rows, "chosen") == pytest.approx(0.42, rel=0.1)
     longer = workloads.make_rows("ultrafeedback", 2000, Words(), scale=4.0)
     assert median(longer, "prompt") == pytest.approx(4 * median(rows, "prompt"), rel=0.05)
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+    machine = report_of()["machine"] | {"sources": {"digest": "a", "patterns": ["x"], "date": "2030-01-02"}}
+    code = {"digest": "a"}
+
+    def run_cell(spec: dict[str, Any], timeout: float, cache: Path | None = None) -> dict[str, Any]:
+        if spec["task"] == "machine":
+            return machine | {"sources": machine["sources"] | code}
+        if spec["task"] == "measure":
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            asked.append((spec["variant"], spec["batch_size"]))
+            return {
+                key: value for key, value in measured("", 0, 1.0).items() if key not in ("variant", "rep", "batch_size")
+            }
+        return {}
+
+    monkeypatch.setattr(run, "run_cell", run_cell)
+    out = tmp_path / "result.json"
+    argv = "--models llama-19m --only hh --dtype bf16 --peft full --variants padded,packed --reps 2 --go_on"
+    line = [*argv.split(), "--work", str(tmp_path), "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        run.main(line)
+    assert [each["rep"] for each in json.loads(out.read_text())["cells"]] == [0, 0, 1]
+    # The repetition that was cut short is done again, so that what is compared was run together.
+    asked.clear()
+    assert run.main(line) == 0
+    assert [variant for variant, _ in asked] == ["packed", "padded"]
+    cells = json.loads(out.read_text())["cells"]
+    assert sorted((each["rep"], each["variant"]) for each in cells) == [
+        (rep, variant) for rep in (0, 1) for variant in ("packed", "padded")
+    ]
+    asked.clear()
+    assert run.main(line) == 0
+    assert not asked
+    code["digest"] = "b"
+    with pytest.raises(KeyboardInterrupt):
+        run.main(line)
+    assert len(asked) == 3
