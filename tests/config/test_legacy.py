@@ -208,7 +208,6 @@ def test_old_names_work_as_flags_too() -> None:
     [
         ("rpo_alpha", 0.005, "loss_weights"),
         ("reference_free", True, "reference-free loss_type"),
-        ("dataset_streaming", True, "whole dataset"),
         ("warmup_ratio", 1.5, "warmup_steps"),
         ("truncation_side", "middle", "left or right"),
         ("dataset_configs", ["a", "b"], "dataset_mixture"),

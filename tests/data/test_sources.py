@@ -303,7 +303,7 @@ def test_mixer_takes_the_first_fraction_of_train_and_all_of_test(tmp_path: Path)
     [
         ({}, "no data set given"),
         ({"dataset_name": "a", "dataset_mixer": {"b": 1.0}}, "say exactly once what to load"),
-        ({"dataset_name": "a", "streaming": True}, "streaming is not supported"),
+        ({"dataset_mixer": {"a": 1.0}, "streaming": True}, "dataset_mixer does not go with streaming"),
         ({"dataset_name": "a", "dataset_splits": ["train"]}, "belongs to dataset_mixer"),
         ({"dataset_name": "a", "dataset_format": "hhh"}, "unknown data format"),
         ({"dataset_name": "a", "pairing": "some"}, "unknown pairing"),

@@ -66,7 +66,8 @@ def _how_to_go_on(this: Run) -> None:
         words = [word for word in this.argv if word not in ("--dry_run", "--dry-run", "--dry_run=true")]
         lines = [f"next: {shlex.join(redact_argv(['preftune', this.verb, *words]))}"]
     else:
-        lines = after_training(this.verb, this.args.output_dir, held_out=this.has_test)
+        streamed = this.settings.script.dataset_streaming
+        lines = after_training(this.verb, this.args.output_dir, held_out=this.has_test, streamed=streamed)
     for text in lines:
         this.console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -126,8 +126,7 @@ _ROWS: Final = (
     _dropped("dataset_batch_size", "rows are tokenised one by one"),
     _refused("max_completion_length", "max_length bounds prompt and completion together", (None,)),
     _refused("max_target_length", "max_length bounds prompt and completion together", (None,)),
-    _refused("dataset_streaming", "the whole dataset is needed for its order and its reference values"),
-    _refused("streaming", "the whole dataset is needed for its order and its reference values"),
+    Legacy("streaming", "dataset_streaming", "TRL's name", boolean=True),
     _refused("sanity_check", "use max_steps, or --dry_run"),
     # Objectives.
     _refused("rpo_alpha", "write loss_type: [sigmoid, sft] and loss_weights: [1.0, alpha]", (None,)),

@@ -23,6 +23,8 @@ class ScriptConfig:
             test_split_size, shuffle}``.
         dataset_mixer: Several datasets, in the older form ``{id: share}``.
         dataset_splits: Splits for ``dataset_mixer``; names that contain ``test`` are evaluated on.
+        dataset_streaming: Read the training rows as they are needed, in memory that does not grow. Where max_steps
+            visit more than 100,000 rows, they are also prepared, and scored by the reference, as they come.
         dataset_format: Name of the row format, when the columns alone mislead; ``auto`` recognises it.
         dataset_columns: Columns to keep, or to rename, as ``{their_name: chosen}``.
         pairing: How pairs are made from ranked responses: ``best_worst``, ``all`` or ``none``.
@@ -56,6 +58,9 @@ class ScriptConfig:
         default=None, metadata={"help": "Several datasets in the older form {id: share}."}
     )
     dataset_splits: list[str] | None = field(default=None, metadata={"help": "Splits for dataset_mixer."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read the training rows as they are needed, in memory that does not grow."}
+    )
     dataset_format: str = field(default="auto", metadata={"help": "Row format, when the columns alone mislead."})
     dataset_columns: dict[str, str] | list[str] | None = field(
         default=None, metadata={"help": "Columns to keep, or to rename: {their_name: chosen}."}
@@ -87,6 +92,13 @@ class ScriptConfig:
         if size is not None and (self.dataset_mixture or {}).get("test_split_size") is not None:
             raise ConfigError(
                 "set twice, beside dataset_mixture and in it", where="test_split_size", value=size, remedy="keep one"
+            )
+        if size is not None and self.dataset_streaming:
+            raise ConfigError(
+                "a stream cannot be divided",
+                where="test_split_size",
+                value=size,
+                remedy="leave one of test_split_size and dataset_streaming out",
             )
         if self.dataset_splits is not None and self.dataset_mixer is None:
             raise ConfigError(

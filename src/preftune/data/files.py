@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,18 +32,23 @@ class Origin:
         base, bracket, _ = split.partition("[")
         if self.splits is None:
             return self.read_split(split)
-        if base not in self.splits:
-            raise ConfigError(
-                "no such split",
-                where=f"split of {self.name}",
-                value=base,
-                allowed=", ".join(self.splits),
-                remedy=f"parts count too: {self.splits[0]}[:90%] to train on, {self.splits[0]}[90%:] to evaluate on",
-            )
+        check_split(self.name, base, self.splits)
         table = self.read_split(base)
         if bracket:
             table.indices = _cut(split, base, len(table))
         return table
+
+
+def check_split(name: str, split: str, splits: Sequence[str]) -> None:
+    """Refuse a split that a data set does not have."""
+    if split not in splits:
+        raise ConfigError(
+            "no such split",
+            where=f"split of {name}",
+            value=split,
+            allowed=", ".join(splits),
+            remedy=f"parts count too: {splits[0]}[:90%] to train on, {splits[0]}[90%:] to evaluate on",
+        )
 
 
 def _cut(split: str, base: str, num_rows: int) -> range:
@@ -106,7 +111,14 @@ def _nearby(path: Path) -> str | None:
     return None if folder.is_dir() else f"the folder {str(folder)!r} does not exist either"
 
 
-def _folder(name: str, path: Path) -> Origin:
+def files_by_split(name: str, path: Path) -> dict[str, list[Path]]:
+    """Data files of a local data set, by the split that their names say.
+
+    Raises:
+        DataError: There are none.
+    """
+    if path.is_file():
+        return {"train": [path]}
     files: dict[str, list[Path]] = {}
     for item in sorted(path.iterdir()):
         suffix = suffix_of(item)
@@ -114,7 +126,7 @@ def _folder(name: str, path: Path) -> Origin:
             files.setdefault(item.name[: -len(suffix)].split("-0")[0], []).append(item)
     if not files and (path / "data").is_dir():
         # As repositories of the Hub lie on a disk.
-        return _folder(name, path / "data")
+        return files_by_split(name, path / "data")
     if not files:
         raise DataError(
             "the folder holds no data set",
@@ -125,6 +137,11 @@ def _folder(name: str, path: Path) -> Origin:
     if len(files) == 1 and "train" not in files:
         # A single file is what there is to train on, whatever it is called.
         files["train"] = next(iter(files.values()))
+    return files
+
+
+def _folder(name: str, path: Path) -> Origin:
+    files = files_by_split(name, path)
 
     def read(split: str) -> RawTable:
         tables = [read_file(item) for item in files[split]]

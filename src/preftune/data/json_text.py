@@ -51,7 +51,7 @@ def read_json(path: Path, text: str, *, lines: bool) -> RawTable:
             return _of_rows(path, rows)
         if isinstance(whole, Mapping) and not one_line:
             return _of_rows(path, [whole])
-    return _read_lines(path, text)
+    return read_lines(path, text)
 
 
 def _load(text: str) -> Any:
@@ -173,15 +173,25 @@ def _read_array(path: Path, text: str) -> RawTable:
     return _of_rows(path, rows)
 
 
-def _read_lines(path: Path, text: str) -> RawTable:
+def read_lines(path: Path, text: str, first: int = 1) -> RawTable:
+    """Rows of text that holds one JSON object a line.
+
+    Args:
+        path: The file, for messages.
+        text: What it holds, or a part of it.
+        first: Number of the first line.
+
+    Raises:
+        DataError: No line from the beginning of the file can be read.
+    """
     rows: list[Any] = []
     numbers: list[int] = []
     # Only \n ends a line: JSON text may hold the other characters that str.splitlines() breaks at.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=first):
         if line.strip() and not line.lstrip().startswith("//"):
             numbers.append(number)
             rows.append(_line(line))
-    if rows and not any(isinstance(row, Mapping) for row in rows):
+    if first == 1 and rows and not any(isinstance(row, Mapping) for row in rows):
         streamed = _stream("\n".join(line for line in text.split("\n") if not line.lstrip().startswith("//")))
         if streamed:
             return _of_rows(path, streamed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from preftune.data import files
@@ -62,21 +62,13 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
     Raises:
         ConfigError: A malformed mixture.
     """
-    _check_keys(mixture, _MIXTURE_KEYS, "dataset_mixture")
-    entries = mixture.get("datasets")
-    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
-        raise ConfigError("'datasets' must list at least one data set", where="dataset_mixture", value=entries)
     used_seed = seed if mixture.get("seed") is None else mixture["seed"]
     rows: list[Row] = []
-    for number, entry in enumerate(entries):
-        where = f"dataset_mixture.datasets[{number}]"
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("id"), str):
-            raise ConfigError("an entry needs an id", where=where, value=entry)
-        _check_keys(entry, _ENTRY_KEYS, where)
+    for where, entry in entries_of(mixture):
         origin = files.find(entry["id"], entry.get("config"))
         table = shape(origin.read(entry.get("split") or "train"), entry.get("columns"))
         if entry.get("weight") is not None:
-            weight = _share(entry["weight"], f"{where}.weight")
+            weight = share_of(entry["weight"], f"{where}.weight")
             _pick(table, _permutation(len(table), used_seed)[: int(len(table) * weight)])
         if len(table):
             rows += loader.rows(table)
@@ -89,6 +81,24 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
     _check_test_size(size, len(dataset))
     parts = dataset.train_test_split(test_size=size, seed=used_seed)
     return {"train": loader.signed(parts["train"].flatten_indices()), "test": parts["test"].flatten_indices()}
+
+
+def entries_of(mixture: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The data sets of a mixture, each with where it stands.
+
+    Raises:
+        ConfigError: A malformed mixture.
+    """
+    _check_keys(mixture, _MIXTURE_KEYS, "dataset_mixture")
+    entries = mixture.get("datasets")
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise ConfigError("'datasets' must list at least one data set", where="dataset_mixture", value=entries)
+    for number, entry in enumerate(entries):
+        where = f"dataset_mixture.datasets[{number}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("id"), str):
+            raise ConfigError("an entry needs an id", where=where, value=entry)
+        _check_keys(entry, _ENTRY_KEYS, where)
+        yield where, entry
 
 
 def _check_test_size(size: Any, num_rows: int) -> None:
@@ -132,7 +142,7 @@ def load_mixer(
     rows: dict[str, list[Row]] = {}
     loaders = {"train": loader, "test": loader.another()}
     for name, fraction in mixer.items():
-        share = _share(fraction, f"dataset_mixer[{name!r}]")
+        share = share_of(fraction, f"dataset_mixer[{name!r}]")
         origin = files.find(name)
         known = files.hub_splits(name, None) if origin.splits is None else origin.splits
         # Unless told, the handbook takes train and test; here a data set without a test split is no error.
@@ -166,7 +176,8 @@ def _permutation(num_rows: int, seed: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).permutation(num_rows)]
 
 
-def _share(value: Any, where: str) -> float:
+def share_of(value: Any, where: str) -> float:
+    """A share of a data set, checked."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ConfigError("not a share of the data set", where=where, value=value, allowed="0 to 1")
     return float(value)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from preftune.data import files, quarantine
+from preftune.data import files, quarantine, streamed
 from preftune.data.formats import check_format_name
 from preftune.data.loader import Loader, LoadReport, load_report
 from preftune.data.mixtures import load_mixer, load_mixture, shape
@@ -55,7 +55,7 @@ def load(
         on_bad_rows: ``error``, ``skip`` or ``warn``; see :class:`preftune.data.DataOptions`.
         quarantine_path: JSON-lines file for skipped rows. It is begun anew here and continued by ``prepare``.
         seed: Seed of the mixer's shuffle, and of a mixture that names none.
-        streaming: Not supported; refused.
+        streaming: Read the rows as they are asked for; see :mod:`preftune.data.streamed`. There is no test split then.
         with_test: Whether the test split is read where there is one.
         for_sft: Prefer what supervised fine-tuning reads where the columns hold a pair as well.
         implicit_prompt: How the prompt is found where rows have none; see :class:`preftune.data.DataOptions`.
@@ -67,13 +67,19 @@ def load(
         ConfigError: Contradicting or malformed arguments.
         DataError: Data that cannot be found, read or used.
     """
-    _check_arguments(dataset_name, dataset_mixture, dataset_mixer, streaming)
+    _check_arguments(dataset_name, dataset_mixture, dataset_mixer)
     _check_settings(pairing, dataset_format, on_bad_rows, quarantine_path)
     if dataset_splits is not None and dataset_mixer is None:
         what, value = "dataset_splits belongs to dataset_mixer", list(dataset_splits)
         raise ConfigError(what, where="dataset_splits", value=value, remedy="use split")
     handler = BadRowHandler(on_bad_rows, quarantine_path)
     loader = Loader(dataset_format, pairing, handler, for_sft, implicit_prompt)
+    if streaming:
+        _refuse_beside("streaming", dataset_mixer=dataset_mixer)
+        if dataset_mixture is not None:
+            return {"train": streamed.mixed(dataset_mixture, loader, seed)}
+        rows = streamed.stream(str(dataset_name), config=dataset_config, split=split, columns=columns, loader=loader)
+        return {"train": rows}
     if dataset_mixture is not None:
         _refuse_beside("dataset_mixture", dataset_config=dataset_config, columns=columns)
         return load_mixture(dataset_mixture, loader, seed)
@@ -98,7 +104,7 @@ def _check_settings(pairing: str, dataset_format: str, on_bad_rows: str, quarant
         quarantine.begin(quarantine_path)
 
 
-def _check_arguments(name: str | None, mixture: Any, mixer: Any, streaming: bool) -> None:
+def _check_arguments(name: str | None, mixture: Any, mixer: Any) -> None:
     given = [
         key
         for key, value in (("dataset_name", name), ("dataset_mixture", mixture), ("dataset_mixer", mixer))
@@ -109,13 +115,6 @@ def _check_arguments(name: str | None, mixture: Any, mixer: Any, streaming: bool
             "say exactly once what to load" if given else "no data set given",
             where=" and ".join(given) or "dataset_name",
             allowed="one of dataset_name, dataset_mixture, dataset_mixer",
-        )
-    if streaming:
-        raise ConfigError(
-            "streaming is not supported: packing needs the length of every row before training",
-            where="streaming",
-            value=True,
-            remedy="load a part of the data with split: train[:10000]",
         )
 
 

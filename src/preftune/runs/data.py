@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from preftune.config import Resolved, ScriptConfig
@@ -25,7 +26,11 @@ def dataset_names(script: ScriptConfig) -> list[str]:
 
 
 def load_splits(
-    settings: Resolved[Any], *, with_test: bool | None, quarantine_path: str | None = None
+    settings: Resolved[Any],
+    *,
+    with_test: bool | None,
+    quarantine_path: str | None = None,
+    may_stream: bool = False,
 ) -> dict[str, Any]:
     """Load the data that the settings of a run name.
 
@@ -33,14 +38,22 @@ def load_splits(
         settings: Resolved settings.
         with_test: Whether the run evaluates; ``None`` for the test split where there is one.
         quarantine_path: File for bad rows, by default the one that the settings name.
+        may_stream: Whether a stream will do where the settings ask for one; all rows are needed otherwise.
 
     Returns:
         ``train``, and ``test`` if it is asked for.
 
     Raises:
-        ConfigError: If there is no test split to evaluate on.
+        ConfigError: If there is no test split to evaluate on, or a stream that will not do.
         DataError: If the data cannot be found, read or used.
     """
+    if settings.script.dataset_streaming and not may_stream:
+        raise ConfigError(
+            "only training reads a stream; all rows are needed here",
+            where="dataset_streaming",
+            value=True,
+            remedy="leave it out, and take a part of the rows: dataset_train_split: train[:10000]",
+        )
     named_test = settings.origins["dataset_test_split"].kind != "default"
     values = {**vars(settings.script), **vars(settings.trainer)}
     values["quarantine_path"] = quarantine_path or values["quarantine_path"]
@@ -71,6 +84,7 @@ def load_rows(values: Mapping[str, Any], *, with_test: bool | None, named_test: 
     first: dict[str, Any] = {
         "quarantine_path": values.get("quarantine_path"),
         "with_test": with_test is not False and size is None,
+        "streaming": bool(values.get("dataset_streaming")),
     }
     if name is None:
         if not several:
@@ -81,14 +95,18 @@ def load_rows(values: Mapping[str, Any], *, with_test: bool | None, named_test: 
         common["columns"] = columns or ({text: "text"} if text != "text" else None)
         splits = load(name, split=values.get("dataset_train_split") or "train", **first, **common)
         if size is None and ((named_test and with_test is not False) or (with_test and "test" not in splits)):
-            splits["test"] = load(name, split=values["dataset_test_split"], with_test=False, **common)["train"]
+            # A part of what is streamed would be trained on too: only a split of its own is looked for.
+            with suppress(ConfigError) if first["streaming"] and not named_test else nullcontext():
+                splits["test"] = load(name, split=values["dataset_test_split"], with_test=False, **common)["train"]
     if size is not None:
         splits = _divided(splits, size, values, named_test=named_test)
     if with_test and "test" not in splits:
         raise ConfigError(
             "evaluation is switched on, and the data have no test split",
             where="eval_strategy",
-            remedy="set test_split_size: 0.1 to hold a tenth out, or eval_strategy: 'no'",
+            remedy="name dataset_test_split, or set eval_strategy: 'no'"
+            if first["streaming"]
+            else "set test_split_size: 0.1 to hold a tenth out, or eval_strategy: 'no'",
         )
     return splits
 

@@ -33,13 +33,14 @@ def export(run: str | os.PathLike[str]) -> str:
     return command("export", os.fspath(run))
 
 
-def after_training(verb: str, folder: str | os.PathLike[str], *, held_out: bool) -> list[str]:
+def after_training(verb: str, folder: str | os.PathLike[str], *, held_out: bool, streamed: bool = False) -> list[str]:
     """Lines to end a training with.
 
     Args:
         verb: Its verb.
         folder: Its output folder.
         held_out: Whether it held rows out.
+        streamed: Whether its rows were a stream, of which none can be held out.
 
     Returns:
         A line per command, the first one being the next step.
@@ -48,5 +49,8 @@ def after_training(verb: str, folder: str | os.PathLike[str], *, held_out: bool)
         return [f"next: {evaluation(folder)}"]
     lines = [f"next: {report(folder)}", f"      {chat(folder)}"]
     if not held_out:
-        lines.insert(0, "nothing was held out, so that no figure can judge it; --test_split_size 0.1 holds a tenth out")
+        how = "--test_split_size 0.1 holds a tenth out"
+        if streamed:
+            how = f"preftune eval --model {os.fspath(folder)} --dataset_name with other pairs can"
+        lines.insert(0, f"nothing was held out, so that no figure can judge it; {how}")
     return lines

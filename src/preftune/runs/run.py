@@ -35,7 +35,7 @@ class Sources:
 
     def splits(self, settings: Resolved[Any], *, with_test: bool) -> dict[str, Any]:
         """See :func:`load_splits`."""
-        return load_splits(settings, with_test=with_test)
+        return load_splits(settings, with_test=with_test, may_stream=True)
 
     def model(self, config: ModelConfig, **keywords: Any) -> Any:
         """See :func:`preftune.models.loading.load_model_and_tokenizer`."""

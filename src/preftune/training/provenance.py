@@ -127,8 +127,11 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
         dataset: A ``datasets.Dataset`` (or anything that iterates over mappings).
 
     Returns:
-        ``num_rows``, ``columns`` and ``sha256`` over the rows in order, as canonical JSON.
+        ``num_rows``, ``columns`` and ``sha256`` over the rows in order, as canonical JSON. Of a stream, which may have
+        no end, its columns alone.
     """
+    if not hasattr(dataset, "__len__"):
+        return {"stream": True, "columns": list(next(iter(dataset), {}))}
     digest = hashlib.sha256()
     num_rows = 0
     columns: list[str] = []

@@ -1,0 +1,201 @@
+"""Rows of files and of the Hub as a stream: read piece by piece, in memory that does not grow."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preftune.data.files import check_split, files_by_split, find
+from preftune.data.json_text import read_lines
+from preftune.data.loader import Loader
+from preftune.data.mixtures import entries_of, shape, share_of
+from preftune.data.reading import suffix_of
+from preftune.data.tables import RawTable, from_dataset
+from preftune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+#: Rows that are read at a time.
+BLOCK = 1000
+_LINES = (".jsonl", ".jsonlines", ".ndjson")
+_UNPACK: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_ALLOWED = "JSON lines (.jsonl, .ndjson, also with .gz, .bz2, .xz), .parquet, save_to_disk folders, the Hub"
+
+
+def stream(
+    name: str,
+    *,
+    config: str | None,
+    split: str,
+    columns: Sequence[str] | Mapping[str, str] | None,
+    loader: Loader,
+) -> IterableDataset:
+    """Canonical rows of a data set, read as they are asked for, from its beginning every time.
+
+    Args:
+        name: JSON-lines or Parquet file, folder of such files named after splits, folder written by ``save_to_disk``,
+            or Hub id.
+        config: Configuration, for data sets of the Hub.
+        split: Name of the split.
+        columns: Columns to keep, or a mapping from their name to ours.
+        loader: Makes canonical rows; every pass has a copy of its own.
+
+    Raises:
+        ConfigError: A part of a split, or a split that is not there.
+        DataError: Data that cannot be found, or read piece by piece.
+    """
+    from datasets import IterableDataset
+
+    if "[" in split:
+        what = "a part of a split has no place in a stream"
+        raise ConfigError(what, where="dataset_train_split", value=split, remedy="end it with max_steps")
+    pieces = _Pieces(name, config, split)
+    # What is wrong with the name is said now, not when training begins.
+    if next(pieces.tables(), None) is None:
+        raise DataError("the stream holds no rows", where=name, remedy="check the split")
+    found: IterableDataset = IterableDataset.from_generator(
+        _rows, gen_kwargs={"pieces": pieces, "columns": columns, "loader": loader}
+    )
+    return found
+
+
+def mixed(mixture: Mapping[str, Any], loader: Loader, seed: int) -> IterableDataset:
+    """The data sets of a mixture as one stream, from which each row comes with a chance in proportion to its weight.
+
+    It ends with the data set that ends last; the others begin again.
+
+    Args:
+        mixture: ``{"datasets": [{"id", "config", "split", "columns", "weight"}], "seed"}``.
+        loader: Makes canonical rows.
+        seed: Seed of the draws where the mixture names none.
+
+    Raises:
+        ConfigError: A malformed mixture, or something that a stream cannot do.
+    """
+    from datasets import interleave_datasets
+
+    if mixture.get("test_split_size") is not None:
+        what, remedy = "a stream cannot be divided", "leave it out; evaluation needs a split of its own"
+        raise ConfigError(
+            what, where="dataset_mixture.test_split_size", value=mixture["test_split_size"], remedy=remedy
+        )
+    streams, weights = [], []
+    for where, entry in entries_of(mixture):
+        weight = 1.0 if entry.get("weight") is None else share_of(entry["weight"], f"{where}.weight")
+        if weight:
+            weights.append(weight)
+            split = entry.get("split") or "train"
+            columns = entry.get("columns")
+            streams.append(stream(entry["id"], config=entry.get("config"), split=split, columns=columns, loader=loader))
+    if not streams:
+        raise ConfigError("nothing to train on", where="dataset_mixture", remedy="raise a weight")
+    chances = [weight / sum(weights) for weight in weights]
+    used_seed = seed if mixture.get("seed") is None else mixture["seed"]
+    found: IterableDataset = interleave_datasets(
+        streams, probabilities=chances, seed=used_seed, stopping_strategy="all_exhausted"
+    )
+    return found
+
+
+def _rows(pieces: _Pieces, columns: Any, loader: Loader) -> Iterator[dict[str, Any]]:
+    reader = loader.another()
+    for table in pieces.tables():
+        yield from reader.rows(shape(table, columns))
+
+
+class _Pieces:
+    """A data set that can be gone through table by table, again and again, and be handed to another process."""
+
+    def __init__(self, name: str, config: str | None, split: str) -> None:
+        self.name, self.config, self.split = name, config, split
+
+    def tables(self) -> Iterator[RawTable]:
+        path = Path(self.name).expanduser()
+        saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+        if saved or (path.exists() and self.config is not None) or not (path.is_file() or path.is_dir()):
+            origin = find(self.name, self.config)
+            return self._saved(origin.read(self.split)) if path.exists() else self._hub()
+        files = files_by_split(self.name, path)
+        check_split(self.name, self.split, list(files))
+        return chain.from_iterable(map(_of_file, files[self.split]))
+
+    def _saved(self, table: RawTable) -> Iterator[RawTable]:
+        for start in range(0, len(table), BLOCK):
+            yield replace(table, indices=range(start, min(start + BLOCK, len(table))))
+
+    def _hub(self) -> Iterator[RawTable]:
+        import datasets
+
+        before = 0
+        try:
+            rows = datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
+            for table in rows.with_format("arrow").iter(BLOCK):
+                yield _of_arrow(f"{self.name} ({self.split})", table, before)
+                before += len(table)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"cannot be read from the Hub: {first_line}",
+                where=f"dataset_name {self.name!r}",
+                remedy="check the id, the configuration, the split and the network; a local file needs its suffix",
+            ) from error
+
+
+def _of_file(path: Path) -> Iterator[RawTable]:
+    suffix = suffix_of(path) or ""
+    if suffix == ".parquet":
+        return _of_parquet(path)
+    if suffix.startswith(_LINES) and path.suffix.lower() in (*_LINES, *_UNPACK):
+        return _of_lines(path)
+    raise DataError(
+        "cannot be read piece by piece",
+        where="dataset_streaming",
+        value=str(path),
+        allowed=_ALLOWED,
+        remedy="preftune data convert makes JSON lines of it",
+    )
+
+
+def _of_lines(path: Path) -> Iterator[RawTable]:
+    first = 1
+    try:
+        with _UNPACK.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            while lines := list(islice(file, BLOCK)):
+                table = read_lines(path, "".join(lines), first)
+                if table.rows:
+                    yield table
+                first += len(lines)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"the file cannot be read: {reason}", where=str(path)) from error
+
+
+def _of_parquet(path: Path) -> Iterator[RawTable]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    before = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(BLOCK):
+            yield _of_arrow(str(path), pa.Table.from_batches([batch]), before)
+            before += len(batch)
+    except (OSError, pa.ArrowException) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"the file cannot be read: {first_line}", where=str(path)) from error
+
+
+def _of_arrow(name: str, table: Any, before: int) -> RawTable:
+    """A piece of a table that begins after so many rows."""
+    from datasets import Dataset
+
+    found = from_dataset(name, Dataset(table))
+    found.place = lambda index: f"{name}, row {before + index} (the first is 0)"
+    return found
