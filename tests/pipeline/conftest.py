@@ -23,12 +23,18 @@ Shell = Callable[[str], str]
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base``, a tiny chat model; ``pairs.jsonl``, ``answers.jsonl`` and ``chats.jsonl``."""
+    """``base``, a tiny chat model; ``pairs.jsonl``, ``answers.jsonl`` and ``chats.jsonl``.
+
+    Before a release the same is tried on a pretrained model, whose folder ``PREFTUNE_FIRST_HOUR_MODEL`` names.
+    """
     folder = tmp_path_factory.mktemp("first-hour")
     rows = pair_rows(60)
-    tokenizer = train_tokenizer([json.dumps(row) for row in rows], 320)
-    tokenizer.chat_template = TEMPLATE
-    save_tiny_model(folder / "base", tokenizer, initializer_range=0.2)
+    if pretrained := os.environ.get("PREFTUNE_FIRST_HOUR_MODEL"):
+        (folder / "base").symlink_to(Path(pretrained).resolve())
+    else:
+        tokenizer = train_tokenizer([json.dumps(row) for row in rows], 320)
+        tokenizer.chat_template = TEMPLATE
+        save_tiny_model(folder / "base", tokenizer, initializer_range=0.2)
     files = {
         "pairs": rows,
         "answers": [

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from preftune.report.read import read_all
+from tests.browser.conftest import Watched, chromium, watched
 from tests.pipeline.conftest import Shell, following, start
+
+__all__ = ["chromium", "watched"]
 
 #: So that the tiny model answers in little time.
 SHORT = "--num_prompts 4 --max_new_tokens 8"
@@ -55,6 +59,38 @@ def test_every_step_prints_the_next(shell: Shell, place: Path, one_question: Non
     assert shell(following(reported, "chat"))
     # What was printed leads on; export stands beside it in the docs of serving.
     assert "To serve it" in shell("preftune export out")
+
+
+def test_without_a_converter_the_model_is_there_and_the_reason_said(
+    shell: Shell, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from preftune.cli.main import main
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    said = shell("preftune run pairs.jsonl --model base --out tuned --max_steps 2 --no_audit --no_evaluate")
+    assert main([*following(said, "export").split()[1:], "--gguf", "q8_0"]) == 6
+    error = capsys.readouterr().err
+    assert "convert_hf_to_gguf.py" in error
+    assert "everything else is in tuned/export" in error
+    assert (place / "tuned" / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_page_of_a_whole_path_in_a_browser(shell: Shell, place: Path, watched: Callable[..., Watched]) -> None:
+    shell(f"preftune run pairs.jsonl --model base --out tuned {SHORT}")
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        tab = watched(color_scheme=scheme, width=width).open(place / "tuned" / "report.html")
+        places, drawn = tab.count_plots()
+        assert places
+        assert drawn == places
+        assert not tab.complaints
+        # Nothing is fetched from elsewhere.
+        assert all(request.startswith(("file:", "data:", "blob:")) for request in tab.requests)
+        text = tab.page.inner_text("body")
+        for word in ("held-out", "pairs.jsonl", "tuned"):
+            assert word in text
+        assert tab.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 @pytest.mark.parametrize(("rows", "verb"), [("answers", "kto"), ("chats", "sft")])
