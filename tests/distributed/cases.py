@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -144,16 +145,19 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
     trainer_class, config_class = getattr(preftune, f"{kind}Trainer"), getattr(preftune, f"{kind}Config")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) if settings.pop("fp64", False) else path
     data: Any = Dataset.from_list(rows_of(kind, number))
+    most_ahead = streams.MOST_ROWS_AHEAD
     if settings.pop("stream", False):
-        streams.MOST_ROWS_AHEAD, data = 0, data.to_iterable_dataset()
-    trainer = trainer_class(
-        model=model,
-        args=config_class(output_dir=str(out), **settings),
-        train_dataset=data,
-        eval_dataset=Dataset.from_list(rows_of(kind, 13)),
-        processing_class=AutoTokenizer.from_pretrained(path),
-        **given,
-    )
+        most_ahead, data = 0, data.to_iterable_dataset()
+    # One process trains within the tests, whose others it must not change.
+    with mock.patch.object(streams, "MOST_ROWS_AHEAD", most_ahead):
+        trainer = trainer_class(
+            model=model,
+            args=config_class(output_dir=str(out), **settings),
+            train_dataset=data,
+            eval_dataset=Dataset.from_list(rows_of(kind, 13)),
+            processing_class=AutoTokenizer.from_pretrained(path),
+            **given,
+        )
     trainer.train(resume)
     return trainer
 

@@ -522,3 +522,31 @@ class TestDiskThatCannotBeWritten:
             assert_holds(store, range(1, 2))
             blocker.execute("ROLLBACK")
             blocker.close()
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a connection holds the file, as another process sees it: SQLite locks bytes from 2**30 + 2 on."""
+    code = (
+        "import fcntl, sys\n"
+        "with open(sys.argv[1], 'r+b') as file:\n"
+        "    try:\n"
+        "        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 2**30 + 2)\n"
+        "    except OSError:\n"
+        "        sys.exit(7)\n"
+    )
+    return subprocess.run([sys.executable, "-c", code, str(file)], check=False).returncode == 7
+
+
+def test_another_store_in_the_process_leaves_the_locks_of_the_first(tmp_path: Path) -> None:
+    """A process that closes any handle of a file loses all of its locks on it; then others delete its log."""
+    with ReferenceStore(tmp_path) as first:
+        first.put_many(W, entries(*range(20)))
+        assert is_locked(first.file)
+        for mode in (0o600, 0o644):
+            first.file.chmod(mode)
+            with ReferenceStore(tmp_path) as second:
+                assert_holds(second, range(20))
+            assert first.file.stat().st_mode & 0o777 in (0o600, 0o640)
+            # SQLite keeps the handle of the second connection until the first one is done, for this very reason.
+            assert is_locked(first.file)
+    assert not is_locked(tmp_path / database.FILE_NAME)

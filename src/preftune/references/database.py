@@ -149,15 +149,19 @@ def _check_folder(folder: Path) -> None:
 
 
 def _make_private(file: Path) -> None:
-    """A file for this user alone, whatever the umask; one that is there is closed to all but its group."""
+    """A file for this user alone, whatever the umask; one that is there is closed to all but its group.
+
+    One that is there is not opened: closing it again would take away the locks that another connection of this process
+    has on it, and another process might then delete the log that this one is writing (How To Corrupt An SQLite
+    Database File, section 2.2).
+    """
     with contextlib.suppress(OSError):
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            about = os.fstat(handle)
-            if about.st_uid == os.getuid() and about.st_mode & 0o007:
-                os.fchmod(handle, about.st_mode & 0o770)
-        finally:
-            os.close(handle)
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            about = os.lstat(file)
+            if stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid() and about.st_mode & 0o007:
+                os.chmod(file, stat.S_IMODE(about.st_mode) & 0o770)
 
 
 def _open_writable(file: Path, max_bytes: int | None) -> Database:
