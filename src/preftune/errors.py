@@ -87,6 +87,10 @@ class DataError(PreftuneError, ValueError):
     exit_code = 3
 
 
+class DataTypeError(DataError, TypeError):
+    """What was given is no data set at all; a :class:`TypeError` for whoever catches TRL's."""
+
+
 class ModelError(PreftuneError, ValueError):
     """A model, tokenizer or adapter cannot be loaded or used as asked. Exit code 4."""
 

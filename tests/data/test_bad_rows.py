@@ -170,7 +170,7 @@ def test_where_no_row_is_left_the_reasons_and_the_first_row_are_told(tokenizer: 
 def test_wrong_kinds_of_data(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="needs chosen and rejected answers"):
         prepare(Dataset.from_list([{"text": "the cat"}]), tokenizer, DataOptions())
-    with pytest.raises(DataError, match="not a data set"):
+    with pytest.raises(TypeError, match="not a data set"):
         prepare([GOOD], tokenizer, DataOptions())
     with pytest.raises(DataError, match="holds no rows"):
         prepare(Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}), tokenizer, DataOptions())

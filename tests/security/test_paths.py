@@ -223,8 +223,8 @@ def test_a_recipe_s_name_is_no_path(tmp_path: Path) -> None:
 def test_a_sweep_s_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     lock = tmp_path / "trackers.lock"
     lock.symlink_to(tmp_path / "created")
-    with pytest.raises(SetupError, match="a link stands"), one_at_a_time(lock):
+    with pytest.raises(SetupError, match="a link in place of a lock"), one_at_a_time(lock):
         pass
-    with pytest.raises(SetupError, match="a link stands"):
+    with pytest.raises(SetupError, match="a link in place of a lock"):
         has_locks(lock)
     assert not (tmp_path / "created").exists()

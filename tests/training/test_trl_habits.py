@@ -482,3 +482,29 @@ def test_evaluation_tells_the_tokens_trained_on(world: worlds.World, tmp_path: P
         held_out = trainer.evaluate(Dataset.from_list(rows_of(kind, 8, 1)))
         figures.append((held_out["eval_num_tokens"], trainer.state.log_history[0]["num_tokens"]))
     assert figures[1] == figures[0]
+
+
+@pytest.mark.parametrize("before", [None, 5, [5, 7]])
+def test_another_end_of_text_is_the_models_before_training_too(
+    world: worlds.World, tmp_path: Path, before: Any
+) -> None:
+    token = world.tokenizer.convert_ids_to_tokens(9)
+    found = []
+    for name in ("trl", "preftune"):
+        import importlib
+
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        library = importlib.import_module(name)
+        model = AutoModelForCausalLM.from_pretrained(world.path)
+        model.generation_config.eos_token_id = before
+        args = library.SFTConfig(str(tmp_path / name), eos_token=token, use_cpu=True, bf16=False, report_to=[])
+        library.SFTTrainer(
+            model,
+            args,
+            train_dataset=Dataset.from_list(rows_of("SFT", 4)),
+            processing_class=AutoTokenizer.from_pretrained(world.path),
+        )
+        found.append((model.config.eos_token_id, model.generation_config.eos_token_id))
+    assert found[0] == found[1]
+    assert found[1][0] == 9

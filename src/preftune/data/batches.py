@@ -15,7 +15,7 @@ from preftune.data.options import DataOptions
 from preftune.data.processes import in_processes
 from preftune.data.rows import NEUTRAL
 from preftune.data.streams import read_to_end
-from preftune.errors import DataError
+from preftune.errors import DataError, DataTypeError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -215,7 +215,8 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
     """A data set with random access, and notes about how it came to be.
 
     Raises:
-        DataError: No rows, or not a data set.
+        DataError: No rows.
+        DataTypeError: Not a data set.
     """
     import datasets
 
@@ -227,7 +228,7 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
             notes.append(f"{len(rows)} rows of the stream were read ahead, because packing needs lengths")
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         splits = isinstance(dataset, dict) and ", ".join(map(str, dataset))
-        raise DataError(
+        raise DataTypeError(
             "not a data set",
             where=name,
             value=type(dataset).__name__,
@@ -237,7 +238,7 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom" and len(dataset):
         # Rows are read past a transform, so that it has to be applied now.
         dataset = datasets.Dataset.from_list(list(dataset), on_mixed_types="use_json")
-        notes.append("the transform of the data set (with_transform) was applied to every row")
+        notes.append("the transform of the data set (with_transform) was applied to every row, once")
     if isinstance(dataset, datasets.IterableDataset) or len(dataset) == 0:
         raise DataError("the data set holds no rows", where=name, remedy="check the split and the file")
     media = [column for column in _MEDIA if column in dataset.column_names]

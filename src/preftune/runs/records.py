@@ -51,8 +51,9 @@ def leave_records(
         notes=settings.notes,
         num_processes=settings.trainer.world_size,
     )
-    provenance.write(folder, document)
+    # The record comes last: where it is, everything is.
     card.write(folder, make_card(verb, snapshot, settings.origins, plan, names, results))
+    provenance.write(folder, document)
 
 
 def make_card(

@@ -38,6 +38,7 @@ class Helper:
     def __init__(self, work: str, busy: str) -> None:
         self._work, self._busy = work, busy
         self._process: asyncio.subprocess.Process | None = None
+        self._killed: asyncio.subprocess.Process | None = None
         self._at_work = False
         self._ended = False
 
@@ -110,7 +111,7 @@ class Helper:
             return self._process
         # Modules are looked for where this process found them, and not in whatever folder is the current one.
         places = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
-        self._process = await asyncio.create_subprocess_exec(
+        process = self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "preftune.ui.worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -122,10 +123,10 @@ class Helper:
         )
         if self._ended:
             self._kill()
-        assert self._process.stdin is not None
+        assert process.stdin is not None
         with contextlib.suppress(ConnectionError):
-            await _send(self._process.stdin, {"folder": os.getcwd()})
-        return self._process
+            await _send(process.stdin, {"folder": os.getcwd()})
+        return process
 
     async def _give_up(self, to: asyncio.StreamWriter, reading: asyncio.Future[bytes]) -> None:
         with contextlib.suppress(ConnectionError):
@@ -135,9 +136,11 @@ class Helper:
             self._kill()
 
     def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
+        # Its end is heard of a little later; the next request must not be sent to it.
+        self._killed, self._process = self._process or self._killed, None
+        if self._killed is not None and self._killed.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                self._killed.kill()
 
 
 async def _send(to: asyncio.StreamWriter, content: dict[str, Any]) -> None:
