@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -153,3 +154,11 @@ def stop_file(token: str) -> str:
             to it.
     """
     return f".stop-{token}"
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error behind an exception: itself, or what native code reports as text, ``... (os error 28)``."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))

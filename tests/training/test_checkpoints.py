@@ -287,6 +287,9 @@ def test_only_failures_to_write_are_taken_for_such() -> None:
     assert is_write_failure(OSError(28, "full"))
     assert is_write_failure(SafetensorError("Error while serializing: I/O error: No space left (os error 28)"))
     assert is_write_failure(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"))
+    # As tokenizers do.
+    assert is_write_failure(Exception("No space left on device (os error 28)"))
+    assert not is_write_failure(Exception("error 28"))
     assert not is_write_failure(SafetensorError("HeaderTooLarge"))
     assert not is_write_failure(ValueError("x"))
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from preftune.errors import ConfigError, PreftuneError, SetupError, flat
+from preftune.files import system_error
 
 
 @contextmanager
@@ -49,15 +50,11 @@ def foreseen(args: Any) -> Iterator[None]:
             f"the device ran out of memory ({flat(error)[:160]})",
             remedy="lower max_tokens_per_row or max_length, or use_peft",
         ) from error
-    except OSError as error:
-        if isinstance(error, PreftuneError) or error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EROFS,
-            errno.EACCES,
-        ):
+    except Exception as error:
+        found = None if isinstance(error, PreftuneError) else system_error(error)
+        if found is None or found.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        where = str(error.filename or args.output_dir)
+        where = str(found.filename or args.output_dir)
         raise SetupError(
-            f"cannot write ({error.strerror})", where=where, remedy="free some space, or set another output_dir"
+            f"cannot write ({found.strerror})", where=where, remedy="free some space, or set another output_dir"
         ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune.errors import SetupError
-from preftune.files import write_text
+from preftune.files import system_error, write_text
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -26,11 +26,9 @@ def files_below(folder: Path) -> list[Path]:
 
 def is_write_failure(error: BaseException) -> bool:
     """Whether an exception is a disk that is full, read-only or broken, rather than a defect."""
-    if isinstance(error, OSError):
-        return True
-    # Native code reports the system's error as text; torch's own writer serves the sharded formats alone.
-    safetensors = type(error).__name__ == "SafetensorError" and "os error" in str(error)
-    return safetensors or (isinstance(error, RuntimeError) and "inline_container" in str(error))
+    # torch's own writer serves the sharded formats alone.
+    torchs = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    return torchs or system_error(error) is not None
 
 
 def reason_of(error: BaseException) -> str:
