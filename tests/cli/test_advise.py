@@ -296,7 +296,7 @@ def test_a_broken_advice_does_not_stop_a_training(cli: Cli, monkeypatch: pytest.
     monkeypatch.setattr(inputs, "advise_at_start", broken)
     code, out, err = cli("dpo", *BASE, "--output_dir", "out", "--max_steps", "1")
     assert code == 0, err
-    assert "no advice (ZeroDivisionError: by accident)" in out
+    assert "no advice.json (ZeroDivisionError: by accident)" in out
 
 
 @pytest.mark.parametrize("verb", ["orpo", "cpo", "kto"])

@@ -77,7 +77,7 @@ def verb(world: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(options.get("environment", {}))
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(told):
         code = main(argv)
-    return {"code": code, "said": said.getvalue()[-3000:], "told": told.getvalue()[-3000:]}
+    return {"code": code, "said": said.getvalue()[-9000:], "told": told.getvalue()[-9000:]}
 
 
 def place(kind: str, world: Path, target: Path) -> Path:

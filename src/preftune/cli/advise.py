@@ -174,5 +174,5 @@ def show_at_start(this: Run, trainer: Any, plan: Any) -> None:
             put_json(path, advice.as_dict())
     except Exception as error:
         # An advice is no reason for a run to fail, whatever is wrong with it.
-        text = f"no advice ({type(error).__name__}: {flat(error)[:200]})"
+        text = f"no advice.json ({type(error).__name__}: {flat(error)[:200]})"
         this.console.print(text, style="dim", markup=False, highlight=False)
