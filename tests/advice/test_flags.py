@@ -37,6 +37,7 @@ def flags(
     num_pairs: int = 60_000,
     explicit: frozenset[str] = frozenset({"learning_rate"}),
     memory: MemoryEstimate | None = None,
+    has_test: bool | None = None,
     **given: Any,
 ) -> list[Flag]:
     case = Case(
@@ -49,6 +50,7 @@ def flags(
         lengths=lengths,
         given={**SOUND, **given},
         explicit=explicit,
+        has_test=has_test,
     )
     return list(advise(case, memory=memory).flags)
 
@@ -84,6 +86,7 @@ def test_a_sound_run_is_left_alone() -> None:
         ("the whole run has 10 steps", "note", {"max_steps": 10}),
         ("no warm-up", "note", {"warmup_steps": 0}),
         ("nothing is held out", "note", {"eval_strategy": "no"}),
+        ("nothing is evaluated during training", "note", {"eval_strategy": "no", "has_test": True}),
         ("may not fit into memory", "problem", {"memory": MemoryEstimate(weights=200, available=100)}),
         ("may not fit into memory", "warn", {"memory": MemoryEstimate(weights=110, available=100)}),
     ],

@@ -298,9 +298,9 @@ def _evaluation(view: View) -> Iterator[Flag]:
         yield Flag(
             "note",
             ("eval_strategy",),
-            "nothing is held out",
+            "nothing is evaluated during training" if view.case.has_test else "nothing is held out",
             "a growing training margin looks the same with and without overfitting",
-            "eval_strategy: steps, with a test split or test_split_size",
+            "eval_strategy: steps" + ("" if view.case.has_test else ", with a test split or test_split_size"),
             NOTES,
             "published",
         )

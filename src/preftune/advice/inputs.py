@@ -155,6 +155,7 @@ def advise_at_start(this: Run, trainer: Any, plan: Any) -> Advice:
         plan.num_trainable_parameters < plan.num_parameters // 2,
         num_pairs=plan.num_pairs or None,
         num_processes=this.args.world_size,
+        has_test=this.has_test,
         noise=noise,
         truncated_share=getattr(report, "num_truncated", 0) / kept if kept else None,
         given=_given(
