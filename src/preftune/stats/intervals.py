@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, stats
+import scipy
 
 from preftune.errors import ConfigError, DataError
 from preftune.stats.resampling import bca_shares, linear_error, resample_ratio, student_ends
@@ -283,7 +283,7 @@ def proportion_interval(
         return wilson_interval(int(rows.sum()), len(rows), level=level)
     share = float(sums.sum() / sizes.sum())
     error = float(linear_error(sums, sizes, share))
-    quantile = float(stats.t.ppf(0.5 + level / 2, len(sums) - 1))
+    quantile = float(scipy.stats.t.ppf(0.5 + level / 2, len(sums) - 1))
     spread = share * (1 - share)
     low, high = wilson_ends(share, _effective_number(spread, error, len(sums)), quantile)
     return Interval(
@@ -330,7 +330,7 @@ def paired_proportion_interval(
     error = linear_error(sums, sizes, mean)
     quantile, number = normal_quantile(0.5 + level / 2), float(len(rows))
     if (sizes > 1).any():
-        quantile = float(stats.t.ppf(0.5 + level / 2, len(sums) - 1))
+        quantile = float(scipy.stats.t.ppf(0.5 + level / 2, len(sums) - 1))
         number = _effective_number(float(rows.var()), error, len(sums))
     better, worse = float((rows > 0).mean()), float((rows < 0).mean())
 
@@ -344,8 +344,8 @@ def paired_proportion_interval(
     return Interval(
         mean=mean,
         # At a border that the data reach there is nothing beyond.
-        low=-1.0 if excess(-1.0) <= 0 else float(optimize.brentq(excess, -1.0, mean - _ASIDE, xtol=1e-12)),
-        high=1.0 if excess(1.0) <= 0 else float(optimize.brentq(excess, mean + _ASIDE, 1.0, xtol=1e-12)),
+        low=-1.0 if excess(-1.0) <= 0 else float(scipy.optimize.brentq(excess, -1.0, mean - _ASIDE, xtol=1e-12)),
+        high=1.0 if excess(1.0) <= 0 else float(scipy.optimize.brentq(excess, mean + _ASIDE, 1.0, xtol=1e-12)),
         level=level,
         standard_error=error,
         num_values=len(rows),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import optimize, stats
+import scipy
 
 from preftune.errors import ConfigError, DataError
 from preftune.stats.rows import check_level, normal_quantile
@@ -43,17 +43,17 @@ def detectable_difference(
     if not standard_deviation >= 0:
         raise DataError("not a standard deviation", where="standard_deviation", value=standard_deviation)
     freedom = num_pairs - 1
-    critical = float(stats.t.ppf(0.5 + level / 2, freedom))
+    critical = float(scipy.stats.t.ppf(0.5 + level / 2, freedom))
 
     def shortfall(shift: float) -> float:
         # SciPy returns NaN for the far tail where it is too small to compute, that is 0.
-        wrong_side = float(np.nan_to_num(stats.nct.cdf(-critical, freedom, shift)))
-        return power - float(stats.nct.sf(critical, freedom, shift)) - wrong_side
+        wrong_side = float(np.nan_to_num(scipy.stats.nct.cdf(-critical, freedom, shift)))
+        return power - float(scipy.stats.nct.sf(critical, freedom, shift)) - wrong_side
 
     upper = critical + 1.0
     while shortfall(upper) > 0:
         upper *= 2
-    shift = float(optimize.brentq(shortfall, 0.0, upper, xtol=1e-10))
+    shift = float(scipy.optimize.brentq(shortfall, 0.0, upper, xtol=1e-10))
     return shift * standard_deviation / math.sqrt(num_pairs)
 
 
@@ -151,7 +151,7 @@ def detectable_paired_proportion(
     # The difference is at most the discordant share: then every discordant row speaks for one side.
     if shortfall(discordant_share) > 0:
         return math.inf
-    return float(optimize.brentq(shortfall, 0.0, discordant_share, xtol=1e-12))
+    return float(scipy.optimize.brentq(shortfall, 0.0, discordant_share, xtol=1e-12))
 
 
 def _check(power: float, level: float) -> None:

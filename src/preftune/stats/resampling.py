@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import special, stats
+import scipy
 
 from preftune.stats.rows import Array
 
@@ -74,7 +74,7 @@ def student_ends(
     scaled = np.where(np.isnan(scaled), 0.0, scaled)
     # Without interpolation, which would turn two infinite neighbours into no number.
     below, above = (float(end) for end in np.quantile(scaled, shares, method="inverted_cdf"))
-    student = float(stats.t.ppf(shares[1], num_groups - 1))
+    student = float(scipy.stats.t.ppf(shares[1], num_groups - 1))
     above = above if math.isfinite(above) else student
     below = below if math.isfinite(below) else -student
     return resampled, estimate - above * error, estimate - below * error
@@ -91,14 +91,14 @@ def bca_shares(
     # Ties count half, as in SciPy, so that discrete data are not taken for biased.
     below = float((resampled < estimate).mean() + (resampled <= estimate).mean()) / 2
     limit = 0.5 / len(resampled)
-    bias = float(special.ndtri(min(max(below, limit), 1 - limit)))
+    bias = float(scipy.special.ndtri(min(max(below, limit), 1 - limit)))
     leave_one_out = (sums.sum() - sums) / (sizes.sum() - sizes)
     deviations = leave_one_out.mean() - leave_one_out
     denominator = float((deviations**2).sum() ** 1.5)
     acceleration = float((deviations**3).sum()) / (6 * denominator) if denominator > 0 else 0.0
 
     def corrected(share: float) -> float:
-        moved = bias + float(special.ndtri(share))
-        return float(stats.norm.cdf(bias + moved / (1 - acceleration * moved)))
+        moved = bias + float(scipy.special.ndtri(share))
+        return float(scipy.stats.norm.cdf(bias + moved / (1 - acceleration * moved)))
 
     return corrected(shares[0]), corrected(shares[1])

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
+import scipy
 
 from preftune.errors import ConfigError, DataError
 
@@ -64,4 +64,4 @@ def check_level(level: float) -> None:
 
 def normal_quantile(share: float) -> float:
     """Where the normal distribution has this share below it."""
-    return float(special.ndtri(share))
+    return float(scipy.special.ndtri(share))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from preftune.errors import DataError
 from preftune.stats.rows import Array
@@ -50,8 +50,8 @@ def mcnemar(only_first: int, only_second: int) -> McNemarResult:
     total, fewer = only_first + only_second, min(only_first, only_second)
     if total == 0:
         return McNemarResult(only_first, only_second, 1.0, 1.0)
-    below = float(stats.binom.cdf(fewer, total, 0.5))
-    point = float(stats.binom.pmf(fewer, total, 0.5))
+    below = float(scipy.stats.binom.cdf(fewer, total, 0.5))
+    point = float(scipy.stats.binom.pmf(fewer, total, 0.5))
     if only_first == only_second:
         return McNemarResult(only_first, only_second, 1.0, 1.0 - point / 2)
     return McNemarResult(only_first, only_second, min(1.0, 2 * below), min(1.0, 2 * below - point))
