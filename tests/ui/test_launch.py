@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from preftune.errors import ConfigError
-from preftune.ui.launch import LOG, read_order
+from preftune.ui.launch import LOG, read_order, recorded_order
 from tests.pipeline.conftest import made  # noqa: F401
 from tests.ui.conftest import Server, start
 
@@ -125,6 +125,66 @@ def test_a_run_is_planned_and_trained_from_the_page(own: Server) -> None:
         time.sleep(1)
     said = own.post("launched", {"name": "mine"})[1]
     assert said["code"] == 0, said["text"]
-    assert own.key("mine")
+    key = own.key("mine")
     assert (own.root / "mine" / "report.html").is_file()
     assert (own.root / "mine" / LOG).stat().st_mode & 0o077 == 0
+    # What is done is judged, made a model that others load, and gone on with, which finds nothing left to do.
+    for action, printed in (
+        ("evaluate", "saved"),
+        ("export", "To serve it"),
+        ("resume", "going on in"),
+    ):
+        status, said = own.post("act", {"id": key, "action": action})
+        assert status == 200, said
+        followed = {"name": said["follow"]}
+        while own.post("launched", followed)[1]["running"]:
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        said = own.post("launched", followed)[1]
+        assert said["code"] == 0, said["text"]
+        assert printed in said["text"]
+    assert (own.root / "mine" / "export" / "model.safetensors").is_file()
+
+
+WORDS = ["preftune", "run", "pairs.jsonl", "--model", "base", "--out", "{folder}", "--beta", "0.2"]
+
+
+def recorded(folder: Path, words: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    filled = [word.format(folder=folder) if isinstance(word, str) else word for word in words]
+    (folder / "run.json").write_text(json.dumps({"command": filled}), encoding="utf-8")
+    return folder
+
+
+def test_a_run_that_this_page_began_can_be_gone_on_with(tmp_path: Path) -> None:
+    order = recorded_order(recorded(tmp_path / "mine", WORDS))
+    assert order == read_order(tmp_path, {**GOOD, "settings": {"beta": "0.2"}})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*WORDS, "--trust_remote_code", "true"],
+        [*WORDS, "--trust_remote_code"],
+        [*WORDS[:-1], "0.2 --trust_remote_code"],
+        [*WORDS[:6], "/tmp/elsewhere", *WORDS[7:]],
+        [*WORDS[:6], "{folder}/../other", *WORDS[7:]],
+        ["preftune", "dpo", *WORDS[2:]],
+        ["preftune", "run", "--config", *WORDS[3:]],
+        [*WORDS[:4], "-m", *WORDS[5:]],
+        [*WORDS, "--out"],
+        WORDS[:5],
+        [],
+        [1, 2, 3],
+    ],
+)
+def test_a_record_that_asks_for_more_starts_nothing(words: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the command that it printed"):
+        recorded_order(recorded(tmp_path / "mine", words))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": "preftune run"}', '{"command": null}', "{" * 5000])
+def test_a_record_that_is_none_starts_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="the command that it printed"):
+        recorded_order(tmp_path)

@@ -131,6 +131,13 @@ def use_template_and_eos(tokenizer: Any, chat_template_path: str | None, eos_tok
         tokenizer.eos_token = eos_token
 
 
+def align_tokens(model: Any, tokenizer: Any) -> None:
+    """Let the model end where its tokenizer does; training does so too, and a model may be saved before."""
+    from transformers.trainer_utils import align_special_tokens
+
+    align_special_tokens(model, tokenizer)
+
+
 def _template_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 

@@ -23,7 +23,7 @@ from preftune.ui import control, pages
 from preftune.ui.folders import Entry, find, overview, signature
 from preftune.ui.generate import checked
 from preftune.ui.helper import Helper
-from preftune.ui.launch import Launcher
+from preftune.ui.launch import WORK, Launcher
 from preftune.ui.security import Guard, TooLarge
 
 #: Seconds between two looks at the folders.
@@ -118,13 +118,15 @@ class Live:
     # ---- actions ---------------------------------------------------------------------------------------------------
 
     async def act(self, request: Request) -> Response:
-        """Stop or save a run."""
+        """Stop or save a run that goes on; evaluate, export or resume one that does not."""
         content, entry = await self._asked(request)
+        name = str(content.get("action"))
         actions: dict[str, Callable[[Path], str]] = {"stop": control.stop, "save": control.save}
-        action = actions.get(str(content.get("action")))
-        if entry is None or entry.kind != "run" or action is None:
+        if entry is None or entry.kind != "run" or name not in (*actions, *WORK):
             return _json({"error": "no such run or action"}, 404)
-        return _json({"done": await run_in_threadpool(action, entry.folder)})
+        if name in WORK:
+            return _json(await run_in_threadpool(self.launcher.work, entry.folder, name))
+        return _json({"done": await run_in_threadpool(actions[name], entry.folder)})
 
     async def prompt(self, request: Request) -> Response:
         """Answer a prompt with the models before and after training."""

@@ -1,7 +1,9 @@
-"""Starting a run from the page: `preftune run`, in a process of its own that goes on when the page is closed.
+"""What the page starts: `preftune run`, and a finished run's evaluation and export, in processes of their own.
 
-What is asked for becomes single words of a command line, never a shell's, and no word may look like a flag. The folder
-of the run is made inside the folder that the page shows. Model code from the Hub is not run.
+They go on when the page is closed. What is asked for becomes single words of a command line, never a shell's, and no
+word may look like a flag. The folder of a run is made inside the folder that the page shows. Model code from the Hub is
+not run. A run is gone on with only where its record holds nothing but what this page may ask for: the record is a file
+like any other in a folder that may be somebody else's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preftune.errors import ConfigError, SetupError
+from preftune.errors import ConfigError, PreftuneError, SetupError
+from preftune.files import parse_json
+from preftune.pipeline.stages import STATE
+from preftune.ui.folders import process_of
 
 #: What the page may set; everything else is advised, and shown with the plan.
 SETTINGS = ("beta", "learning_rate", "num_train_epochs", "max_steps", "max_length", "test_split_size")
@@ -30,6 +35,14 @@ _TAIL = 16_384
 _PLAN_SECONDS = 600.0
 #: Seconds between two looks at whether the browser is still there.
 _LOOK = 0.25
+
+
+#: What can be done with a run that is not running -> the words after ``preftune``; those of a run are in its record.
+WORK: dict[str, tuple[str, ...]] = {
+    "evaluate": ("eval", "--model", "{folder}"),
+    "export": ("export", "{folder}"),
+    "resume": (),
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,30 @@ def read_order(root: Path, content: dict[str, Any]) -> Order:
     return Order(data, model, folder, tuple(settings))
 
 
+def recorded_order(folder: Path) -> Order:
+    """What a run in a folder was asked for, where this page could have asked for it.
+
+    Raises:
+        ConfigError: The run was begun otherwise.
+    """
+    try:
+        words = parse_json((folder / STATE).read_text(encoding="utf-8"))["command"]
+        (verb, data), given = words[1:3], dict(zip(words[3::2], words[4::2], strict=True))
+        out, settings = Path(given.pop("--out")), {key.removeprefix("--"): value for key, value in given.items()}
+        content = {"data": data, "model": settings.pop("model"), "name": out.name, "settings": settings}
+        order = read_order(out.parent, content)
+        if verb == "run" and order.folder.resolve() == folder.resolve():
+            return order
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, PreftuneError):
+        pass
+    raise ConfigError(
+        "it was not begun by this page, or with more than this page can set",
+        where="resume",
+        value=folder.name,
+        remedy="use the command that it printed when it stopped",
+    )
+
+
 def _word(content: dict[str, Any], name: str) -> str:
     value = content.get(name)
     if not isinstance(value, str) or not value.strip():
@@ -108,6 +145,7 @@ class Launcher:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._begun: dict[str, subprocess.Popen[bytes]] = {}
+        self._logs: dict[str, Path] = {}
         self._planning = False
 
     async def plan(self, content: dict[str, Any], gone: Callable[[], Awaitable[bool]]) -> dict[str, Any]:
@@ -149,19 +187,43 @@ class Launcher:
             SetupError: It runs already, or cannot be started.
         """
         order = read_order(self._root, content)
-        name = order.folder.name
+        self._begin(order.folder.name, order.folder, order.command())
+        return {"done": f"started {order.folder.name}; it appears in the list when its training begins"}
+
+    def work(self, folder: Path, action: str) -> dict[str, Any]:
+        """Evaluate a run on what it held out, make a model of it that others load, or go on with it.
+
+        Args:
+            folder: Its folder.
+            action: One of :data:`WORK`.
+
+        Raises:
+            ConfigError: It cannot be gone on with from here.
+            SetupError: It runs, or the work cannot be started.
+        """
+        if process_of(folder) is not None:
+            raise SetupError("it is running", where=action, value=folder.name, remedy="stop it first, or wait")
+        place = str(folder.resolve())
+        words = [word.format(folder=place) for word in WORK[action]]
+        command = [sys.executable, "-m", "preftune", *words] if words else recorded_order(folder).command()
+        name = f"{action} {folder.name}"
+        self._begin(name, folder, command)
+        return {"done": f"started: {name}", "follow": name}
+
+    def _begin(self, name: str, folder: Path, command: list[str]) -> None:
         if self._alive(name):
             raise SetupError("it is running", where="start", value=name, remedy="stop it on its page first")
         try:
-            order.folder.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
             # No link is followed: the log is made in this folder or not at all.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            log = os.open(order.folder / LOG, flags, 0o600)
+            log = os.open(folder / LOG, flags, 0o600)
         except OSError as error:
             raise SetupError(f"cannot write ({error.strerror})", where="start", value=name) from error
         try:
+            self._logs[name] = folder / LOG
             self._begun[name] = subprocess.Popen(
-                order.command(),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -173,13 +235,12 @@ class Launcher:
             raise SetupError(f"cannot be started ({error.strerror})", where="start", value=name) from error
         finally:
             os.close(log)
-        return {"done": f"started {name}; it appears in the list when its training begins"}
 
     def told(self, name: str) -> dict[str, Any]:
         """What a run that was started here has printed last, whether it is alive, and how it ended.
 
         Args:
-            name: Its folder's name.
+            name: Its folder's name, or what :meth:`work` said.
 
         Raises:
             ConfigError: No such run was started here.
@@ -189,7 +250,7 @@ class Launcher:
             raise ConfigError("no run of this name was started here", where="name", value=name[:80])
         code = process.poll()
         try:
-            with open(self._root.resolve() / name / LOG, "rb") as file:
+            with open(self._logs[name], "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
                 text = file.read().decode("utf-8", "replace")
         except OSError:

@@ -7,7 +7,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers.trainer_utils import align_special_tokens
 
 from preftune.data import PrepareReport, prepare_sft
 from preftune.data.sft_tokens import given_mask
@@ -56,8 +55,7 @@ class TextTask(Task):
         """Give the tokenizer the template and the end of text that the settings name."""
         setup.use_template_and_eos(tokenizer, self._args.chat_template_path, self._args.eos_token)
         if self._args.eos_token is not None:
-            # Training does so too; a model that is saved before it must end there as well.
-            align_special_tokens(model, tokenizer)
+            setup.align_tokens(model, tokenizer)
 
     def prepare(self, dataset: Any, tokenizer: Any, name: str) -> tuple[Any, PrepareReport | None]:
         """Tokenised texts, with a mask of what is trained on."""

@@ -11,7 +11,8 @@
       const status = entry ? entry.status : "gone", tag = item.querySelector(".status");
       tag.textContent = status;
       tag.dataset.status = status;
-      for (const button of item.querySelectorAll("button")) button.disabled = status !== "running";
+      const gone = status === "gone";
+      for (const button of item.querySelectorAll("button")) button.disabled = gone || (status === "running") === ("idle" in button.dataset);
     }
   }
   let busy = false, again = false;
@@ -53,8 +54,23 @@
     button.addEventListener("click", async () => {
       const action = button.dataset.act, id = button.closest("[data-entry]").dataset.entry;
       if (action === "stop" && !confirm("Stop this run after its current step? It saves a checkpoint first.")) return;
-      try { at("outcome").textContent = (await ask("act", { id, action })).done; } catch (error) { at("outcome").textContent = error.message; }
+      try {
+        const said = await ask("act", { id, action });
+        at("outcome").textContent = said.done;
+        if (said.follow) follow(said.follow);
+      } catch (error) { at("outcome").textContent = error.message; }
     });
+  }
+  async function follow(name) {
+    const shown = at("work-text");
+    for (;;) {
+      let said;
+      try { said = await ask("launched", { name }); } catch (error) { at("outcome").textContent = error.message; return; }
+      shown.textContent = said.text;
+      shown.hidden = !said.text;
+      if (!said.running) { at("outcome").textContent = name + (said.code === 0 ? " is done" : " ended with code " + said.code); return; }
+      await new Promise((done) => setTimeout(done, document.hidden ? 10000 : 2000));
+    }
   }
 
   function part(tag, text, name) {
