@@ -194,7 +194,8 @@ def test_synthetic_rows_have_exact_lengths_around_the_published_medians() -> Non
 
 def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
-    machine = report_of()["machine"] | {"sources": {"digest": "a", "patterns": ["x"], "date": "2030-01-02"}}
+    machine: dict[str, Any] = report_of()["machine"]
+    machine["sources"] = {"digest": "a", "patterns": ["x"], "date": "2030-01-02"}
     code = {"digest": "a"}
 
     def run_cell(spec: dict[str, Any], timeout: float, cache: Path | None = None) -> dict[str, Any]:
