@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,17 +158,26 @@ def _hub(name: str, config: str | None) -> Origin:
     def read(split: str) -> RawTable:
         import datasets
 
-        try:
+        with hub_errors(name):
             return from_dataset(f"{name} ({split})", datasets.load_dataset(name, config, split=split))
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"cannot be loaded from the Hub: {first_line}",
-                where=f"dataset_name {name!r}",
-                remedy="check the id, the configuration, the split and the network; a local file needs its suffix",
-            ) from error
 
     return Origin(name, None, read)
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """What goes wrong with a data set of the Hub, as one line."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"cannot be loaded from the Hub: {first_line}",
+            where=f"dataset_name {name!r}",
+            remedy="check the id, the configuration, the split and the network; a local file needs its suffix",
+        ) from error
 
 
 def hub_splits(name: str, config: str | None) -> tuple[str, ...]:

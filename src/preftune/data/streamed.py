@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preftune.data.files import check_split, files_by_split, find
+from preftune.data.files import check_split, files_by_split, find, hub_errors
 from preftune.data.json_text import read_lines
 from preftune.data.loader import Loader
 from preftune.data.mixtures import entries_of, shape, share_of
@@ -135,18 +135,11 @@ class _Pieces:
         import datasets
 
         before = 0
-        try:
+        with hub_errors(self.name):
             rows = datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
             for table in rows.with_format("arrow").iter(BLOCK):
                 yield _of_arrow(f"{self.name} ({self.split})", table, before)
                 before += len(table)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"cannot be read from the Hub: {first_line}",
-                where=f"dataset_name {self.name!r}",
-                remedy="check the id, the configuration, the split and the network; a local file needs its suffix",
-            ) from error
 
 
 def _of_file(path: Path) -> Iterator[RawTable]:
