@@ -109,11 +109,18 @@ def test_a_bad_line_is_named_wherever_it_stands(tmp_path: Path) -> None:
     stream = load(str(path), streaming=True)["train"]
     with pytest.raises(DataError, match=r"rows\.jsonl:8"):
         list(stream)
-    kept = list(load(str(path), streaming=True, on_bad_rows="skip")["train"])
+    aside = tmp_path / "aside.jsonl"
+    stream = load(str(path), streaming=True, on_bad_rows="skip", quarantine_path=str(aside))["train"]
+    with pytest.warns(UserWarning, match=r"rows\.jsonl:8: malformed JSON.*left out and kept in .*aside\.jsonl"):
+        kept = list(stream)
     assert [row["prompt"] for row in kept] == [row["prompt"] for row in ROWS if row["extra"] != 7]
+    # It is read again, and the row is kept aside and told of once.
+    assert list(stream) == kept
+    assert len(aside.read_text(encoding="utf-8").splitlines()) == 1
     # Of a file that ends in one, too.
     path.write_text("\n".join([*texts[:7], "{broken"]), encoding="utf-8")
-    assert len(list(load(str(path), streaming=True, on_bad_rows="skip")["train"])) == 7
+    with pytest.warns(UserWarning, match=r"rows\.jsonl:8"):
+        assert len(list(load(str(path), streaming=True, on_bad_rows="skip")["train"])) == 7
 
 
 @pytest.mark.parametrize(
@@ -201,6 +208,23 @@ def test_a_run_learns_the_same_from_a_stream_and_goes_on_in_it(
         late_folder.rename(tmp_path / "set aside")
     assert run(world, again, "--streaming", "--save_steps", "3", "--resume_from_checkpoint", "true") == 0
     assert (again / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("verb", ["sft", "kto"])
+def test_single_answers_are_streamed_too(world: Path, tmp_path: Path, verb: str) -> None:
+    from tests.faults.worlds import make_pairs
+
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in make_pairs(12)]
+    rows[1::2] = [row | {"label": False} for row in rows[1::2]]
+    lines(tmp_path / "rows.jsonl", [{k: v for k, v in row.items() if verb == "kto" or k != "label"} for row in rows])
+    argv = [word.format(world=world) for word in RUN]
+    argv[0], argv[argv.index("--dataset_name") + 1] = verb, str(tmp_path / "rows.jsonl")
+    found = []
+    for more in ((), ("--streaming",)):
+        out = tmp_path / f"out{len(more)}"
+        assert main([*argv, "--output_dir", str(out), *more]) == 0
+        found.append((out / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from preftune.data.json_text import read_lines
 from preftune.data.loader import Loader
 from preftune.data.mixtures import entries_of, shape, share_of
 from preftune.data.reading import suffix_of
+from preftune.data.rows import BadRowHandler
 from preftune.data.tables import RawTable, from_dataset
 from preftune.errors import ConfigError, DataError
 
@@ -62,7 +64,12 @@ def stream(
     if next(pieces.tables(), None) is None:
         raise DataError("the stream holds no rows", where=name, remedy="check the split")
     found: IterableDataset = IterableDataset.from_generator(
-        _rows, gen_kwargs={"pieces": pieces, "columns": columns, "loader": loader}
+        _rows,
+        gen_kwargs={
+            "pieces": pieces,
+            "columns": columns,
+            "loader": replace(loader, handler=_OncePerRow(loader.handler.policy, loader.handler.quarantine_path)),
+        },
     )
     return found
 
@@ -106,9 +113,26 @@ def mixed(mixture: Mapping[str, Any], loader: Loader, seed: int) -> IterableData
 
 
 def _rows(pieces: _Pieces, columns: Any, loader: Loader) -> Iterator[dict[str, Any]]:
-    reader = loader.another()
+    reader = replace(loader.another(), handler=loader.handler)
     for table in pieces.tables():
         yield from reader.rows(shape(table, columns))
+
+
+class _OncePerRow(BadRowHandler):
+    """Decides about rows that are read again with every pass: each is kept aside once, and the first one is told."""
+
+    def __init__(self, policy: str, quarantine_path: str | None) -> None:
+        super().__init__(policy, quarantine_path)
+        self._kept: set[str] = set()
+
+    def quarantine(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        new = [each for each in entries if each["place"] not in self._kept]
+        if new and not self._kept:
+            where = f" and kept in {self.quarantine_path}" if self.quarantine_path else ""
+            said = f"{new[0]['place']}: {new[0]['what']}; rows of a stream that cannot be used are left out{where}"
+            warnings.warn(said, UserWarning, stacklevel=2)
+        self._kept.update(each["place"] for each in new)
+        super().quarantine(new)
 
 
 class _Pieces:

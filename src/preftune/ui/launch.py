@@ -211,8 +211,9 @@ class Launcher:
         return {"done": f"started: {name}", "follow": name}
 
     def _begin(self, name: str, folder: Path, command: list[str]) -> None:
-        if self._alive(name):
-            raise SetupError("it is running", where="start", value=name, remedy="stop it on its page first")
+        place = folder.resolve()
+        if any(self._alive(other) for other, log in self._logs.items() if log.parent == place):
+            raise SetupError("it is running", where="start", value=name, remedy="stop it on its page first, or wait")
         try:
             folder.mkdir(exist_ok=True)
             # No link is followed: the log is made in this folder or not at all.
@@ -221,7 +222,7 @@ class Launcher:
         except OSError as error:
             raise SetupError(f"cannot write ({error.strerror})", where="start", value=name) from error
         try:
-            self._logs[name] = folder / LOG
+            self._logs[name] = place / LOG
             self._begun[name] = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
