@@ -34,6 +34,35 @@ _TEXT = "the cat sat on a mat and saw that blue sky was very bright while dogs b
 _WORDS = _TEXT.split()
 
 
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+PLAIN = [
+    {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " was bright"},
+    {"prompt": "the cat sat on a mat and saw that", "chosen": " dogs bark</s>", "rejected": " no"},
+    {"prompt": "Human: the sky\n\nAssistant:", "chosen": " blue sky é 日本", "rejected": " night " * 20},
+    {"prompt": "the ca", "chosen": "t sat", "rejected": "b"},  # merges across the boundary
+    {"prompt": "dogs ", "chosen": "bark", "rejected": "sat"},  # the space belongs to the next token
+    {"prompt": "", "chosen": "yes", "rejected": "no no"},
+    {"prompt": "bark " * 30, "chosen": "x", "rejected": "y y y y"},
+]
+CHAT = [
+    {"prompt": [user("the cat")], "chosen": [assistant("sat on a mat")], "rejected": [assistant("no")]},
+    {
+        "prompt": [{"role": "system", "content": "dogs"}, user("a"), assistant("b"), user("bark at night")],
+        "chosen": [assistant("yes"), user("very"), assistant("bright " * 12)],
+        "rejected": [assistant("no\n")],
+    },
+    {"prompt": [user("blue " * 25)], "chosen": [assistant("sky")], "rejected": [assistant("night")]},
+    {"prompt": [user("on"), assistant("and then")], "chosen": [assistant(" x")], "rejected": [assistant(" y")]},
+]
+
+
 def make_tokenizer(*, adds_bos: bool = False, template: str | None = CHATML) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -14,8 +14,7 @@ from preftune.data.convert import convert_row
 from preftune.data.formats import FORMATS
 from preftune.data.rows import BadRowHandler
 from preftune.errors import ConfigError, DataError, ModelError
-from tests.data.conftest import TEMPLATES, make_tokenizer
-from tests.data.test_pair_parity import CHAT, PLAIN, assistant, user
+from tests.data.conftest import CHAT, PLAIN, TEMPLATES, assistant, make_tokenizer, user
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 # What is wrong, the row, the reason, the field, whether TRL trains on it.

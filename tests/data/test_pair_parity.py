@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from preftune.data import DataOptions, prepare
-from tests.data.conftest import TEMPLATES, make_tokenizer
+from tests.data.conftest import CHAT, PLAIN, TEMPLATES, assistant, make_tokenizer, user
 
 Sequence = tuple[list[int], list[int]]
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def trl_sequences(
@@ -65,25 +57,6 @@ def scored(pair: list[Sequence]) -> bool:
     return all(sum(mask[1:]) > 0 for _, mask in pair)
 
 
-PLAIN = [
-    {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " was bright"},
-    {"prompt": "the cat sat on a mat and saw that", "chosen": " dogs bark</s>", "rejected": " no"},
-    {"prompt": "Human: the sky\n\nAssistant:", "chosen": " blue sky é 日本", "rejected": " night " * 20},
-    {"prompt": "the ca", "chosen": "t sat", "rejected": "b"},  # merges across the boundary
-    {"prompt": "dogs ", "chosen": "bark", "rejected": "sat"},  # the space belongs to the next token
-    {"prompt": "", "chosen": "yes", "rejected": "no no"},
-    {"prompt": "bark " * 30, "chosen": "x", "rejected": "y y y y"},
-]
-CHAT = [
-    {"prompt": [user("the cat")], "chosen": [assistant("sat on a mat")], "rejected": [assistant("no")]},
-    {
-        "prompt": [{"role": "system", "content": "dogs"}, user("a"), assistant("b"), user("bark at night")],
-        "chosen": [assistant("yes"), user("very"), assistant("bright " * 12)],
-        "rejected": [assistant("no\n")],
-    },
-    {"prompt": [user("blue " * 25)], "chosen": [assistant("sky")], "rejected": [assistant("night")]},
-    {"prompt": [user("on"), assistant("and then")], "chosen": [assistant(" x")], "rejected": [assistant(" y")]},
-]
 IMPLICIT_PLAIN = [
     {"chosen": "the cat sat on a mat", "rejected": "the cat sat at night"},
     {"chosen": "the cat", "rejected": "the cat sat"},  # one is the beginning of the other

@@ -9,8 +9,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from preftune.data import DataOptions, prepare
-from tests.data.conftest import TEMPLATES, make_tokenizer
-from tests.data.test_pair_parity import CHAT, PLAIN
+from tests.data.conftest import CHAT, PLAIN, TEMPLATES, make_tokenizer
 
 
 def test_bos_is_never_doubled(bos_tokenizer: Any) -> None:

@@ -14,8 +14,7 @@ from preftune.data.tokenise import Encoder, TokenisedPair, tokenise_pairs
 from preftune.data.unpaired import prepare_unpaired
 from preftune.data.view import Viewer, label_pair
 from preftune.errors import DataError
-from tests.data.conftest import make_tokenizer
-from tests.data.test_pair_parity import CHAT, PLAIN
+from tests.data.conftest import CHAT, PLAIN, make_tokenizer
 
 
 def printed(rows: list[Any], tokenizer: Any, options: DataOptions, colour: bool = False, **settings: Any) -> str:
