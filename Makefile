@@ -67,7 +67,7 @@ test-low:  ## a short tier with the lowest versions of constraints-low.txt, in a
 	@$(VENV)-low/bin/python -m pip --quiet --disable-pip-version-check install -e . -c $(VENV)-low/constraints.txt \
 		hypothesis mpmath pytest pytest-timeout pytest-xdist statsmodels
 	@OMP_NUM_THREADS=1 $(VENV)-low/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow and not extras" \
-		-W "ignore:Model has:UserWarning" -k "not cap_dropped" $(LOW_TESTS) $(TEST_ARGS)
+		-W "ignore:Model has:UserWarning" -W "ignore:Conversion of an array:DeprecationWarning" -k "not cap_dropped and not trl" $(LOW_TESTS) $(TEST_ARGS)
 
 docs: setup  ## build the pages into build/docs; a warning is an error
 	@$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs

@@ -15,8 +15,8 @@ from preftune.data.show import show
 from preftune.data.transcripts import as_conversation, turns_of
 from preftune.data.unpaired import prepare_unpaired
 from preftune.data.view import Viewer
-from tests.data.conftest import CHATML, TEMPLATES, make_tokenizer
-from tests.data.test_pair_parity import assistant, our_sequences, trl_sequences, user
+from tests.data.conftest import CHATML, TEMPLATES, assistant, make_tokenizer, user
+from tests.data.test_pair_parity import our_sequences, trl_sequences
 from tests.data.test_rendering import FAMILIES
 
 TOOL = {"role": "tool", "content": "seven degrees"}

@@ -12,7 +12,7 @@ from preftune.cli.data import main
 from preftune.data import load, load_report
 from preftune.data.export import columns_told, write
 from preftune.errors import ConfigError
-from tests.data.test_pair_parity import assistant, user
+from tests.data.conftest import assistant, user
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": None}}}
 ROWS: list[dict[str, Any]] = [

@@ -15,8 +15,7 @@ from preftune.data.formats import FORMATS, NOT_USED, column_uses, detect
 from preftune.data.formats.base import BadRow
 from preftune.data.unpaired import prepare_unpaired
 from preftune.errors import ConfigError, DataError
-from tests.data.conftest import make_tokenizer
-from tests.data.test_pair_parity import assistant, user
+from tests.data.conftest import assistant, make_tokenizer, user
 
 SYSTEM = {"role": "system", "content": "s"}
 

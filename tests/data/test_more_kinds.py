@@ -19,9 +19,8 @@ from preftune.data import DataOptions, load, load_report, prepare, prepare_sft
 from preftune.data.formats import FORMATS, NOT_USED, column_uses
 from preftune.data.unpaired import prepare_unpaired
 from preftune.errors import DataError
-from tests.data.conftest import CHATML, make_tokenizer
+from tests.data.conftest import CHATML, assistant, make_tokenizer, user
 from tests.data.test_layouts import PAIR, SYSTEM, read, write
-from tests.data.test_pair_parity import assistant, user
 from tests.data.test_rendering import FAMILIES, pair, shown
 
 # ---- containers -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from datasets import Dataset
 from preftune.data import DataOptions, load, load_report, prepare, prepare_sft
 from preftune.data.formats import detect
 from preftune.errors import ConfigError, DataError
-from tests.data.test_pair_parity import assistant, user
+from tests.data.conftest import assistant, user
 from tests.data.test_sft_parity import trl_labels
 
 TALK = [user("the cat"), assistant("sat")]

@@ -13,8 +13,7 @@ from datasets import Dataset
 from preftune.data import DataOptions, load, prepare, prepare_sft
 from preftune.data.tokenise import Encoder
 from preftune.errors import DataError
-from tests.data.conftest import CHATML, make_tokenizer
-from tests.data.test_pair_parity import assistant, user
+from tests.data.conftest import CHATML, assistant, make_tokenizer, user
 
 SHIPPED = Path(str(trl.__file__)).parent / "chat_templates"
 # The templates of six families of models; SmolLM2's is ChatML with a system turn of its own.

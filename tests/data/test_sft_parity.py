@@ -14,8 +14,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from preftune.data import DataOptions, prepare_sft
 from preftune.errors import ConfigError, DataError
-from tests.data.conftest import CHATML, MARKED, TEMPLATES, THINKING, make_tokenizer
-from tests.data.test_pair_parity import assistant, user
+from tests.data.conftest import CHATML, MARKED, TEMPLATES, THINKING, assistant, make_tokenizer, user
 
 TALK = [user("the cat"), assistant("sat on"), user("a mat"), assistant("and saw that " * 4)]
 ROWS: dict[str, list[dict[str, Any]]] = {
