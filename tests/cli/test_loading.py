@@ -82,6 +82,13 @@ def test_chat_templates_from_text_and_file(world: Path, tmp_path: Path) -> None:
         read_chat_template(str(tmp_path / "bad.jinja"))
 
 
+@pytest.mark.parametrize("name", ["flash", "flash_attention_9", "eager2"])
+def test_attention_that_does_not_exist(world: Path, name: str) -> None:
+    config = ModelConfig(model_name_or_path=str(world / "model"), attn_implementation=name)
+    with pytest.raises(ModelError, match=f"^attn_implementation: .* got '{name}'; take sdpa or eager"):
+        load_model_and_tokenizer(config)
+
+
 def test_weights_that_are_torn(world: Path, tmp_path: Path) -> None:
     for file in (world / "model").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -293,6 +293,13 @@ def _diagnosis(error: Exception, name: str, where: str, kind: str) -> ModelError
     cause = error.__cause__ or error.__context__
     whole = said + (f" {type(cause).__name__}: {cause}" if cause else "")
     exists = os.path.exists(os.path.expanduser(name))
+    if attention := re.search(r"`?attn_implementation=?`?\W{0,3}([\w|-]+)", said):
+        return ModelError(
+            "the model does not have this attention",
+            where="attn_implementation",
+            value=attention[1],
+            remedy="take sdpa or eager; packed rows bring their own attention",
+        )
     if "trust_remote_code" in whole:
         what, remedy = (
             f"the {kind} brings its own Python code",
