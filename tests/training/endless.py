@@ -47,7 +47,7 @@ class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.seen: list[int] = []
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note it."""
         self.seen.append(taken("VmRSS"))
 
