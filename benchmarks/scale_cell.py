@@ -66,7 +66,7 @@ class Steps(TrainerCallback):
     def __init__(self) -> None:
         self.seen: list[tuple[float, int]] = []
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note them, when all processes are there."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()

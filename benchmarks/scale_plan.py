@@ -9,11 +9,11 @@ import numpy as np
 
 Cell = dict[str, Any]
 
-#: The plan: a model of Llama 3.1's 8B parameters on eight machines of eight H100, 8 pairs a GPU and step, bf16.
-PARAMETERS, LAYERS, GPUS, PAIRS, PER_GPU = 8.03e9, 32, 64, 1e9, 8
+#: The plan: a model of Llama 3.1's 8B parameters on eight machines of eight H100, 50 pairs a GPU and step, bf16.
+PARAMETERS, GPUS, PAIRS, PER_GPU = 8.03e9, 64, 1e9, 50
 #: Peak operations per second (data sheet, dense bf16), the share of it that is assumed to be reached, bytes per second
 #: of a GPU's 400 Gb/s link and of a disk, and tokens of a row.
-PEAK, REACHED, LINK, DISK, ROW = 989e12, 0.4, 50e9, 2e9, 4096
+PEAK, REACHED, LINK, DISK, ROW = 989e12, 0.4, 50e9, 2e9, 16384
 #: Hours until a machine of eight GPUs fails. The first: 419 interruptions in 54 days of 16,384 GPUs (The Llama 3 Herd
 #: of Models, 2407.21783, section 3.3.4).
 HOURS = (16384 / 8 * 54 * 24 / 419, 500.0, 50.0)
@@ -22,18 +22,21 @@ RESTART = 900.0
 
 def rows_a_process(each: Cell) -> int:
     """Rows that a process runs in a step."""
-    return math.ceil(each["tokens"] / each["processes"] / each["row_tokens"])
+    rows: int = math.ceil(each["tokens"] / each["processes"] / each["row_tokens"])
+    return rows
 
 
 def bytes_sent(each: Cell) -> float:
     """Bytes that a process sends in a step, in fp32.
 
-    DDP adds gradients up in a ring. FSDP2 gathers the weights for the forward and the backward of every row and for
-    that of the reference, and scatters the gradients once.
+    DDP adds gradients up in a ring. FSDP2 gathers the layers for the forward, the backward and the reference of every
+    row, what is outside of them for the reference and the policy, and scatters the gradients once, for which gloo adds
+    all of them up in every process.
     """
     processes = each["processes"]
     part = (processes - 1) / processes * 4 * each["parameters"]
-    return float(2 * part if each["engine"] == "ddp" else part * (3 * rows_a_process(each) + 1))
+    outside = each["vocab"] * each["hidden"] / each["parameters"]
+    return float(2 * part if each["engine"] == "ddp" else part * ((3 - outside) * rows_a_process(each) + 2))
 
 
 def plan(read: Cell) -> dict[str, str]:
@@ -64,18 +67,16 @@ def plan(read: Cell) -> dict[str, str]:
         f"computing from rows of {hidden:,.0f} tokens on",
         "memory": f"{states / 1e9:.1f} GB a GPU for weights, gradients, Adam's state and the reference's copy in fp32, "
         "and the activations of one row",
-        "balance": "slowest over mean 1.01 at 8 pairs a GPU (above)",
-        "planning": f"{1e3 * read['seconds_to_share_a_step']:.1f} ms a step to divide it; "
+        "balance": "slowest over mean 1.01 at 8 pairs a GPU (above), and less with more",
+        "planning": f"{1e3 * read['seconds_to_share_a_step']:.1f} ms to divide 512 pairs; "
         "nothing is planned over all data",
         "reading": f"{needed:,.0f} pairs a second are needed; a process reads {read['text_a_second']:,.0f} of text and "
-        f"{read['tokens_a_second']:,.0f} of token ids (each reads all of the stream)",
+        f"{read['tokens_a_second']:,.0f} of token ids, and each reads all of the stream: give it token ids",
         "going on in the middle": f"reading up to there takes {middle / read['text_a_second'] / 3600:,.0f} h of text "
         f"and {middle / read['tokens_a_second'] / 3600:,.0f} h of token ids: leave the files out that were trained "
         "on, and set `ignore_data_skip: true`",
-        "reference beforehand": f"a data set that is not a stream holds two values a pair in every process, "
-        f"{16 * PAIRS / 1e9:.0f} GB here; the store would take {4 * PAIRS * tokens / 2 / 1e12:.1f} TB in one file. "
-        "Instead score files one by one, each by a process of its own, and keep ref_chosen_logps and ref_rejected_logps as "
-        "columns: a stream that has them runs no reference along",
+        "reference": f"run along: data that are no stream hold two values a pair in every process, "
+        f"{16 * PAIRS / 1e9:.0f} GB here, and the store would take {4 * PAIRS * tokens / 2 / 1e12:.1f} TB in one file",
         "checkpoint": f"{checkpoint / 1e9:.0f} GB (weights and Adam's state in fp32), gathered in the first process's "
         f"main memory and written in {checkpoint / DISK:.0f} s at {DISK / 1e9:.0f} GB/s",
     }
