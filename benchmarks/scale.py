@@ -247,8 +247,8 @@ def tables(report: Cell) -> dict[str, str]:
         "",
         f"Time: {t['operations_per_second'] / 1e9:.0f} GFLOP/s, {1e9 * t['seconds_per_byte']:.2f} ns a byte sent, "
         f"{1e3 * t['seconds_per_layer_and_row']:.0f} ms a layer and row. Memory: gradient, Adam's state and the "
-        f"reference's copy in fp32, divided by the processes under FSDP2; {s['activations']:.0f} activations of 4 bytes "
-        f"a token, layer and hidden unit of a row; {s['constant'] / 1e6:.0f} MB.",
+        f"reference's copy in fp32, divided by the processes under FSDP2; {s['activations']:.0f} activations of 4 "
+        f"bytes a token, layer and hidden unit of a row; {s['constant'] / 1e6:.0f} MB.",
     ]
     one, two = report["pass"]
     share = max(two["seconds"]) / one["seconds"][0]
