@@ -12,9 +12,10 @@ STAMP := $(VENV)/.installed
 # Two workers of one torch thread each finish sooner than one of two: most tests are small.
 TEST_WORKERS ?= 2
 TEST_ARGS ?=
+PROCESSES ?= 4
 OUT ?= demo-out
 
-.PHONY: help setup demo real test test-ci test-all test-extras test-low docs check format bench gpu learning real-page noise parity differential faults reliability audit guards fuzz coverage advisories stale clean
+.PHONY: help setup demo real test test-ci test-all test-extras distributed test-low docs check format bench gpu learning real-page noise parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -57,6 +58,11 @@ LOW_TESTS := $(addprefix tests/,objectives/test_values.py objectives/test_compos
 	references models/test_gate.py models/test_probe.py data/test_prepare.py data/test_sources.py \
 	training/test_by_hand.py training/test_checkpoints.py training/test_checkpoints_runs.py training/test_tasks.py \
 	equivalence evaluation/test_metrics.py sweep/test_choice.py report/test_render.py cli/test_training_verbs.py)
+
+distributed: setup  ## tests of several processes with PROCESSES (4) of them: DDP, FSDP2, and DeepSpeed where installed
+	@marks="not extras"; $(BIN)/python -c "import deepspeed" 2>/dev/null && marks=""; \
+		PREFTUNE_PROCESSES=$(PROCESSES) PREFTUNE_FAULTS=full OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -m "$$marks" tests/distributed $(TEST_ARGS)
 
 # The CPU build of the lowest torch is not on every index: continuous integration takes the one of constraints.txt.
 LOW_TORCH ?= 2.11

@@ -94,14 +94,19 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def into_docs(mark: str, text: str) -> None:
+    """Put a text between its marks in docs/scale.md."""
+    page = DOCS.read_text(encoding="utf-8")
+    marked = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    assert marked.search(page), mark
+    DOCS.write_text(marked.sub(lambda found: found[1] + text + "\n" + found[2], page), encoding="utf-8")
+
+
 def main() -> int:
     """Simulate, and write results and table."""
     report = measure()
     OUT.write_text(json.dumps(report, indent=1) + "\n")
-    text = DOCS.read_text(encoding="utf-8")
-    marked = re.compile(r"(<!-- balance -->\n).*?(<!-- /balance -->)", re.DOTALL)
-    assert marked.search(text)
-    DOCS.write_text(marked.sub(lambda found: found[1] + table(report) + "\n" + found[2], text), encoding="utf-8")
+    into_docs("balance", table(report))
     return 0
 
 

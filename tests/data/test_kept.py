@@ -6,8 +6,10 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import datasets
 import pytest
 
 from preftune.cli.main import main
-from preftune.data import kept
+from preftune.data import arrow, kept
 from preftune.data.options import DataOptions
 from preftune.data.prepare import prepare
 from preftune.data.sft import prepare_sft
@@ -293,7 +295,8 @@ def test_a_file_in_use_counts_as_used(place: Path) -> None:
 
 _KEY = """
 import sys
-from preftune.data import kept
+import threading
+from preftune.data import arrow, kept
 from preftune.data.options import DataOptions
 from preftune.data.prepare import prepare
 from tests.data.test_kept import chat, rows, tokenizer
@@ -335,3 +338,68 @@ def test_copies_of_a_tokenizer_are_the_same(tokenised: list[int]) -> None:
     tokenised.clear()
     prepare(rows(), copy.deepcopy(one), DataOptions())
     assert not tokenised
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def at_once(number: int, call: Callable[[], Any]) -> list[Any]:
+    """The results of calls in so many threads: a file lock keeps them apart as it does processes."""
+    with ThreadPoolExecutor(number) as pool:
+        return [each.result(60) for each in [pool.submit(call) for _ in range(number)]]
+
+
+def test_processes_that_start_together_prepare_once(tokenised: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    used = [tokenizer() for _ in range(3)]
+    plain, _ = prepare(rows(), used[0], DataOptions(max_length=20, data_cache=False))
+    once = len(tokenised)
+    tokenised.clear()
+    encode = Encoder.encode
+
+    def slow(self: Encoder, texts: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(Encoder, "encode", slow)
+    found = at_once(3, lambda: prepare(rows(), used.pop(), DataOptions(max_length=20))[0])
+    assert len(tokenised) == once
+    assert all(each.to_dict() == plain.to_dict() for each in found)
+
+
+def test_rows_that_are_not_kept_are_prepared_by_each(tokenised: list[int], place: Path) -> None:
+    data = [*ROWS[:10], {**ROWS[10], "chosen": None}]
+    used = [tokenizer() for _ in range(3)]
+    options = DataOptions(max_length=20, on_bad_rows="skip")
+    found = at_once(3, lambda: prepare(datasets.Dataset.from_list(data), used.pop(), options)[0])
+    assert [len(each) for each in found] == [10, 10, 10]
+    assert not list(place.glob("*.arrow"))
+
+
+def test_nobody_waits_for_a_process_that_has_died(place: Path) -> None:
+    prepare(rows(), tokenizer(), DataOptions(max_length=20))
+    (path,) = place.glob("*.arrow")
+    path.unlink()
+    code = "import sys, time, filelock\nlock = filelock.FileLock(sys.argv[1])\nlock.acquire()\nprint(flush=True)\n"
+    lock = str(path.with_name(f".{path.name}.lock"))
+    with subprocess.Popen([sys.executable, "-c", code + "time.sleep(60)", lock], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        timer = threading.Timer(1.0, holder.kill)
+        timer.start()
+        began = time.monotonic()
+        prepare(rows(), tokenizer(), DataOptions(max_length=20))
+        assert 0.5 < time.monotonic() - began < 20
+    assert path.exists()
+
+
+def test_columns_that_arrow_holds_in_several_pieces_only_are_kept_too(
+    tokenised: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = prepare(rows(), tokenizer(), DataOptions(max_length=20, data_cache=False))
+    monkeypatch.setattr(arrow, "MOST_VALUES", 60)
+    first, _ = prepare(rows(), tokenizer(), DataOptions(max_length=20))
+    tokenised.clear()
+    second, _ = prepare(rows(), tokenizer(), DataOptions(max_length=20))
+    assert not tokenised
+    assert second.data.column("chosen_ids").num_chunks > 1
+    assert first.to_dict() == second.to_dict() == plain.to_dict()

@@ -21,6 +21,9 @@ from preftune.training import streams
 from tests.parity import worlds
 from tests.training.uneven import different
 
+#: How many processes train together in the tests; `make distributed` says four.
+PROCESSES = int(os.environ.get("PREFTUNE_PROCESSES", "2"))
+
 #: ``{name: (kind, rows, settings)}``, with ``lora`` and ``given`` (a reference model) among the settings.
 Case = tuple[str, int, dict[str, Any]]
 

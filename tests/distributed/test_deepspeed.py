@@ -29,9 +29,10 @@ def test_zero_ends_with_one_processs_weights(stage: int, tmp_path: Path) -> None
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.distributed.cases"]
+    launch = ["torch.distributed.run", "--nproc_per_node", str(given.PROCESSES), "-m", "tests.distributed.cases"]
     done = subprocess.run(
-        [*command, world.path, str(tmp_path), json.dumps(cases), json.dumps({"deepspeed": settings})],
+        [sys.executable, "-m", *launch, world.path, str(tmp_path), json.dumps(cases),
+         json.dumps({"deepspeed": settings})],
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PREFTUNE_CACHE": str(tmp_path / "cache")},
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip

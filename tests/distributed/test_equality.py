@@ -1,4 +1,4 @@
-"""Two processes end with one process's weights: sharded parameters, and rows that do not divide by the processes."""
+"""Several processes end with one process's weights: sharded parameters, and rows that do not divide by them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
 
 
 def launched(cases: dict[str, given.Case], world: worlds.World, folder: Path, **more: Any) -> Any:
-    """Run some cases in two processes."""
+    """Run some cases in several processes."""
     command = [
-        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(given.PROCESSES), "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tests.distributed.cases",
     ]  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", *command, world.path, str(folder), json.dumps(cases), json.dumps(more)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PREFTUNE_CACHE": str(folder / "cache")},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 
@@ -51,17 +51,17 @@ def assert_as_one_process(case: given.Case, world: worlds.World, folder: Path, t
     given.run(case, world.path, folder)
     assert_same(folder, together, 1e-5)
     alone = json.loads((folder / "found-0.json").read_text(encoding="utf-8"))
-    for rank in (0, 1):
+    for rank in range(given.PROCESSES):
         found = json.loads((together / f"found-{rank}.json").read_text(encoding="utf-8"))
         assert found["eval"] == {name: pytest.approx(v, rel=1e-4, abs=1e-5) for name, v in alone["eval"].items()}
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-6)
 
 
-# One test for all cases of an engine: they share a start of two processes, and workers would each start their own.
+# One test for all cases of an engine: they share a start of the processes, and workers would each start their own.
 
 
 @pytest.mark.parametrize(("cases", "engine"), [(SHARDED, "fsdp2"), (PLAIN, "ddp")], ids=["fsdp2", "ddp"])
-def test_two_processes_end_with_one_processs_weights(
+def test_several_processes_end_with_one_processs_weights(
     cases: dict[str, given.Case], engine: str, world: worlds.World, tmp_path: Path
 ) -> None:
     done = launched(cases, world, tmp_path / "two", **({"fsdp": True} if engine == "fsdp2" else {}))

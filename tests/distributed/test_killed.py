@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from preftune.errors import SetupError
+from tests.distributed.cases import PROCESSES
 from tests.parity import worlds
 
 pytestmark = [pytest.mark.slow]
@@ -33,14 +35,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
 
 
 def started(world: worlds.World, out: Path, *more: str) -> subprocess.Popen[str]:
-    """Two processes, as the command line starts them."""
+    """Several processes, as the command line starts them."""
     flags = (
         f"--model_name_or_path {world.path} --dataset_name {world.path}/rows.jsonl --output_dir {out} --bf16 false "
         f"--use_cpu true --report_to none --max_steps {_STEPS} --save_steps 5 --logging_steps 1 --learning_rate 1e-3 "
-        "--per_device_train_batch_size 2 --reference_store false --max_length 128 --generation_steps 0"
+        f"--per_device_train_batch_size {4 // PROCESSES} --reference_store false --max_length 128 --generation_steps 0"
     ).split()
     return subprocess.Popen(
-        [sys.executable, "-m", "preftune", "dpo", "--num_processes", "2", *flags, *more],
+        [sys.executable, "-m", "preftune", "dpo", "--num_processes", str(PROCESSES), *flags, *more],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -67,12 +69,39 @@ def undisturbed(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+def victim_of(run: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The process of a rank."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for child in psutil.Process(run.pid).children():
+            with contextlib.suppress(psutil.Error):
+                if child.environ().get("RANK") == str(rank):
+                    return child
+        time.sleep(0.02)
+    raise AssertionError("the processes do not start")
+
+
+def assert_named(run: subprocess.Popen[str], rank: int, victim: psutil.Process) -> str:
+    """A process that is killed now is named in time; the others end."""
+    children = psutil.Process(run.pid).children()
+    began = time.monotonic()
+    victim.kill()
+    _, said = run.communicate(timeout=60)
+    assert time.monotonic() - began < 15
+    assert run.returncode == SetupError.exit_code
+    assert f"process {rank} of {PROCESSES} (pid {victim.pid}) was ended by SIGKILL" in said
+    assert "Traceback" not in said
+    assert not any(child.is_running() for child in children)
+    return said
+
+
+@pytest.mark.parametrize("rank", range(PROCESSES))
 @pytest.mark.parametrize("instant", _INSTANTS)
 def test_a_killed_process_is_named_and_the_run_goes_on(
-    instant: int, world: worlds.World, undisturbed: Path, tmp_path: Path
+    instant: int, rank: int, world: worlds.World, undisturbed: Path, tmp_path: Path
 ) -> None:
-    draw = random.Random(instant)
-    rank, step, out = draw.randrange(2), draw.randint(6, _STEPS - 4), tmp_path / "out"
+    draw = random.Random(100 * rank + instant)
+    step, out = draw.randint(6, _STEPS - 4), tmp_path / "out"
     run = started(world, out)
     end = time.monotonic() + 200
     while steps_done(out) < step:
@@ -80,20 +109,24 @@ def test_a_killed_process_is_named_and_the_run_goes_on(
         assert time.monotonic() < end
         time.sleep(0.02)
     time.sleep(draw.random() * 0.1)
-    children = psutil.Process(run.pid).children()
-    victim = next(child for child in children if child.environ()["RANK"] == str(rank))
-    began = time.monotonic()
-    victim.kill()
-    _, said = run.communicate(timeout=60)
-    assert time.monotonic() - began < 15
-    assert run.returncode == SetupError.exit_code
-    assert f"process {rank} of 2 (pid {victim.pid}) was ended by SIGKILL" in said
-    assert "Traceback" not in said
+    victim = victim_of(run, rank)
+    said = assert_named(run, rank, victim)
     # The survivor says whom it misses, and ends by itself.
     assert f"training process {rank} (pid {victim.pid}) has gone" in said
-    assert not any(child.is_running() for child in children)
     again = started(world, out, "--resume_from_checkpoint", "true")
     _, said = again.communicate(timeout=280)
     assert again.returncode == 0, said[-3000:]
     one, two = weights(undisturbed), weights(out)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("rank", range(PROCESSES))
+@pytest.mark.parametrize("instant", _INSTANTS)
+def test_one_that_is_killed_before_it_trains_is_named_too(
+    instant: int, rank: int, world: worlds.World, tmp_path: Path
+) -> None:
+    """While libraries or the model are loaded, the processes find each other, or the reference is scored."""
+    run = started(world, tmp_path / "out", "--reference_store", "true")
+    victim = victim_of(run, rank)
+    time.sleep(random.Random(100 * rank + instant).uniform(0, 8))
+    assert_named(run, rank, victim)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ def flags(world: worlds.World, out: Path, batch: int) -> list[str]:
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
@@ -159,11 +161,86 @@ def test_all_ways_end_with_the_same_weights(world: worlds.World, tmp_path: Path)
     for command, environment in ways.values():
         done = run(command, **environment)
         assert done.returncode == 0, done.stderr[-3000:]
-    one = load_file(tmp_path / "one" / "model.safetensors")
     for name in ways:
-        other = load_file(tmp_path / name / "model.safetensors")
-        for key, value in one.items():
-            assert float((other[key] - value).norm()) <= 1e-5 * float(value.norm()), (name, key)
+        assert_same_weights(tmp_path / "one", tmp_path / name)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    mine, others = (load_file(folder / "model.safetensors") for folder in (one, other))
+    for key, value in mine.items():
+        assert float((others[key] - value).norm()) <= 1e-5 * float(value.norm()), key
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+#: Stand-ins for Slurm's programs: two machines, which are both this one.
+_SLURM = {
+    "scontrol": "echo 127.0.0.1; echo 127.0.0.1",
+    "srun": """for n in 0 1; do SLURM_NODEID=$n "$@" & started="$started $!"; done
+for each in $started; do wait $each || exit $?; done""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["torchrun", "slurm"])
+def test_two_machines_end_with_the_same_weights(way: str, world: worlds.World, tmp_path: Path) -> None:
+    """One process on each; both machines are this one."""
+    done = run([sys.executable, "-m", "preftune", "dpo", *flags(world, tmp_path / "one", 4)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    given, settings = flags(world, tmp_path / "two", 2), {"GPUS": "1", "PORT": free_port()}
+    if way == "slurm":
+        for name, text in _SLURM.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+            (tmp_path / name).chmod(0o755)
+        settings |= {"SLURM_JOB_NODELIST": "machine[0-1]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+        settings |= {"SLURM_SUBMIT_DIR": str(EXAMPLES), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        results = [run(["bash", str(EXAMPLES / "slurm.sbatch"), *given], **settings)]
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            command = ["sh", str(EXAMPLES / "torchrun.sh"), *given]
+            machines = [{"NODES": "2", "NODE": str(n), **settings} for n in range(2)]
+            results = list(pool.map(lambda machine: run(command, **machine), machines))
+    assert [each.returncode for each in results] == [0] * len(results), results[0].stderr[-3000:]
+    record = json.loads((tmp_path / "two" / "provenance.json").read_text(encoding="utf-8"))
+    assert record["machine"]["num_processes"] == 2
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+#: The command line, with streams that are read while they are trained on from the first row on.
+_LATE = """
+import sys
+from preftune.cli.main import main
+from preftune.training import streams
+streams.MOST_ROWS_AHEAD, streams.BLOCK = 0, 5
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_divide_a_stream(world: worlds.World, tmp_path: Path) -> None:
+    """It ends and begins again on the way, and the run goes on in its middle."""
+    more = ["--max_steps", "6", "--dataset_streaming", "true", "--save_strategy", "steps", "--save_steps", "4"]
+    one = run([sys.executable, "-m", "preftune", "dpo", *flags(world, tmp_path / "one", 4), *more])
+    assert one.returncode == 0, one.stderr[-3000:]
+    two = [*flags(world, tmp_path / "two", 2), *more]
+    done = run([sys.executable, "-m", "preftune", "dpo", "--num_processes", "2", *two])
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Its steps go on over its end, where rows that are read ahead make a smaller one.
+    program = [sys.executable, "-c", _LATE, "dpo"]
+    assert launch(1, [*program, *flags(world, tmp_path / "one-late", 4), *more], print) == 0
+    late = [*program, *flags(world, tmp_path / "late", 2), *more]
+    assert launch(2, late, print) == 0
+    again = [*late, "--resume_from_checkpoint", str(tmp_path / "late" / "checkpoint-4")]
+    again[again.index(str(tmp_path / "late"))] = str(tmp_path / "again")
+    assert launch(2, again, print) == 0
+    for alone, together in (("one", "two"), ("one-late", "late")):
+        assert_same_weights(tmp_path / alone, tmp_path / together)
+    kept = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("late", "again")]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])

@@ -23,7 +23,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> worlds.World:
 
 
 def together(cases: dict[str, given.Case], world: worlds.World, folder: Path, engine: str) -> None:
-    """Run some cases in two processes."""
+    """Run some cases in several processes."""
     done = launched(cases, world, folder, **({"fsdp": True} if engine == "fsdp2" else {}))
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -125,3 +125,19 @@ def test_kto_reads_what_it_visits(world: worlds.World, tmp_path: Path) -> None:
     data = Dataset.from_list(worlds.unpaired_rows(40)).to_iterable_dataset()
     trainer = trained(world, tmp_path, data, "KTO", late=True, max_steps=2)
     assert not isinstance(trainer.train_dataset, Stream)
+
+
+def test_a_run_goes_on_with_the_files_that_are_left(
+    world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without reading what was trained on: ``ignore_data_skip``."""
+    monkeypatch.setattr(streams, "BLOCK", 5)
+    rows = worlds.pair_rows(24)
+    saving: dict[str, Any] = {"late": True, "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2}
+    whole = trained(world, tmp_path / "whole", Dataset.from_list(rows).to_iterable_dataset(), **saving)
+    left, checkpoint = Dataset.from_list(rows[16:]).to_iterable_dataset(), str(tmp_path / "whole" / "checkpoint-4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = trained(world, tmp_path / "again", left, resume=checkpoint, ignore_data_skip=True, **saving)
+    assert again.state.global_step == 6
+    assert_same(whole, again)

@@ -13,8 +13,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import date
 from functools import cache
@@ -41,8 +41,8 @@ MOST_BYTES = 20 * 10**9
 LONGEST_UNUSED = 30 * 86400
 #: A file that has been written for so many seconds will not be finished.
 LONGEST_WRITING = 86400
-#: How files are called, and files that are being written.
-_NAME, _WRITING = re.compile(r"[0-9a-f]{40}\.arrow"), re.compile(r"\.[0-9a-f]{40}\.arrow\.[0-9a-f]{32}\.tmp")
+#: How files are called, and files that are being written, with their locks.
+_NAME, _WRITING = re.compile(r"[0-9a-f]{40}\.arrow"), re.compile(r"\.[0-9a-f]{40}\.arrow\.([0-9a-f]{32}\.tmp|lock)")
 #: Options that change how long preparing takes, or whether it goes on, but no token.
 _WITHOUT_TOKENS: dict[str, Any] = {"num_proc": None, "worker_timeout": 0.0, "max_dropped_share": None, "warn": False}
 #: What a tokenizer notes down while it is used.
@@ -95,10 +95,35 @@ def remembered(dataset: Dataset, worker: Any, options: DataOptions, compute: Cal
         return compute()
     table = _read(path, len(dataset))
     if table is None:
-        table = compute()
-        if not any(table["_bad"].unique().to_pylist()):
-            _write(path, table)
+        with _one_at_a_time(path):
+            table = _read(path, len(dataset))
+            if table is None:
+                table = compute()
+                if not any(table["_bad"].unique().to_pylist()):
+                    _write(path, table)
     return table
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for another process that prepares the same; those that have waited are not kept waiting for each other.
+
+    The processes of a training start together, and one of a machine is enough.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with ExitStack() as held:
+        try:
+            lock.acquire(timeout=0)
+            held.callback(lock.release)
+        except Timeout:
+            with lock:
+                pass
+        except (OSError, NotImplementedError):
+            # A file system without locks: each prepares for itself.
+            pass
+        yield
 
 
 def clear(home: Path | None = None, older_than: float | None = None) -> tuple[int, int]:
@@ -155,7 +180,7 @@ def _tidy(newest: Path) -> None:
     others = [path for path in files() if path != newest]
     stale = [path for path in others if _used(path) < time.time() - LONGEST_UNUSED]
     # What a killed process was writing.
-    writing = [path for path in newest.parent.glob(".*.tmp") if _WRITING.fullmatch(path.name)]
+    writing = [path for path in newest.parent.glob(".*") if _WRITING.fullmatch(path.name)]
     stale += [path for path in writing if _used(path) < time.time() - LONGEST_WRITING]
     kept = [path for path in others if path not in stale]
     total = sum(map(_size, [newest, *kept]))

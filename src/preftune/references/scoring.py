@@ -20,7 +20,7 @@ from torch import Tensor
 
 from preftune.errors import SetupError
 from preftune.kernels.head import TokenScores
-from preftune.packing import Branch, PackedRow, Tree, build_row, share_out
+from preftune.packing import Branch, PackedRow, Tree, build_row
 from preftune.references.fingerprint import sequence_keys
 from preftune.references.memory import ran_out_of_memory
 from preftune.references.store import ReferenceStore
@@ -95,9 +95,8 @@ class SequenceScorer:
         max_tokens: int,
         *,
         tail: bool = False,
-        share: tuple[int, int] = (0, 1),
-        exchange: Callable[[dict[Any, Any]], dict[Any, Any]] = lambda values: values,
         in_step: Callable[[int], int] | None = None,
+        stand_in: Item = (),
         progress: Callable[[int], Any] = lambda number: None,
     ) -> list[list[Floats]]:
         """Log-probs of every completion token, or tail probabilities, from the store where known.
@@ -106,10 +105,9 @@ class SequenceScorer:
             items: Sequences that belong together.
             max_tokens: Token budget of a row.
             tail: Tail probabilities instead; log-probs come along and are in the store afterwards.
-            share: This process's number and the number of processes, which divide what is missing.
-            exchange: Gathers a mapping from all processes.
-            in_step: Gives the most rows that any process has, where all have to run equally many: a sharded model
-                gathers its parameters from all of them.
+            in_step: Gives the largest of a number in all processes, where these have to run equally many rows: a
+                sharded model gathers its parameters from all of them.
+            stand_in: An item to be run in such a process that has none left.
             progress: Told how many items are done.
 
         Returns:
@@ -125,21 +123,11 @@ class SequenceScorer:
         # Equal items are scored once.
         missing = {each: n for n, each in enumerate(keys) if any(key not in known for key in each)}
         self.num_found += len(items) - len(missing)
-        if share[1] > 1:
-            # Another process may have stored a value between two look-ups: what one misses, all count as missing.
-            union = exchange(dict.fromkeys(missing))
-            missing = {each: n for n, each in enumerate(keys) if each in union}
         progress(len(items) - len(missing))
-        numbers = sorted(missing.values())
-        if share[1] > 1:
-            mine = share_out([_num_tokens(items[n]) for n in numbers], share[1])[share[0]]
-            numbers = [numbers[place] for place in mine]
-        computed: dict[bytes, Floats] = {}
-        if numbers or (in_step is not None and missing):
-            chosen, other = [items[n] for n in numbers], items[next(iter(missing.values()))]
-            for values in self._computed(chosen, max_tokens, tail, progress, in_step, other):
-                computed |= values
-        known.update(exchange(computed))
+        if len(missing) if in_step is None else in_step(len(missing)):
+            chosen = [items[n] for n in sorted(missing.values())]
+            for values in self._computed(chosen, max_tokens, tail, progress, in_step, stand_in):
+                known |= values
         return [[known[key] for key in each] for each in keys]
 
     def _computed(
@@ -149,14 +137,14 @@ class SequenceScorer:
         tail: bool,
         progress: Callable[[int], Any],
         in_step: Callable[[int], int] | None,
-        other: Item,
+        stand_in: Item,
     ) -> Iterator[dict[bytes, Floats]]:
         fresh: dict[bytes, Floats] = {}
         written = time.monotonic()
         packing = self._packing()
         with self._around():
             try:
-                rows = self._rows if in_step is None else partial(self._rows_in_step, in_step, other)
+                rows = self._rows if in_step is None else partial(self._rows_in_step, in_step, stand_in)
                 for numbers, values in rows(packing, items, max_tokens, tail):
                     fresh |= values
                     yield values
@@ -189,7 +177,7 @@ class SequenceScorer:
     def _rows_in_step(
         self,
         in_step: Callable[[int], int],
-        other: Item,
+        stand_in: Item,
         packing: Packing,
         items: Sequence[Item],
         max_tokens: int,
@@ -200,7 +188,7 @@ class SequenceScorer:
         for numbers in rows:
             yield numbers, self._row([items[n] for n in numbers], tail)
         for _ in range(in_step(len(rows)) - len(rows)):
-            self._row([other], tail)
+            self._row([stand_in], tail)
 
     def _fitting(self, items: Sequence[Item], tail: bool) -> dict[bytes, Floats] | None:
         """Score a row; where memory runs out, halve the rows that are still to come and return ``None``.

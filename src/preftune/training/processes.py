@@ -87,9 +87,12 @@ class Processes:
                 return
             yield batch or Batch([], [0])
 
-    def merged(self, values: dict[bytes, Any]) -> dict[bytes, Any]:
-        """The mappings of all processes in one."""
-        return {key: value for part in self.gathered(values) for key, value in part.items()}
+    def added(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An array summed over all processes."""
+        if self.number == 1:
+            return values
+        found: npt.NDArray[Any] = self.reduce(put(values, self.device, torch.float64)).cpu().numpy()
+        return found
 
     def agree_on_names(self, sums: MetricSums) -> None:
         """Enter the metrics that other processes have, with no weight: sums are exchanged as one tensor."""

@@ -24,7 +24,7 @@ from preftune.kernels.device import put
 from preftune.kernels.head import TokenScores
 from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
-from preftune.packing import PackedRow
+from preftune.packing import PackedRow, share_out
 from preftune.references.fingerprint import model_weights_key, trained_adapter
 from preftune.references.live import Shadow, like, shard_of, trained_parameters, using_adapter
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
@@ -109,8 +109,9 @@ class Reference:
         indices: Sequence[int],
         *,
         max_tokens: int,
+        costs: npt.NDArray[np.int64] | None = None,
         share: tuple[int, int] = (0, 1),
-        exchange: Callable[[dict[Any, Any]], dict[Any, Any]] = lambda values: values,
+        joined: Callable[[Sums], Sums] = lambda sums: sums,
         in_step: Callable[[int], int] | None = None,
         description: str = "Reference",
     ) -> Sums:
@@ -120,9 +121,10 @@ class Reference:
             dataset: Tokenised pairs.
             indices: Rows that are needed.
             max_tokens: Token budget of a row of the reference pass.
-            share: This process's number and the number of processes, which divide the missing pairs.
-            exchange: Gathers a mapping from all processes.
-            in_step: Gives the most rows that any process has, where all have to run equally many.
+            costs: What each pair costs, by its row, where processes divide them.
+            share: This process's number and the number of processes.
+            joined: Adds up what all processes have.
+            in_step: Gives the largest of a number in all processes, where these have to run equally many rows.
             description: Title of the progress bar.
 
         Returns:
@@ -132,12 +134,20 @@ class Reference:
         # Unset, a bar is drawn where there is a terminal: in a file it would be one long line.
         hidden = True if share[0] != 0 or not self._show_progress else None
         with tqdm(total=len(indices), desc=description, unit="pair", disable=hidden) as bar:
-            for start in range(0, len(indices), ITEMS_PER_CHUNK):
-                chunk = indices[start : start + ITEMS_PER_CHUNK]
-                items = [_sequences(as_arrays(example)) for example in _rows(dataset, chunk)]
-                values = self._scorer.values(items, max_tokens, share=share, exchange=exchange, in_step=in_step)
-                for index, found in zip(chunk, values, strict=True):
-                    out[index] = self._weighted_sums(found[0], found[-1])
+            size = ITEMS_PER_CHUNK * share[1]
+            for start in range(0, len(indices), size):
+                chunk = indices[start : start + size]
+                # Each process reads, looks up and scores its own alone, and all get two numbers per pair.
+                mine: Sequence[int] = range(len(chunk))
+                if costs is not None:
+                    mine = share_out(costs[chunk].tolist(), share[1])[share[0]]
+                rows = _rows(dataset, [chunk[place] for place in mine or [0]])
+                items = [_sequences(as_arrays(example)) for example in rows]
+                values = self._scorer.values(items[: len(mine)], max_tokens, in_step=in_step, stand_in=items[0])
+                found = np.zeros((len(chunk), 2))
+                for place, each in zip(mine, values, strict=True):
+                    found[place] = self._weighted_sums(each[0], each[-1])
+                out[chunk] = joined(found)
                 bar.update(len(chunk))
         return out
 

@@ -100,12 +100,14 @@ def with_reference(step: Step, dataset: Any, name: str, rows: list[int] | None =
         if known[rows].all():
             return dataset
         dataset = dataset.remove_columns(list(COLUMNS))
+    lengths = step.task.lengths(dataset)
     sums = reference.sums(
         dataset,
         rows,
         max_tokens=memory.reference_budget(step.max_tokens_per_row, step.device),
+        costs=np.ones(len(dataset), dtype=np.int64) if lengths is None else lengths.row,
         share=(processes.index, processes.number),
-        exchange=processes.merged,
+        joined=processes.added,
         in_step=processes.most_rows if processes.sharded else None,
         description=f"Reference log-probs ({name})",
     )

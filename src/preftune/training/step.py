@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -215,15 +214,16 @@ class Step:
             for number, row in enumerate(rows):
                 padding = id(row) not in real
                 real.discard(id(row))
-                terms = self.row_terms(model, row, batch, totals, self.with_stats and not padding)
-                share = terms.total / max(totals[self.task.denominator], 1.0)
-                if terms.router is not None and self.router is not None:
-                    share = share + self.router.coef * terms.router / max(self._num_groups, 1.0)
+                with self._exchanging(model, last=number == len(rows) - 1):
+                    terms = self.row_terms(model, row, batch, totals, self.with_stats and not padding)
+                    share = terms.total / max(totals[self.task.denominator], 1.0)
+                    if terms.router is not None and self.router is not None:
+                        share = share + self.router.coef * terms.router / max(self._num_groups, 1.0)
+                    self.backward(share * 0 if padding else share)
                 if not padding:
                     self.sums.add(terms.metrics)
                     self.watch.add_train(terms.pairs)
                     loss += share.detach()
-                self.backward(model, share * 0 if padding else share, last=number == len(rows) - 1)
         return loss
 
     def row_terms(self, model: nn.Module, row: PackedRow, batch: Batch, totals: list[float], stats: bool) -> RowTerms:
@@ -250,18 +250,23 @@ class Step:
                 extra=self.router.keywords if self.router else None,
             )
 
-    def backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
-        """Add a row's gradient; processes exchange gradients once, with the last row."""
-        sync: Callable[[], AbstractContextManager[Any]] = nullcontext
-        if not last and self.processes.number > 1:
-            sync = partial(self.accelerator.no_sync, model=model)
+    @contextmanager
+    def _exchanging(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """The region of a row's forward and backward; processes exchange gradients once, with the last row.
+
+        DDP decides in the forward whether the backward exchanges anything.
+        """
         self.accelerator.gradient_state._set_sync_gradients(last)
-        with sync():
-            # Wrappers average gradients over processes, and DeepSpeed over an accumulation, while the loss is already
-            # divided by the global count.
-            deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-            own = {"scale_wrt_gas": False} if deepspeed else {}
-            self.accelerator.backward(loss * self.processes.number, **own)
+        with nullcontext() if last or self.processes.number == 1 else self.accelerator.no_sync(model):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a row's gradient."""
+        # Wrappers average gradients over processes, and DeepSpeed over an accumulation, while the loss is already
+        # divided by the global count.
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        own = {"scale_wrt_gas": False} if deepspeed else {}
+        self.accelerator.backward(loss * self.processes.number, **own)
 
     # ---- what a task may ask for before its rows --------------------------------------------------------------------
 
@@ -313,19 +318,19 @@ class Step:
             self.watch.add_train(terms.pairs)
         with self.computing(), memory.offloading(self.args.activation_offloading, self.forward.model):
             for number, row in enumerate(rows):
-                scores = self.score(model, row, with_stats=False)[0]
-                logps = task.pair_logps(row, scores, examples[number], totals)
-                # A repeated row takes part in the exchange alone.
-                own = slice(start, start + logps.num_pairs) if number < real else slice(0, logps.num_pairs)
-                start += logps.num_pairs if number < real else 0
-                surrogate = sum(
-                    (grad[own] * getattr(logps, name)).sum()
-                    for name, grad in zip(_INPUTS, grads, strict=True)
-                    if grad is not None
-                )
-                assert isinstance(surrogate, Tensor)
-                last = number == len(rows) - 1
-                self.backward(model, surrogate if number < real else surrogate * 0, last=last)
+                with self._exchanging(model, last=number == len(rows) - 1):
+                    scores = self.score(model, row, with_stats=False)[0]
+                    logps = task.pair_logps(row, scores, examples[number], totals)
+                    # A repeated row takes part in the exchange alone.
+                    own = slice(start, start + logps.num_pairs) if number < real else slice(0, logps.num_pairs)
+                    start += logps.num_pairs if number < real else 0
+                    surrogate = sum(
+                        (grad[own] * getattr(logps, name)).sum()
+                        for name, grad in zip(_INPUTS, grads, strict=True)
+                        if grad is not None
+                    )
+                    assert isinstance(surrogate, Tensor)
+                    self.backward(surrogate if number < real else surrogate * 0)
         # Every process holds the whole loss here; their shares have to add up to it.
         share: Tensor = loss.detach().to(torch.float32) / self.processes.number
         return share
