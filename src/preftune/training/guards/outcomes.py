@@ -17,7 +17,7 @@ from preftune.stats.clusters import (
     separation_influence,
     t_interval,
 )
-from preftune.training.guards.base import Guard, Reading, ThresholdKind
+from preftune.training.guards.base import Guard, Reading
 from preftune.training.guards.evidence import Array, Generation, HeldOut, Moments, pack, unpack
 
 #: Fewer held-out pairs than these say too little.
@@ -275,7 +275,8 @@ class LengthExploitation(Guard):
 
     Held-out: log-ratios of all answers are regressed on their token counts. A rising line with R^2 above 0.30, the low
     end of its 95 % interval included, is what the source finds in models that exploit length; here at two evaluations
-    in a row, since the very first updates may change little more than where answers end. Samples: mean length exceeds
+    in a row, since the very first updates may change little more than where answers end; the interval and the two in a
+    row are this project's. Samples: mean length exceeds
     that of the chosen answers to the same prompts by half, and its own at the start, each with the whole 99.9 %
     interval; that is a heuristic.
     """
@@ -284,8 +285,10 @@ class LengthExploitation(Guard):
     needs = "heldout"
     cause = "longer answers win in the data, and the policy learns length instead of quality"
     remedy = "use a length-normalised method (sigmoid_norm, simpo) or ld_alpha, or balance the lengths of the pairs"
-    source = "2403.19159 (R^2 of 0.30 to 0.46 out of distribution)"
-    threshold_kind: ClassVar[ThresholdKind] = "published"
+    source = (
+        "2403.19159 for the 0.30 (it finds R^2 of 0.30 to 0.46 out of distribution); its interval, and two evaluations in "
+        "a row, are this project's"
+    )
 
     threshold, over, longer = 0.30, 0.25, 0.50
 
@@ -333,7 +336,6 @@ class LengthExploitation(Guard):
             cause="answers no longer come to an end" if unfinished > 0.5 else None,
             remedy="lower learning_rate or raise beta" if unfinished > 0.5 else None,
             source="2403.19159 (the direction)",
-            threshold_kind="heuristic",
         )
 
 
