@@ -23,7 +23,7 @@ from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
 from preftune.evaluation.players import Players, beta_of, load_players, name_of
 from preftune.evaluation.progress import announce
 from preftune.evaluation.result import EvalResult
-from preftune.evaluation.sampling import Sample
+from preftune.evaluation.sampling import Sample, has_left
 from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.winrate import win_rate
 from preftune.stats.rows import Array
@@ -263,7 +263,7 @@ class _Evaluation:
                 # Before the KL, which finds what comes along.
                 result.tail_share = generations.tail(mine, players.reference, summary)
                 result.kl, ref_sums = generations.kl(mine, players.reference, summary)
-            if result.tail_share["low"] > result.tail_share["level"]:
+            if has_left(result.tail_share["mean"], result.tail_share["low"]):
                 share, level = (f"{100 * result.tail_share[name]:.3g} %" for name in ("mean", "level"))
                 self.notes.append(
                     f"{share} of the sampled tokens are among the {level} that the reference is least likely to write: "
