@@ -135,7 +135,7 @@ def run(
     import torch
 
     torch.set_num_threads(threads)
-    head = {**toy.new_report(settings, threads), "levels": list(levels), "tuning": list(tuning), "seeds": list(seeds)}
+    head = {**toy.new_report(settings, threads), "levels": list(levels), "tuning": list(tuning)}
     head |= {"rates": list(RATES), "tuned_at": list(TUNED_AT)}
     del head["references"], head["cells"]
     cells = seeded.Cells(out, head, PATTERNS, KEYS, go_on)

@@ -50,7 +50,7 @@ class Cells:
         head: What is the same for all cells: settings, machine, and so on.
         patterns: Files that the figures depend on; see :func:`benchmarks.stale.stamp`.
         keys: Names of what tells cells apart.
-        go_on: Keep what a run that was cut short has measured.
+        go_on: Keep what a run that was cut short has measured, or else a finished one to which cells are added.
 
     Raises:
         ConfigError: That run was with other code or settings.
@@ -62,18 +62,20 @@ class Cells:
         self.out, self.keys = out, tuple(keys)
         self.part = out.with_suffix(".part")
         self.report: dict[str, Any] = {**head, stale.KEY: stale.stamp(*patterns), "cells": []}
-        if go_on and self.part.is_file():
-            old = json.loads(self.part.read_text(encoding="utf-8"))
-            same = old[stale.KEY]["digest"] == self.report[stale.KEY]["digest"]
+        kept = self.part if self.part.is_file() else out
+        if go_on and kept.is_file():
+            old = json.loads(kept.read_text(encoding="utf-8"))
+            same = old.get(stale.KEY, {}).get("digest") == self.report[stale.KEY]["digest"]
             same = same and all(_plain(old.get(name)) == _plain(head[name]) for name in head if name != "machine")
-            if not same:
+            if same:
+                self.report = old
+            elif kept == self.part:
                 raise ConfigError(
                     "the cells were measured with other code or settings",
                     where="--go_on",
                     value=str(self.part),
                     remedy="leave --go_on out to begin anew",
                 )
-            self.report = old
         self._started = processor_seconds()
 
     def has(self, **key: Any) -> bool:

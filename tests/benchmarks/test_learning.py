@@ -234,7 +234,7 @@ def test_rates_are_chosen_on_seeds_that_have_no_part_in_the_verdict() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_noise_study_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, trained = tmp_path / "noise.json", []
+    out, trained = tmp_path / "noise.json", list[dict[str, Any]]()
     monkeypatch.setattr(noise, "METHODS", ("DPO", "robust"))
     monkeypatch.setattr(noise, "RATES", (1.0, 2.5))
     honest = toy.train
@@ -267,7 +267,7 @@ def test_a_noise_study_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: p
 def test_a_tiny_run_fills_the_file_and_a_second_one_adds_to_it(tmp_path: Path) -> None:
     out = tmp_path / "learning.json"
     first = learning.run(TINY, [learning.published_recipe("sigmoid")], [0], 1, out)
-    second = learning.run(TINY, [learning.published_recipe(name) for name in ("kto", "simpo")], [0], 1, out)
+    second = learning.run(TINY, [learning.published_recipe(name) for name in ("kto", "simpo")], [0], 1, out, True)
     assert [cell["label"] for cell in second["cells"]] == ["sigmoid", "kto", "simpo"]
     assert second["cells"][0] == first["cells"][0]
     assert json.loads(out.read_text()) == second

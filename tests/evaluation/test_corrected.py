@@ -82,7 +82,11 @@ def test_equal_answers_are_ties_and_need_no_label() -> None:
 def test_copies_of_a_prompt_tell_nothing_new(method: str) -> None:
     people, judge = drawn(2, 300, 0.65, 0.8, 0.9)
     tried, told = judge[:80], people[:80]
-    twice, groups = (lambda x: np.concatenate([x, x])), list(range(300)) * 2
+    groups = list(range(300)) * 2
+
+    def twice(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.concatenate([x, x])
+
     if method == "residuals":
         once = by_residuals(judge, labelled(people, 80))
         copied = by_residuals(twice(judge), twice(labelled(people, 80)), groups=groups)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -39,7 +40,7 @@ def by_residuals(
     labels: Array,
     *,
     groups: Sequence[Hashable] | None = None,
-    equal: Array | None = None,
+    equal: np.ndarray[Any, Any] | None = None,
     level: float = 0.95,
 ) -> Interval:
     """Win rate of people, from their labels on some of the comparisons and the judge's scores on all.
@@ -98,7 +99,7 @@ def by_error_rates(
     *,
     groups: Sequence[Hashable] | None = None,
     tried_groups: Sequence[Hashable] | None = None,
-    equal: Array | None = None,
+    equal: np.ndarray[Any, Any] | None = None,
     level: float = 0.95,
 ) -> Interval | None:
     """Win rate of people, from the judge's scores here and from how it scored other comparisons that people labelled.
