@@ -173,6 +173,19 @@ def test_the_learning_table_counts_and_names_what_is_missing() -> None:
     assert "Not measured: `sigmoid_norm`" in text
 
 
+def test_the_learning_table_says_what_its_seeds_say() -> None:
+    common = {"trainer": "DPO", "note": "", "label": "sigmoid", "method": "sigmoid"}
+    cells = [
+        {**common, "seed": seed, "fields": {"loss_type": "sigmoid", "beta": 0.1}, **scores(reward)}
+        for seed, reward in enumerate((0.61, 0.64, 0.58))
+    ]
+    one, three = learning.render(report_of(cells[:1])), learning.render(report_of(cells, (0, 1, 2)))
+    assert "from one seed (0); how much a row varies from one training run to the next is not in them" in one
+    assert "single seeds" not in one
+    assert "from 3 seeds (0, 1, 2); how much a row varies from one training run to the next is in the column" in three
+    assert "| 0.610 0.640 0.580 |" in three
+
+
 def test_noise_pools_complete_seeds_only(tmp_path: Path) -> None:
     report = report_of([*noise_cells(0), *noise_cells(1, 0.62), *noise_cells(2)[:-1]], (0, 1, 2))
     assert noise_page.complete_seeds(report) == [0, 1]
