@@ -154,14 +154,15 @@ def test_an_interaction_is_told_where_all_seeds_agree() -> None:
 
 def test_the_contrast_is_that_of_the_four_corners(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    trials, margins = [], {}
+    trials: list[dict[str, Any]] = []
+    margins: dict[tuple[float, float], float] = {}
     for beta in grid.GRID["beta"]:
         for rate in grid.GRID["learning_rate"]:
             rewards = rng.normal(size=(40, 2))
             held = HeldOut(rewards * beta, np.full((40, 2), 5), np.arange(40), beta, "x")
             (tmp_path / f"{len(trials)}").mkdir()
             held.save(tmp_path / f"{len(trials)}")
-            margins[beta, rate] = (rewards[:, 0] - rewards[:, 1]).mean() / 5
+            margins[beta, rate] = float((rewards[:, 0] - rewards[:, 1]).mean()) / 5
             trials.append({"params": {"beta": beta, "learning_rate": rate}, "run": str(len(trials))})
     found = grid.interaction(trials, tmp_path)
     assert found is not None
