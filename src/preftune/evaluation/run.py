@@ -263,7 +263,7 @@ class _Evaluation:
                 # Before the KL, which finds what comes along.
                 result.tail_share = generations.tail(mine, players.reference, summary)
                 result.kl, ref_sums = generations.kl(mine, players.reference, summary)
-            if has_left(result.tail_share["mean"], result.tail_share["low"]):
+            if has_left(*(result.tail_share[name] for name in ("mean", "low", "level"))):
                 share, level = (f"{100 * result.tail_share[name]:.3g} %" for name in ("mean", "level"))
                 self.notes.append(
                     f"{share} of the sampled tokens are among the {level} that the reference is least likely to write: "

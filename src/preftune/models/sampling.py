@@ -212,13 +212,13 @@ TAIL_LEVEL = 0.01
 LEFT_LEVEL_FACTOR = 1.4
 
 
-def has_left(share: float, low: float) -> bool:
+def has_left(share: float, low: float, level: float = TAIL_LEVEL) -> bool:
     """Whether texts with this share of a model's far tail, and this low end of its interval, are far from its own.
 
-    An effect of some size, and not chance: of the model's own tokens at most :data:`TAIL_LEVEL` lie there, and what has
+    An effect of some size, and not chance: of the model's own tokens at most ``level`` lie there, and what has
     been trained is never the same model, so that enough texts would tell any two apart.
     """
-    return low > TAIL_LEVEL and share >= LEFT_LEVEL_FACTOR * TAIL_LEVEL
+    return low > level and share >= LEFT_LEVEL_FACTOR * level
 
 
 def tail_probabilities(
