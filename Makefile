@@ -99,7 +99,7 @@ real-page: setup real  ## the pretrained model tuned on real pairs, beside TRL, 
 noise: setup  ## true reward against flipped labels for DPO, cDPO, robust, IPO; writes docs/noise.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.noise
 
-experiments: setup real  ## noise, guards, sweeps, advice, methods over seeds: 12 hours of one core; goes on where it was cut short
+experiments: setup real  ## noise, guards, sweeps, advice, methods over seeds: 15 hours of one core; goes on where it was cut short
 	@for each in noise detection corner advice learning grid; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$each --go_on || exit 1; done
 

@@ -170,7 +170,7 @@ def run(
                 cells.start()
             _enter(cells, clock, key, guards.run_case(case, place, seed))
         for number in range(num_pretrained):
-            key = {"guard": "", "size": "0.0", "label": "pretrained, LoRA, HH", "world": -1, "seed": 4000 + number}
+            key = {"guard": "", "size": "0.0", "label": "pretrained on HH", "world": -1, "seed": 4000 + number}
             if not cells.has(**key):
                 _enter(cells, clock, key, pretrained_run(4000 + number, folder))
     return cells.finish()
@@ -183,7 +183,7 @@ def _enter(cells: seeded.Cells, clock: toy.Clock, key: dict[str, Any], found: di
 
 
 def pretrained_run(seed: int, folder: Path, num_pairs: int = 192, num_held_out: int = 64) -> dict[str, Any]:
-    """A healthy training of the pretrained model with an adapter, on HH pairs that no other seed has first."""
+    """A healthy training of all weights of the pretrained model, on HH pairs in an order of the seed's own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from benchmarks import pretrained, workloads
@@ -196,8 +196,9 @@ def pretrained_run(seed: int, folder: Path, num_pairs: int = 192, num_held_out: 
     )
     fields = {
         "beta": 0.1,
-        "learning_rate": 5e-5,
+        "learning_rate": 5e-6,
         "max_length": 512,
+        "transcripts": "messages",
         "per_device_train_batch_size": 8,
         "eval_steps": 12,
         "generation_steps": 12,

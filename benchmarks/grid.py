@@ -39,6 +39,7 @@ BASE: dict[str, Any] = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
     "max_length": 512,
+    "transcripts": "messages",
     "lr_scheduler_type": "cosine",
     "warmup_steps": 4,
     "bf16": False,
