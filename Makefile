@@ -15,7 +15,7 @@ TEST_ARGS ?=
 PROCESSES ?= 4
 OUT ?= demo-out
 
-.PHONY: help setup demo real test test-ci test-all test-extras distributed test-low docs check format bench gpu learning real-page noise parity differential faults reliability audit guards fuzz coverage advisories stale clean
+.PHONY: help setup demo real test test-ci test-all test-extras distributed test-low docs check format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -109,6 +109,10 @@ real-page: setup real  ## the pretrained model tuned on real pairs, beside TRL, 
 noise: setup  ## true reward against flipped labels for DPO, cDPO, robust, IPO; writes docs/noise.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.noise
 
+experiments: setup real  ## noise, guards, sweeps, advice, methods over seeds: 15 hours of one core; goes on where it was cut short
+	@for each in noise detection corner advice learning grid; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$each --go_on || exit 1; done
+
 parity: setup  ## every loss and option against TRL in training; writes docs/parity.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.parity
 
@@ -132,6 +136,7 @@ fuzz: setup  ## hostile rows, files, configurations, command lines; losses and p
 
 coverage: setup  ## how often 95 % intervals hold the truth, in simulation; writes docs/evaluation.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.judged
 
 advisories: setup  ## known vulnerabilities of the pinned versions; needs the advisory service
 	@$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip

@@ -1,14 +1,14 @@
 """Do the advised settings do better than TRL's defaults on the true reward? ``python -m benchmarks.advice``.
 
 In the demo's world, without noise and with 30 % of the labels turned round, the same SFT model is trained on the same
-pairs three times: with TRL's defaults, with TRL's defaults at the learning rate that the advice's own size rule gives
-them, and with what :func:`preftune.advice.advise` says about the data. Nothing is typed by hand: TRL's defaults are
-read from the installed TRL, the advice is asked with the noise estimate of ``preftune data audit`` (``--noise audit``)
-or with the share as such (``--noise told``). Pairs of trainings share seed, model, pairs, prompts and sampling noise,
-and are compared prompt by prompt.
+pairs five times: with TRL's defaults, with the nearest published recipe, with either at the learning rate that the
+advice's own size rule gives it, and with what :func:`preftune.advice.advise` says about the data. Nothing is
+typed by hand: TRL's defaults are read from the installed TRL, the recipe from its file, the advice is asked with the
+noise estimate of ``preftune data audit`` (``--noise audit``) or with the share as such (``--noise told``). Pairs of
+trainings share seed, model, pairs, prompts and sampling noise, and are compared prompt by prompt.
 
 Results go into ``benchmarks/results/advice.json`` cell by cell, and from there, with those of ``benchmarks.memory``,
-into ``docs/advice.md``. A run that was stopped goes on where it was.
+into ``docs/advice.md``. With ``--go_on`` a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import toy
+from benchmarks import seeded, stale, toy
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUT = RESULTS / "advice.json"
@@ -30,7 +30,10 @@ LEVELS = (0.0, 0.3)
 #: None of them was looked at while the rules were made: docs/noise.md has 0 and 10, trials ran on 101 and 102.
 SEEDS = (30, 40, 50, 60, 70, 80, 90, 110, 120, 130, 140, 150, 160, 170, 180)
 DEFAULTS, SCALED, ADVISED = "TRL's defaults", "TRL's defaults, rate scaled", "advised"
-CONTENDERS = (DEFAULTS, SCALED, ADVISED)
+#: The recipe of the smallest model: alignment-handbook's for SmolLM2, 2 epochs below 1.7B.
+RECIPE, RECIPE_SCALED = "nearest published recipe", "nearest published recipe, rate scaled"
+CONTENDERS = (DEFAULTS, SCALED, RECIPE, RECIPE_SCALED, ADVISED)
+PATTERNS = (*stale.ENGINE, "src/preftune/advice/*.py", "src/preftune/demo/*.py", "benchmarks/advice.py")
 KEYS = ("contender", "noise", "seed")
 #: Settings of the two libraries that are compared; the others of TRL's defaults have no bearing on the result.
 FIELDS = (
@@ -58,6 +61,20 @@ def trl_defaults() -> dict[str, Any]:
     found = {name: getattr(config, name) for name in FIELDS}
     found["lr_scheduler_type"] = str(getattr(found["lr_scheduler_type"], "value", found["lr_scheduler_type"]))
     found["warmup_steps"] = found["warmup_steps"] or 0
+    return found
+
+
+def recipe_fields() -> dict[str, Any]:
+    """The nearest published recipe for DPO with all weights, from its file, with the epochs of its small models."""
+    import yaml
+
+    from preftune import recipes
+
+    file = Path(str(recipes.__file__)).with_name("smollm2-dpo.yaml")
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = {name: content[name] for name in FIELDS if name in content}
+    # 128 pairs a step on eight devices, on one.
+    found |= {"num_train_epochs": 2, "per_device_train_batch_size": 128, "gradient_accumulation_steps": 1}
     return found
 
 
@@ -108,17 +125,25 @@ def fields_of(contender: str, bench: toy.Bench, rows: Sequence[dict[str, Any]], 
 
     if contender == ADVISED:
         return advised_fields(bench, rows, noise)
-    fields = trl_defaults()
+    fields = recipe_fields() if contender in (RECIPE, RECIPE_SCALED) else trl_defaults()
     # Rows are shorter than the model's longest sequence, far below TRL's limit.
     fields["max_length"] = toy.COMMON["max_length"]
-    if contender == SCALED:
+    if contender in (SCALED, RECIPE_SCALED):
         size = sum(parameter.numel() for parameter in bench.reference.parameters())
-        fields["learning_rate"] = two_digits(rate_at_size(fields["learning_rate"], size))
+        at = {"published_at": 1.7e9} if contender == RECIPE_SCALED else {}
+        fields["learning_rate"] = two_digits(rate_at_size(fields["learning_rate"], size, **at))
     return fields
 
 
 def run(
-    seeds: Sequence[int], levels: Sequence[float], contenders: Sequence[str], threads: int, how: str, out: Path
+    seeds: Sequence[int],
+    levels: Sequence[float],
+    contenders: Sequence[str],
+    threads: int,
+    how: str,
+    out: Path,
+    go_on: bool = False,
+    settings: Any = None,
 ) -> dict[str, Any]:
     """Trains and scores what is missing in the result file.
 
@@ -129,16 +154,20 @@ def run(
         threads: Of torch.
         how: ``told`` or ``audit``.
         out: The result file.
+        go_on: Keep what a run that was cut short has measured.
+        settings: Sizes and rates; by default the toy's.
 
     Returns:
         The report.
     """
     from preftune.demo.pairs import make_pairs
 
-    settings = toy.default_settings()
-    report = toy.continued(out, {**toy.new_report(settings, threads), "noise": how})
-    if report["noise"] != how:
-        report = {**toy.new_report(settings, threads), "noise": how}
+    settings = settings or toy.default_settings()
+    head = {**toy.new_report(settings, threads), "noise": how}
+    del head["references"], head["cells"]
+    kept = seeded.Cells(out, head, PATTERNS, KEYS, go_on)
+    report = kept.report
+    report.setdefault("references", {})
     clock = toy.Clock()
     with toy.workplace() as folder:
         for seed in seeds:
@@ -153,6 +182,7 @@ def run(
                 pairs = make_pairs(*model, settings.num_prompts, seed, label_noise=level) if level else bench.pairs
                 rows = [pair.row() for pair in pairs]
                 noise = noise_of(rows, level, how, folder)
+                kept.start()
                 for contender in contenders:
                     if (contender, level) in done:
                         continue
@@ -168,9 +198,8 @@ def run(
                         f"{contender} at {level:.0%}: reward {toy.with_interval(cell['reward'])}, "
                         f"KL {cell['kl']['mean']:.2f}"
                     )
-                    toy.enter_cell(report, cell, KEYS)
-                    toy.write_report(report, out)
-    return report
+                    kept.enter(cell)
+    return kept.finish()
 
 
 def measure(bench: toy.Bench, rows: Sequence[dict[str, Any]], fields: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -302,22 +331,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="an experiment each")
     parser.add_argument("--levels", type=float, nargs="+", default=list(LEVELS), help="shares of flipped labels")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="whose settings")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--noise", choices=("audit", "told"), default="told", help="where the advice knows it from")
-    parser.add_argument("--out", type=Path, default=OUT, help="result file")
-    parser.add_argument("--docs", type=Path, default=toy.DOCS / "advice.md", help="the document")
-    parser.add_argument("--render", action="store_true", help="measure nothing; write the tables from the file")
+    seeded.arguments(parser, OUT, toy.DOCS / "advice.md")
     options = parser.parse_args(argv)
     if options.render:
         report = toy.read_report(options.out)
     else:
         report = run(
-            toy.seeds_of(options.seeds), options.levels, options.contenders, options.threads, options.noise, options.out
+            toy.seeds_of(options.seeds),
+            options.levels,
+            options.contenders,
+            options.threads,
+            options.noise,
+            options.out,
+            options.go_on,
+            toy.tiny_settings() if options.quick else None,
         )
     from benchmarks.memory import place
 
-    place(options.docs, "reward", summary(report))
-    print(f"wrote {options.docs}")
+    place(options.document, "reward", summary(report))
+    print(f"wrote {options.document}")
     return 0
 
 

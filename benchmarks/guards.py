@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import toy
+from benchmarks import seeded, toy
 from preftune.demo.training import DemoSettings
 
 OUT = toy.RESULTS.parent / "guards.json"
@@ -55,6 +55,7 @@ class Case:
         fields: Of its configuration, beside the shared ones.
         guard: The guard that has to fire; empty for a healthy run.
         rows: Makes the training data from the world's pairs.
+        held: Makes the held-out data from the world's, likewise.
         fault: Scales one batch's gradient: ``(step, factor)``.
     """
 
@@ -63,6 +64,7 @@ class Case:
     fields: dict[str, Any] = field(default_factory=dict)
     guard: str = ""
     rows: Callable[[list[Row]], list[Row]] = list
+    held: Callable[[list[Row]], list[Row]] = list
     fault: tuple[int, float] | None = None
 
 
@@ -130,6 +132,7 @@ BAD = (
         "DPO",
         {"beta": 0.05, "learning_rate": 5e-4, "num_train_epochs": 2},
         "length_exploitation",
+        longer_wins,
         longer_wins,
     ),
     Case(
@@ -200,9 +203,7 @@ def run_case(case: Case, place: Place, seed: int) -> dict[str, Any]:
     from preftune.demo.training import clone, quiet
     from preftune.training.guards import find_guards
 
-    train, heldout = case.rows(place.train), place.heldout
-    if case.rows is longer_wins:
-        heldout = longer_wins(heldout)
+    train, heldout = case.rows(place.train), case.held(place.heldout)
     if case.trainer == "KTO":
         train, heldout = unpaired(train, seed), unpaired(heldout, seed)
     started = time.perf_counter()
@@ -275,18 +276,10 @@ def measure(out: Path, wanted: Sequence[str] | None = None) -> dict[str, Any]:
                 clock.say(f"world {world}: SFT, {len(places[world].train)} pairs")
             found = run_case(case, places[world], seed)
             toy.enter_cell(report, {**key, "guard": case.guard, "trainer": case.trainer, **found}, tuple(key))
-            toy.write_report(_without_nan(report), out)
+            toy.write_report(seeded.without_nan(report), out)
             said = ", ".join(f"{alarm['guard']}@{alarm['step']}" for alarm in found["alarms"]) or "silent"
             clock.say(f"{case.label} (world {world}, seed {seed}): {said}")
     return report
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 # ---- the document ---------------------------------------------------------------------------------------------------
@@ -311,7 +304,7 @@ def render(report: dict[str, Any]) -> str:
             first = own[0]["message"] if own else ""
             others = ", ".join(dict.fromkeys(alarm["guard"] for alarm in cell["alarms"] if alarm["guard"] != name))
         label = cell["label"] if cell else ""
-        rows.append([f"`{name}`", label, fired, first, others or "-", f"{len(false)} of {len(healthy)}"])
+        rows.append([f"`{name}`", label, fired, first, others or "-", seeded.share(len(false), len(healthy))])
     table = toy.markdown_table(
         [
             "guard",

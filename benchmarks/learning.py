@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import toy
+from benchmarks import seeded, stale, toy
 from preftune.demo.training import DemoSettings
 from preftune.errors import ConfigError
 
 KEYS = ("label", "seed")
+PATTERNS = (*stale.ENGINE, "src/preftune/demo/*.py", "benchmarks/learning.py", "benchmarks/toy.py")
+SEEDS = (0, 1, 2, 3, 4)
 # Of published settings: those of the toy's own training, and the weight within a mixture of losses.
 _NOT_TAKEN = {"learning_rate", "batch_size", "warmup_steps", "epochs", "loss_weight"}
 # Sharpness of the Bradley-Terry model that turns reward gaps into win probabilities; the demo's default.
@@ -155,8 +157,10 @@ def measure(recipe: Recipe, bench: toy.Bench, folder: Path) -> dict[str, Any]:
     return {**identity, "seed": bench.seed, "fields": fields, **scored}
 
 
-def run(settings: DemoSettings, chosen: list[Recipe], seeds: list[int], threads: int, out: Path) -> dict[str, Any]:
-    """Measures rows and writes the result file after each.
+def run(
+    settings: DemoSettings, chosen: list[Recipe], seeds: list[int], threads: int, out: Path, go_on: bool = False
+) -> dict[str, Any]:
+    """Measures rows and keeps each as soon as it is measured.
 
     Args:
         settings: Sizes and rates.
@@ -164,26 +168,34 @@ def run(settings: DemoSettings, chosen: list[Recipe], seeds: list[int], threads:
         seeds: Of data, weights and samples; a whole experiment each.
         threads: Of torch.
         out: The result file.
+        go_on: Keep what a run that was cut short has measured.
 
     Returns:
         The report.
     """
-    report = toy.continued(out, toy.new_report(settings, threads))
+    head = toy.new_report(settings, threads)
+    del head["references"], head["cells"]
+    cells = seeded.Cells(out, head, PATTERNS, KEYS, go_on)
+    report = cells.report
+    report.setdefault("references", {})
     clock = toy.Clock()
     with toy.workplace() as folder:
         for seed in seeds:
+            missing = [recipe for recipe in chosen if not cells.has(label=recipe.label, seed=seed)]
+            if not missing:
+                continue
             bench = toy.make_bench(seed, settings, folder)
             toy.enter_reference(report, bench)
             clock.say(f"seed {seed}: SFT, {len(bench.pairs)} pairs, reward {toy.with_interval(report_of(bench))}")
-            for recipe in chosen:
+            cells.start()
+            for recipe in missing:
                 cell = measure(recipe, bench, folder / "trainer")
                 cell["seconds"] = clock.say(
                     f"{recipe.label}: reward {toy.with_interval(cell['reward'])}, KL {cell['kl']['mean']:.2f}, "
                     f"grammatical {cell['grammatical']:.2f}"
                 )
-                toy.enter_cell(report, cell, KEYS)
-                toy.write_report(report, out)
-    return report
+                cells.enter(cell)
+    return cells.finish()
 
 
 def report_of(bench: toy.Bench) -> dict[str, float]:
@@ -239,6 +251,7 @@ def render(report: dict[str, Any]) -> str:
         groups.setdefault(cell["label"], []).append(cell)
     order = {recipe.label: index for index, recipe in enumerate(recipes())}
     rows, counts, first_rows = [], [0, 0], [0, 0]
+    several = len({cell["seed"] for cell in report["cells"]}) > 1
     for label in sorted(groups, key=lambda label: order.get(label, len(order))):
         cells = groups[label]
         before = toy.pooled([report["references"][str(cell["seed"])] for cell in cells])
@@ -253,6 +266,7 @@ def render(report: dict[str, Any]) -> str:
                 settings_text(cells[0]),
                 toy.with_interval(before["reward"]),
                 toy.with_interval(after["reward"]),
+                *([" ".join(f"{cell['reward']['mean']:.3f}" for cell in cells)] if several else []),
                 toy.with_interval(after["kl"], 2),
                 f"{after['accuracy']['mean']:.2f}",
                 f"{100 * after['grammatical']:.0f} %",
@@ -261,6 +275,8 @@ def render(report: dict[str, Any]) -> str:
         )
     headers = ["method", "trainer", "settings", "reward before", "reward after", "KL", "accuracy", "in the language"]
     headers.append("risen beyond its interval?")
+    if several:
+        headers.insert(5, "single seeds")
     seeds = sorted({cell["seed"] for cell in report["cells"]})
     missing = [f"`{label}`" for label in order if label not in groups]
     parts = [
@@ -271,7 +287,7 @@ def render(report: dict[str, Any]) -> str:
         _reading(seeds),
         f"**Result.** With published settings {first_rows[0]} of {first_rows[1]} methods raise the true reward beyond "
         f"its interval; of all rows, adjusted ones included, {counts[0]} of {counts[1]}.",
-        toy.markdown_table(headers, rows, right=(6, 7)),
+        toy.markdown_table(headers, rows, right=(6 + several, 7 + several)),
     ]
     if missing:
         parts.append(f"Not measured: {', '.join(missing)}.")
@@ -281,10 +297,15 @@ def render(report: dict[str, Any]) -> str:
 def _reading(seeds: list[int]) -> str:
     names = ", ".join(map(str, seeds))
     number = f"one seed ({names})" if len(seeds) == 1 else f"{len(seeds)} seeds ({names})"
+    varies = (
+        "how much a row varies from one training run to the next is not in them, "
+        if len(seeds) == 1
+        else "how much a row varies from one training run to the next is in the column *single seeds* and not in them, "
+    )
     return (
         "**How to read it.** Settings are the published ones of `preftune methods`, unless the row says otherwise. "
-        f"Intervals are 95 % over prompts, from {number}; how much a row varies from one training run to the next is "
-        "not in them, and the order of rows whose intervals overlap means nothing. *Risen* is the strict reading: the "
+        f"Intervals are 95 % over prompts, from {number}; {varies}"
+        "and the order of rows whose intervals overlap means nothing. *Risen* is the strict reading: the "
         "low end after lies above the high end before. KL before is 0: policy and reference are the same model. "
         "*Accuracy*: share of held-out pairs that the log-ratio to the reference ranks rightly (0.50 before). "
         "*In the language*: share of sentences that belong to the review world. No method was tuned; where published "
@@ -303,21 +324,19 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="rows of these methods (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a whole experiment each (default: 0)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--out", type=Path, default=toy.RESULTS / "learning.json", help="result file")
-    parser.add_argument("--docs", type=Path, default=toy.DOCS, help="folder for learning.md (default: docs)")
-    parser.add_argument("--render", action="store_true", help="measure nothing; write the document from the file")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="a whole experiment each")
+    seeded.arguments(parser, toy.RESULTS / "learning.json", toy.DOCS / "learning.md")
     options = parser.parse_args(argv)
     if options.render:
         report = toy.read_report(options.out)
     else:
         methods = [find_method(name).name for name in options.methods or METHODS]
         chosen = [recipe for recipe in recipes() if recipe.method in methods]
-        report = run(toy.default_settings(), chosen, toy.seeds_of(options.seeds), options.threads, options.out)
-    document = options.docs / "learning.md"
-    document.write_text(render(report), encoding="utf-8")
-    print(f"wrote {document}")
+        settings = toy.tiny_settings() if options.quick else toy.default_settings()
+        seeds = toy.seeds_of(options.seeds)
+        report = run(settings, chosen, seeds, options.threads, options.out, options.go_on)
+    options.document.write_text(render(report), encoding="utf-8")
+    print(f"wrote {options.document}")
     return 0
 
 

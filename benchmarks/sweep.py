@@ -43,8 +43,24 @@ def params_of(grid: dict[str, tuple[float, ...]]) -> list[str]:
 # ---- the truth in the demo's world ---------------------------------------------------------------------------------
 
 
-def demo_seed(seed: int, settings: Any, folder: Path) -> dict[str, Any]:
-    """One sweep in the demo's world, and the true reward of every cell."""
+def demo_seed(
+    seed: int,
+    settings: Any,
+    folder: Path,
+    grid: dict[str, tuple[float, ...]] = DEMO_GRID,
+    num_samples: int | None = None,
+    num_held_out: int | None = None,
+) -> dict[str, Any]:
+    """One sweep in the demo's world, and the true reward of every cell.
+
+    Args:
+        seed: Of world, data, weights and samples.
+        settings: Sizes and rates.
+        folder: For everything.
+        grid: What is searched.
+        num_samples: Held-out prompts on which each trial is sampled; by default the sweep's own number.
+        num_held_out: Held-out prompts; by default as many as the truth is measured on.
+    """
     from benchmarks import toy
     from preftune.cli.main import main as preftune
     from preftune.demo.pairs import make_pairs
@@ -55,7 +71,12 @@ def demo_seed(seed: int, settings: Any, folder: Path) -> dict[str, Any]:
         part.save_pretrained(folder / "model")
     # Pairs to choose by, apart from those that the truth is measured beside.
     choosing = make_pairs(
-        bench.reference, bench.tokenizer, bench.world, settings.num_eval_prompts, seed + 1, split="heldout"
+        bench.reference,
+        bench.tokenizer,
+        bench.world,
+        num_held_out or settings.num_eval_prompts,
+        seed + 1,
+        split="heldout",
     )
     for name, pairs in (("train", bench.pairs), ("test", choosing)):
         lines = [json.dumps(pair.row()) for pair in pairs]
@@ -72,7 +93,8 @@ def demo_seed(seed: int, settings: Any, folder: Path) -> dict[str, Any]:
     del base["disable_tqdm"]
     (folder / "base.yaml").write_text(json.dumps(base), encoding="utf-8")
     out = folder / "sweep"
-    command = ["sweep", "--config", str(folder / "base.yaml"), *params_of(DEMO_GRID), "--out", str(out)]
+    command = ["sweep", "--config", str(folder / "base.yaml"), *params_of(grid), "--out", str(out)]
+    command += [] if num_samples is None else ["--num_samples", str(num_samples)]
     started = time.perf_counter()
     code = preftune([*command, "--keep", "all"])
     if code:

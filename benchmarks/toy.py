@@ -43,6 +43,20 @@ def default_settings() -> DemoSettings:
     return replace(DemoSettings().quick(), num_eval_prompts=300)
 
 
+def tiny_settings() -> DemoSettings:
+    """Sizes that show within seconds that everything works, and nothing else."""
+    return replace(
+        default_settings(),
+        num_reviews=1200,
+        num_prompts=96,
+        dpo_epochs=1,
+        num_eval_prompts=48,
+        hidden_size=64,
+        num_layers=1,
+        samples_per_prompt=1,
+    )
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all methods of one seed start from.

@@ -136,6 +136,7 @@ def test_result_files_hold_what_others_read(cli: Cli) -> None:
         assert accuracy["n"] == margin["n"] == 2
         assert trial["metrics"]["eval_kl"]["mean"] is not None
         assert 0 <= trial["metrics"]["eval_tail_share"]["mean"] <= 1
+        assert 0 <= trial["metrics"]["eval_tail_share_of_reference"]["mean"] <= 0.01
         assert isinstance(trial["left_reference"], bool)
         assert trial["metrics"]["train_loss"]["mean"] > 0
         run = Path("out") / trial["run"]

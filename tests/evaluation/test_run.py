@@ -202,7 +202,7 @@ def test_kl_and_far_tail_are_those_of_the_samples(
     assert found.flat()["tail_share"] == found.tail_share["mean"]
     assert found.tail_share["mean"] > 0
     left = [note for note in found.notes if "left its language" in note]
-    assert bool(left) == (found.tail_share["low"] > level)
+    assert bool(left) == (found.tail_share["low"] > level and found.tail_share["mean"] >= 1.4 * level)
 
 
 def test_a_second_run_scores_and_samples_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +362,53 @@ def test_judged_against_each_opponent(world: Path, tmp_path: Path, start_judge: 
     assert (tmp_path / "out" / ANSWERS).exists()
 
 
+def test_labels_of_people_correct_the_win_rate(world: Path, tmp_path: Path, start_judge: Start) -> None:
+    server = start_judge(taste="longer")
+    out, labels = tmp_path / "out", tmp_path / "labels.jsonl"
+
+    def run(**more: Any) -> EvalResult:
+        return evaluate(
+            str(world / "policy"),
+            str(world / "pairs.jsonl"),
+            ref_model=str(world / "ref"),
+            out=str(out),
+            num_prompts=4,
+            max_new_tokens=8,
+            num_resamples=200,
+            judge_url=server.url,
+            judge_model="m",
+            **more,
+        )
+
+    plain = run()
+    assert plain.judge is not None
+    assert "corrected" not in plain.judge
+    rows = [json.loads(line) for line in (out / "to_label.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["prompt"] for row in rows} <= {sample["prompt"] for sample in plain.samples}
+    # Others too, in which people prefer what is longer in 20 of 24.
+    rows = [
+        {"prompt": f"p{n}", "first": "long " * 3, "second": "short", "label": "second" if n % 6 == 0 else "first"}
+        for n in range(24)
+    ]
+    rows += [{"prompt": f"q{n}", "first": "short", "second": "long " * 3, "label": "second"} for n in range(12)]
+    labels.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = run(judge_labels=str(labels))
+    assert found.judge is not None
+    about = found.judge["corrected"]
+    assert (about["method"], about["labels"]) == ("error rates", 36)
+    assert about["agreement"]["mean"] == pytest.approx(32 / 36)
+    # By hand: the judge says first in all that are won and in 4 of 16 that are lost.
+    win_rate = found.judge["win_rate"]["mean"]
+    equal = found.judge["identical"] / found.judge["n"]
+    expected = min(1.0, max(0.0, ((win_rate - equal / 2) / (1 - equal) - 4 / 16) / (1 - 4 / 16)))
+    assert about["mean"] == pytest.approx(equal / 2 + (1 - equal) * expected)
+    assert found.flat()["win_rate_corrected_high"] == about["high"]
+    assert any("36 human labels" in note for note in found.notes)
+    written = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    assert written["judge"]["corrected"]["labels"] == 36
+    assert "notes" not in written["judge"]
+
+
 def test_numbers_reach_the_tracker(world: Path, tmp_path: Path) -> None:
     reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     found = evaluate(
@@ -383,6 +430,7 @@ def test_numbers_reach_the_tracker(world: Path, tmp_path: Path) -> None:
         ({"source_column": "where"}, ConfigError, "source_column: no such column"),
         ({"beta": 0.0}, ConfigError, "beta: out of range"),
         ({"judge_model": "m"}, ConfigError, "no effect without a judge"),
+        ({"judge_labels": "labels.jsonl"}, ConfigError, "judge_labels: has no effect without a judge"),
         ({"judge_url": "localhost:1", "judge_model": "m"}, ConfigError, "judge_url: not an address"),
         ({"judge_url": "http://localhost:1"}, ConfigError, "judge_model"),
         ({"packing_mode": "loose"}, ConfigError, "packing_mode"),

@@ -19,6 +19,7 @@ from preftune.evaluation.sampling import (
     log_ratios,
     sample_completions,
     tail_probabilities,
+    tail_shares,
 )
 from preftune.models import sampling
 from preftune.stats.intervals import bootstrap_mean
@@ -148,6 +149,38 @@ def test_tail_probabilities_are_those_of_an_enumeration(monkeypatch: pytest.Monk
     monkeypatch.setattr(sampling, "_MOST_LOGITS", 1)
     for (_, tails), (_, again) in zip(found, tail_probabilities(model, sequences), strict=True):
         assert again.tolist() == pytest.approx(tails.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.2, 0.35, 0.6])
+def test_own_shares_of_the_far_tail_are_those_of_an_enumeration(level: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "TAIL_LEVEL", level)
+    model = tiny_model(4)
+    sequences = [([1], [2, 3]), ([4, 4, 4, 4], [5]), ([0, 1, 2], [3, 2, 1, 0, 7, 7])]
+    found = tail_shares(model, sequences, batch_size=2)
+    seen = tail_probabilities(model, sequences)
+    for (prompt, completion), (logps, share, own), (also, tails) in zip(sequences, found, seen, strict=True):
+        assert logps.tolist() == pytest.approx(also.tolist(), abs=1e-6)
+        assert share == pytest.approx(float((tails <= level).mean()))
+        expected = []
+        for place in range(len(completion)):
+            before = [*prompt, *completion[:place]]
+            probs = [math.exp(reference_logps(model, before, [other])[0]) for other in range(8)]
+            far = [p for p in probs if sum(each for each in probs if each <= p) <= level]
+            expected.append(sum(far))
+        assert own == pytest.approx(float(np.mean(expected)), abs=1e-5)
+
+
+def test_a_models_own_samples_hold_its_own_share_of_the_far_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "TAIL_LEVEL", 0.1)
+    model, other = tiny_model(4, vocab_size=16), tiny_model(9, vocab_size=16)
+    for policy in (model, other):
+        samples = continue_prompts(policy, Digits(), [[1, 2]] * 600, max_new_tokens=10, streams=range(600))
+        found = tail_shares(model, [(sample.prompt_ids, sample.token_ids) for sample in samples])
+        excess = bootstrap_mean(
+            np.array([share - own for _, share, own in found]), level=0.999, num_resamples=1000, method="student"
+        )
+        # Of its own texts as many as it would draw, in whatever places; of another model's more.
+        assert (excess.low <= 0 <= excess.high) == (policy is model)
 
 
 def test_a_models_own_samples_lie_in_its_tail_as_often_as_they_may() -> None:

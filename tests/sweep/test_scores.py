@@ -18,6 +18,7 @@ from preftune.sweep.scores import (
     ACCURACY,
     GAIN,
     MARGIN,
+    OWN_TAIL,
     PER_TOKEN,
     PLAIN_MARGIN,
     TAIL,
@@ -113,6 +114,22 @@ def test_more_samples_do_not_rule_out_a_policy_that_is_near_the_reference(number
     assert left_reference({TAIL: far})
 
 
+@pytest.mark.parametrize("number", [100, 10_000, 1_000_000])
+@pytest.mark.parametrize("own", [0.002, 0.0052, 0.0099])
+def test_a_trial_is_ruled_out_by_an_effect_over_the_references_own_share(number: int, own: float) -> None:
+    reach = 0.3 * own * (100 / number) ** 0.5
+
+    def left(times: float) -> bool:
+        share = {"mean": times * own, "low": times * own - reach, "high": times * own + reach, "n": number}
+        return left_reference({TAIL: share, OWN_TAIL: {"mean": own, "low": own, "high": own, "n": number}})
+
+    # A trained policy is never its reference: told from it with certainty, and still next to it.
+    assert not any(left(times) for times in (1.0, 1.1, 1.5, 1.99))
+    assert left(2.5)
+    # Samples make it surer, and never rule out what is below the factor.
+    assert left(2.1) == (number > 100)
+
+
 def test_no_trial_is_ruled_out_by_a_handful_of_samples_or_an_interval_without_width() -> None:
     assert not left_reference({TAIL: {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 4}})
     assert not left_reference({TAIL: {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 400}})
@@ -126,6 +143,11 @@ def test_the_rule_says_of_the_committed_trials_what_their_file_says() -> None:
     assert len(cells) == 108
     assert [left_reference(cell["metrics"]) for cell in cells] == [cell["left_reference"] for cell in cells]
     # What docs/sweep.md says of them.
+    ends = [(cell["metrics"][TAIL]["low"], cell["left_reference"]) for cell in cells]
+    assert f"{100 * max(low for low, left in ends if not left):.2f}" == "0.77"
+    assert f"{100 * min(low for low, left in ends if left):.2f}" == "1.07"
+    own = {OWN_TAIL: {"mean": 0.0052, "low": None, "high": None, "n": 100}}
+    assert [left_reference(cell["metrics"] | own) for cell in cells] == [cell["left_reference"] for cell in cells]
     shares = [(cell["metrics"][TAIL]["mean"], cell["left_reference"]) for cell in cells]
     assert f"{100 * max(share for share, left in shares if not left):.2f}" == "1.17"
     assert f"{100 * min(share for share, left in shares if left):.2f}" == "1.46"

@@ -48,9 +48,7 @@ def loss_type(case: Case) -> Setting | None:
         return None
     sources = (
         Source("arXiv:2403.00409", "unbiased under flipped labels, which smoothing of sigmoid is not"),
-        Source(
-            NOISE_TABLE, "two seeds: above smoothed sigmoid in 6 of 8 cells, at 20 and 40 % level with plain sigmoid"
-        ),
+        Source(NOISE_TABLE, "two seeds, which do not decide between plain, smoothed and robust"),
         Source(NOTES, "label smoothing of 0.1 to 0.2 helps, with the usual loss"),
     )
     reason = (

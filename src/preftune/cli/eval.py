@@ -131,7 +131,7 @@ def _check_places(settings: Resolved[EvalConfig]) -> None:
     from preftune.ownership import check_places
 
     config, script, quarantine = settings.trainer, settings.script, settings.script.quarantine_path
-    read = {name: getattr(config, name) for name in ("model", "ref_model", "compare")}
+    read = {name: getattr(config, name) for name in ("model", "ref_model", "compare", "judge_labels")}
     read |= {"dataset_name": script.dataset_name, "tokenizer_name_or_path": settings.model.tokenizer_name_or_path}
     check_places({"quarantine_path": quarantine}, read)
     claim(str(config.out))

@@ -50,6 +50,8 @@ class EvalConfig:
         judge_model: Model that judges there.
         judge_key_env: Environment variable that holds its key; the key itself is never stored.
         judge_against: Opponent: ``reference``, ``chosen`` (the data's preferred answer) or ``compare``.
+        judge_labels: File of human verdicts on comparisons, such as ``to_label.jsonl`` filled in; the win rate is
+            corrected for the judge's errors by them.
         judge_concurrency: Questions in flight at once.
         judge_timeout: Seconds until an answer is given up.
         judge_retries: Further attempts at a question that failed.
@@ -103,6 +105,9 @@ class EvalConfig:
         default=None, metadata={"help": "Environment variable with the endpoint's key; the key is never stored."}
     )
     judge_against: str | None = field(default=None, metadata={"help": "Opponent of the model.", "choices": OPPONENTS})
+    judge_labels: str | None = field(
+        default=None, metadata={"help": "File of human verdicts, to correct the win rate by; see to_label.jsonl."}
+    )
     judge_concurrency: int = field(default=4, metadata={"help": "Questions in flight at once."})
     judge_timeout: float = field(default=60.0, metadata={"help": "Seconds until an answer is given up."})
     judge_retries: int = field(default=5, metadata={"help": "Further attempts at a question that failed."})
@@ -148,7 +153,7 @@ class EvalConfig:
             if getattr(self, name) not in choices:
                 allowed = ", ".join(str(choice) for choice in choices if choice)
                 raise ConfigError("not an allowed value", where=name, value=getattr(self, name), allowed=allowed)
-        if self._check_endpoint(JUDGE, ("judge_against",)):
+        if self._check_endpoint(JUDGE, ("judge_against", "judge_labels")):
             self._check_opponent()
         self._check_endpoint(SERVER, ("sampling_ref_model",))
 

@@ -113,6 +113,8 @@ class EvalResult:
             out |= flat({"kl": self.kl, "tail_share": self.tail_share})
         if self.judge is not None:
             out |= flat({name: self.judge[name] for name in ("win_rate", "length_controlled")})
+            if self.judge.get("corrected"):
+                out |= flat({"win_rate_corrected": self.judge["corrected"]})
         return {name: value for name, value in out.items() if math.isfinite(value)}
 
     def write(self, folder: str | os.PathLike[str]) -> Path:

@@ -17,12 +17,13 @@ from preftune.evaluation import comparison, generations, metrics, rewardbench, t
 from preftune.evaluation.config import EvalConfig
 from preftune.evaluation.endpoint import JUDGE, SERVER, key_from
 from preftune.evaluation.judge import Judge
+from preftune.evaluation.labels import Label, read_labels, write_to_label
 from preftune.evaluation.metrics import Metric, Summary
 from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
 from preftune.evaluation.players import Players, beta_of, load_players, name_of
 from preftune.evaluation.progress import announce
 from preftune.evaluation.result import EvalResult
-from preftune.evaluation.sampling import Sample
+from preftune.evaluation.sampling import Sample, has_left
 from preftune.evaluation.scoring import Scorer
 from preftune.evaluation.winrate import win_rate
 from preftune.stats.rows import Array
@@ -86,6 +87,7 @@ def evaluate(
         compare=None if compare is None else name_of(compare),
         **settings,
     )
+    labels = [] if config.judge_labels is None else read_labels(config.judge_labels)
     trackers = tracking.find(config.report_to or (), config.out or ".")
     clock = _Clock()
     with clock.part("loading"):
@@ -98,7 +100,7 @@ def evaluate(
         )
         table = read_table(dataset, split=config.split, config=dataset_config, columns=columns)
         pairs = prepare_pairs(table, tokenizer, options, source_column=config.source_column, pairing=pairing)
-    result = _Evaluation(config, players, tokenizer, pairs, clock, show_progress).run()
+    result = _Evaluation(config, players, tokenizer, pairs, clock, show_progress, labels).run()
     if config.out is not None:
         result.write(config.out)
     if on_result is not None:
@@ -135,9 +137,10 @@ class _Evaluation:
         pairs: EvalPairs,
         clock: _Clock,
         show_progress: bool,
+        labels: Sequence[Label] = (),
     ) -> None:
         self.config, self.players, self.tokenizer, self.pairs = config, players, tokenizer, pairs
-        self.clock, self.show = clock, show_progress
+        self.clock, self.show, self.labels = clock, show_progress, labels
         self.summary = Summary(config.level, config.num_resamples, config.seed)
         self.groups = pairs.groups
         if config.judge_against == "reference" and players.reference is None:
@@ -260,7 +263,7 @@ class _Evaluation:
                 # Before the KL, which finds what comes along.
                 result.tail_share = generations.tail(mine, players.reference, summary)
                 result.kl, ref_sums = generations.kl(mine, players.reference, summary)
-            if result.tail_share["low"] > result.tail_share["level"]:
+            if has_left(*(result.tail_share[name] for name in ("mean", "low", "level"))):
                 share, level = (f"{100 * result.tail_share[name]:.3g} %" for name in ("mean", "level"))
                 self.notes.append(
                     f"{share} of the sampled tokens are among the {level} that the reference is least likely to write: "
@@ -382,7 +385,11 @@ class _Evaluation:
         )
         groups = [sample.prompt_index for sample in mine]
         prompts = [self.text(sample.prompt_ids) for sample in mine]
-        found = win_rate(judge, prompts, [sample.text for sample in mine], opponents, groups, self.summary)
+        answers = [sample.text for sample in mine]
+        if config.out is not None and config.judge_labels is None:
+            write_to_label(config.out, prompts, answers, opponents, config.seed)
+        found = win_rate(judge, prompts, answers, opponents, groups, self.summary, self.labels)
+        self.notes += found.pop("notes", [])
         if found["unreadable"]:
             self.notes.append(f"{found['unreadable']} comparisons have a verdict that could not be read")
         return {"model": config.judge_model, "url": redact(config.judge_url), "against": against} | found

@@ -6,10 +6,12 @@ from preftune.models.sampling import (
     Tokens,
     completion_logps,
     continue_prompts,
+    has_left,
     log_ratios,
     sample_completions,
     summed_ratios,
     tail_probabilities,
+    tail_shares,
 )
 
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
     "Tokens",
     "completion_logps",
     "continue_prompts",
+    "has_left",
     "log_ratios",
     "sample_completions",
     "summed_ratios",
     "tail_probabilities",
+    "tail_shares",
 ]

@@ -135,6 +135,10 @@ def _judge(result: EvalResult) -> Table | None:
     table = _table(title, "metric", "mean", "{level} interval", "n", level=result.level)
     _row(table, "win rate", found["win_rate"], percent=True)
     _row(table, "win rate, length-controlled", found["length_controlled"], percent=True)
+    corrected = found.get("corrected")
+    if corrected:
+        _row(table, f"win rate, corrected by {corrected['labels']:,} human labels", corrected, percent=True)
+        _row(table, "judge agrees with people", corrected["agreement"], percent=True)
     for name, title in (("first_wins", "first place wins"), ("consistent", "both orders agree")):
         table.add_row(title, _percent(found["position"][name]), "", "")
     return table

@@ -11,6 +11,7 @@ from scipy import special, stats
 
 from preftune.errors import DataError
 from preftune.evaluation.judge import Question, Verdict
+from preftune.evaluation.labels import Label, correct
 from preftune.evaluation.metrics import Groups, Metric, Summary
 from preftune.stats.rows import Array
 
@@ -34,6 +35,7 @@ def win_rate(
     opponents: Sequence[str],
     groups: Groups,
     summary: Summary,
+    labels: Sequence[Label] = (),
 ) -> dict[str, Any]:
     """Share of comparisons that the model wins, ties counting half.
 
@@ -48,54 +50,73 @@ def win_rate(
         opponents: The answers it is compared with.
         groups: Prompt of each comparison.
         summary: Settings of the intervals.
+        labels: What people said of some comparisons, to correct the win rate by; see
+            :func:`preftune.evaluation.labels.correct`.
 
     Returns:
         ``win_rate`` and ``length_controlled`` with intervals; ``wins``, ``ties``, ``losses``; ``n`` and ``unreadable``;
-        ``position``: how often the first place won and how often both orders agreed; and mean lengths in characters.
+        ``position``: how often the first place won and how often both orders agreed; mean lengths in characters; and
+        with labels ``corrected`` and ``notes``.
 
     Raises:
         DataError: Not one verdict could be read.
     """
-    different = [n for n in range(len(prompts)) if answers[n].strip() != opponents[n].strip()]
-    questions = [Question(prompts[n], answers[n], opponents[n]) for n in different]
-    swapped = [Question(prompts[n], opponents[n], answers[n]) for n in different]
-    verdicts = judge.ask([*questions, *swapped])
-    forth, back = verdicts[: len(different)], verdicts[len(different) :]
-    scores: dict[int, float] = {n: 0.5 for n in range(len(prompts)) if n not in set(different)}
-    num_first = num_second = num_agreeing = 0
-    for number, one, two in zip(different, forth, back, strict=True):
-        if one is None or two is None:
-            continue
-        scores[number] = (_POINTS[one] + 1 - _POINTS[two]) / 2
-        num_first += (one == "first") + (two == "first")
-        num_second += (one == "second") + (two == "second")
-        num_agreeing += _POINTS[one] == 1 - _POINTS[two]
-    readable = sorted(scores)
+    scores, position, num_different = _judged(judge, prompts, answers, opponents)
+    readable: list[int] = np.flatnonzero(np.isfinite(scores)).tolist()
     if not readable:
         raise DataError(
             "no verdict of the judge could be read",
             where="judge_model",
             remedy="read judge.jsonl; a larger judge_max_tokens helps a judge that never gets to its verdict",
         )
-    values = np.array([scores[n] for n in readable])
+    values = scores[readable]
     lengths = np.array([[len(answers[n]), len(opponents[n])] for n in readable], dtype=np.float64)
     kept = None if groups is None else [groups[n] for n in readable]
-    judged = num_first + num_second
-    return {
+    found = {
         "win_rate": summary.outcome(values, kept),
         "length_controlled": length_controlled(values, lengths[:, 0] - lengths[:, 1], kept, level=summary.level),
         "wins": int((values > 0.5).sum()),
         "ties": int((values == 0.5).sum()),
         "losses": int((values < 0.5).sum()),
         "n": len(readable),
-        "identical": len(prompts) - len(different),
+        "identical": len(prompts) - num_different,
         "unreadable": len(prompts) - len(readable),
-        "position": {
-            "first_wins": num_first / judged if judged else math.nan,
-            "consistent": num_agreeing / max(1, len([n for n in different if n in scores])) if different else math.nan,
-        },
+        "position": position,
         "mean_characters": {"model": float(lengths[:, 0].mean()), "opponent": float(lengths[:, 1].mean())},
     }
+    if labels:
+        keys = [(prompts[n].strip(), answers[n].strip(), opponents[n].strip()) for n in readable]
+        found["corrected"], found["notes"] = correct(
+            labels, keys, values, kept, lambda *texts: _judged(judge, *texts)[0], summary
+        )
+    return found
+
+
+def _judged(
+    judge: Asker, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]
+) -> tuple[Array, dict[str, float], int]:
+    """Scores of the first answers, NaN where a verdict cannot be read; about places; and how many pairs differ."""
+    different = [n for n in range(len(prompts)) if firsts[n].strip() != seconds[n].strip()]
+    questions = [Question(prompts[n], firsts[n], seconds[n]) for n in different]
+    swapped = [Question(prompts[n], seconds[n], firsts[n]) for n in different]
+    verdicts = judge.ask([*questions, *swapped])
+    scores = np.full(len(prompts), 0.5)
+    num_first = num_second = num_agreeing = num_read = 0
+    for number, one, two in zip(different, verdicts, verdicts[len(different) :], strict=False):
+        if one is None or two is None:
+            scores[number] = math.nan
+            continue
+        num_read += 1
+        scores[number] = (_POINTS[one] + 1 - _POINTS[two]) / 2
+        num_first += (one == "first") + (two == "first")
+        num_second += (one == "second") + (two == "second")
+        num_agreeing += _POINTS[one] == 1 - _POINTS[two]
+    decided = num_first + num_second
+    position = {
+        "first_wins": num_first / decided if decided else math.nan,
+        "consistent": num_agreeing / max(1, num_read) if different else math.nan,
+    }
+    return scores, position, len(different)
 
 
 def length_controlled(

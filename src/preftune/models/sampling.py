@@ -7,6 +7,7 @@ of the model's arithmetic), and two policies sampled under one seed share their 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,6 +208,17 @@ def completion_logps(
 
 #: The far tail: tokens that a model itself writes at most this often, all together.
 TAIL_LEVEL = 0.01
+#: How many times that a share of the far tail is at least where a policy is said to have left; heuristic.
+LEFT_LEVEL_FACTOR = 1.4
+
+
+def has_left(share: float, low: float, level: float = TAIL_LEVEL) -> bool:
+    """Whether texts with this share of a model's far tail, and this low end of its interval, are far from its own.
+
+    An effect of some size, and not chance: of the model's own tokens at most ``level`` lie there, and what has
+    been trained is never the same model, so that enough texts would tell any two apart.
+    """
+    return low > level and share >= LEFT_LEVEL_FACTOR * level
 
 
 def tail_probabilities(
@@ -234,6 +246,35 @@ def tail_probabilities(
             scores = scores_from_logits(logits, targets, with_tail=True)
             assert scores.tail is not None
             results[index] = _numpy(scores.logps), _numpy(scores.tail)
+    return results
+
+
+def tail_shares(
+    model: Any, sequences: Sequence[Tokens], *, batch_size: int = 64
+) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], float, float]]:
+    """How much of given completions lies in the model's far tail, and how much of its own would in their place.
+
+    The second is exact: the probability, averaged over the positions, that a token drawn from the model lies there. It
+    is at most :data:`TAIL_LEVEL`, and less where single tokens are more likely than that.
+
+    Args:
+        model: A causal language model of transformers (its mode is restored afterwards).
+        sequences: (prompt ids, completion ids); the prompt has at least one token.
+        batch_size: Most sequences in one forward pass.
+
+    Returns:
+        Per sequence the log-probs of its completion tokens, the share of them in the far tail, and the model's own.
+    """
+    results = [(np.empty(0, np.float32), math.nan, math.nan)] * len(sequences)
+    with _evaluating(model):
+        for index, logits, targets in _completion_logits(model, sequences, batch_size):
+            scores = scores_from_logits(logits, targets, with_tail=True)
+            assert scores.tail is not None
+            # From the least likely token on: the most that can be added up within the level.
+            sums = torch.softmax(logits.float(), -1).sort(-1).values.cumsum(-1)
+            own = torch.where(sums <= TAIL_LEVEL, sums, 0.0).amax(-1)
+            share = (scores.tail <= TAIL_LEVEL).float().mean()
+            results[index] = _numpy(scores.logps), float(share), float(own.mean())
     return results
 
 

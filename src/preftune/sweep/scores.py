@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 from preftune.errors import DataError
-from preftune.evaluation.sampling import TAIL_LEVEL
+from preftune.evaluation.sampling import has_left
 from preftune.stats.intervals import bootstrap_mean, proportion_interval
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -31,6 +31,8 @@ GAIN = "eval_preference_gain"
 SMOOTHING = 0.5
 #: Of a trial's own samples: divergence from the reference, and the share of tokens from the reference's far tail.
 KL, TAIL = "eval_kl", "eval_tail_share"
+#: The share of tokens that the reference itself would have drawn from its far tail in the same places.
+OWN_TAIL = "eval_tail_share_of_reference"
 #: Metrics that have a number per held-out pair.
 PAIRED = (ACCURACY, MARGIN, PLAIN_MARGIN, PER_TOKEN, GAIN)
 #: Whether less is better.
@@ -140,28 +142,33 @@ def held_out_of(rewards: Any, dataset: Any, beta: float) -> HeldOut:
     )
 
 
-#: A trial has left the reference where its share of the far tail is at least this many times the most that texts of the
-#: reference hold on average. Chosen on the runs of docs/sweep.md, between 1.17 and 1.46 times; heuristic.
-LEFT_FACTOR = 1.4
+#: A trial has left the reference where its share of the far tail is surely at least this many times the reference's
+#: own; heuristic, see docs/sweep.md.
+LEFT_FACTOR = 2.0
 #: Samples below which nothing is concluded; heuristic.
 LEAST_SAMPLES = 8
 
 
 def left_reference(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a trial's own samples hold far more of the reference's far tail than the reference's samples would.
+    """Whether a trial's own samples hold far more of the reference's far tail than the reference itself would write.
 
-    An effect of some size, and not chance: the share is at least :data:`LEFT_FACTOR` times :data:`TAIL_LEVEL`, which no
-    text of the reference exceeds on average, and its interval lies above that level. A trained policy is never the
-    reference, so that a test for any difference would rule out every trial with samples enough. A few samples, and an
-    interval without width, show nothing.
+    An effect of some size, and not chance: the low end of the share's interval is at least :data:`LEFT_FACTOR` times
+    the reference's own share in the same places. A trained policy is never the reference, so that a test for any
+    difference would rule out every trial with samples enough. A few samples, and an interval without width, show
+    nothing. Where the own share is not known (results of earlier versions), its upper bound decides, see
+    :func:`preftune.models.sampling.has_left`.
 
     What such a policy writes is nothing that the preferences were about; its held-out figures do not speak for it.
     """
-    found = metrics.get(TAIL, {})
+    found, own = metrics.get(TAIL, {}), metrics.get(OWN_TAIL, {}).get("mean")
     mean, low, high = (found.get(name) for name in ("mean", "low", "high"))
     if mean is None or low is None or high is None or int(found.get("n") or 0) < LEAST_SAMPLES:
         return False
-    return float(high) > float(low) > TAIL_LEVEL and float(mean) >= LEFT_FACTOR * TAIL_LEVEL
+    if float(high) <= float(low):
+        return False
+    if own is not None:
+        return float(low) > 0 and float(low) >= LEFT_FACTOR * float(own)
+    return has_left(float(mean), float(low))
 
 
 def figure(mean: Any, low: float | None = None, high: float | None = None, n: int = 0) -> dict[str, Any]:

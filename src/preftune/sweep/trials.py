@@ -26,7 +26,7 @@ from preftune.sweep.locks import one_at_a_time
 from preftune.sweep.plan import BASE_NAME, Plan, write_yaml
 from preftune.sweep.result import remove_weights, trial_settings
 from preftune.sweep.runner import Observer, Outcome, TrialSpec
-from preftune.sweep.scores import KL, TAIL, HeldOut, held_out_of, metrics_of, with_interval
+from preftune.sweep.scores import KL, OWN_TAIL, TAIL, HeldOut, held_out_of, metrics_of, with_interval
 from preftune.sweep.shared import Base, Shelf, sharing
 from preftune.sweep.space import as_flag
 from preftune.sweep.trackers import grouped
@@ -236,7 +236,7 @@ class PairTrials:
 
         Nothing where the tokenizer has no end of text, or for fewer than two prompts.
         """
-        from preftune.evaluation.sampling import TAIL_LEVEL, continue_prompts, summed_ratios, tail_probabilities
+        from preftune.evaluation.sampling import continue_prompts, summed_ratios, tail_shares
 
         if not self.plan.num_samples or trainer.processing_class.eos_token_id is None:
             return {}
@@ -257,15 +257,15 @@ class PairTrials:
             batch_size=batch_size,
         )
         assert self.sources.base is not None
-        seen = tail_probabilities(
+        seen = tail_shares(
             self.sources.base.reference.to(model.device),
             [(sample.prompt_ids, sample.token_ids) for sample in samples],
             batch_size=batch_size,
         )
-        ratios = summed_ratios(samples, [logps for logps, _ in seen])
-        shares = np.array([(tails <= TAIL_LEVEL).mean() for _, tails in seen])
-        groups = range(len(samples))
-        return {name: with_interval(v, groups, self.plan.seed) for name, v in ((KL, ratios), (TAIL, shares))}
+        ratios = summed_ratios(samples, [logps for logps, _, _ in seen])
+        shares, own = (np.array([each[column] for each in seen]) for column in (1, 2))
+        found = {KL: ratios, TAIL: shares, OWN_TAIL: own}
+        return {name: with_interval(v, range(len(samples)), self.plan.seed) for name, v in found.items()}
 
 
 def _free_memory() -> None:

@@ -53,6 +53,34 @@ def test_the_interval_covers_in_repeated_samples() -> None:
     assert sum(covered) >= 34
 
 
+@pytest.mark.slow
+def test_whichever_of_several_judges_is_quoted_holds() -> None:
+    """Three judges with slips of their own look at the same labels; the one with the shortest interval is quoted."""
+    quoted: dict[float, int] = {0.95: 0, 1 - 0.05 / 3: 0}
+    for seed in range(60):
+        rng = np.random.default_rng([9, seed])
+        turned = rng.random(300) < 0.2
+        sure = np.abs(rng.normal(size=(3, 300)))
+        right = rng.random((3, 300)) < stats.norm.cdf(2.5 * sure)
+        scores = np.where(right != turned, sure, -sure)
+        for level in quoted:
+            fits = [fit_lapse(each, np.arange(300), num_resamples=20, seed=seed, level=level) for each in scores]
+            best = min(fits, key=lambda fit: fit.width)
+            quoted[level] += best.low <= 0.2 <= best.high
+    # 95 % less twice the scatter of 60 draws, and never fewer than with the shortest of plain intervals.
+    assert quoted[1 - 0.05 / 3] >= 54
+    assert quoted[1 - 0.05 / 3] >= quoted[0.95]
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.98, 0.999])
+def test_a_higher_level_is_a_longer_interval(level: float) -> None:
+    scores, _ = simulated(500, 0.2, seed=12)
+    plain, other = (fit_lapse(scores, np.arange(500), seed=0, level=each) for each in (0.5, level))
+    assert other.estimate == plain.estimate
+    assert other.low <= plain.low < plain.high <= other.high
+    assert other.width > plain.width
+
+
 def test_a_judge_that_sees_nothing_cannot_tell() -> None:
     rng = np.random.default_rng(0)
     fit = fit_lapse(rng.normal(size=2000), np.arange(2000), seed=0)
@@ -148,6 +176,17 @@ def test_a_reference_that_knows_better_is_used() -> None:
     assert found["told"]
     assert found["estimate"] == pytest.approx(turned.mean(), abs=0.05)
     assert found["num_pairs"] == 799
+    # One of three is quoted, the shortest: each has a third of the doubt.
+    assert {name: round(one["level"], 6) for name, one in found["judges"].items()} == {
+        "features": 0.983333,
+        "reference": 0.983333,
+        "features and reference": 0.983333,
+    }
+    assert found["level"] == 0.95
+    quoted = found["judges"][found["judge"]]
+    assert (found["low"], found["high"]) == (quoted["low"], quoted["high"])
+    _, alone = estimate_noise(read(rows), seed=0)
+    assert [one["level"] for one in alone["judges"].values()] == [0.95]
     assert set(found["judges"]) == {"features", "reference", "features and reference"}
     assert found["judges"]["features"]["high"] - found["judges"]["features"]["low"] > 0.3
 

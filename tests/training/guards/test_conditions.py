@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from preftune.stats.clusters import t_interval
 from preftune.training.guards.base import Guard, Reading
 from preftune.training.guards.dynamics import EntropyCollapse, GradientSpike, NonFinite, RewardJump
 from preftune.training.guards.evidence import Generation, HeldOut, Moments, Watch, Window
@@ -297,6 +298,14 @@ def test_over_optimisation_sees_samples_that_the_reference_would_not_write() -> 
     assert guard.observe(generation(4, tail=0.02)) is None  # told already
     assert guard.observe(generation(5, tail=0.008)) is None  # over
     assert guard.observe(generation(6, tail=0.03)) is not None
+
+
+def test_samples_that_are_surely_but_hardly_different_are_no_alarm() -> None:
+    # 1.3 % with an interval above 1 %: a trained policy is never its reference, and enough samples would tell any two.
+    near = generation(1, tail=0.013)
+    assert t_interval(near.tail_shares).low() > 0.01
+    assert OverOptimisation().observe(near) is None
+    assert OverOptimisation().observe(generation(1, tail=0.016)) is not None
 
 
 # ---- episodes and state ---------------------------------------------------------------------------------------------

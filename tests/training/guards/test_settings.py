@@ -23,6 +23,21 @@ def test_every_name_has_its_guard() -> None:
         assert guard.needs in ("", "heldout", "generations")
 
 
+def test_only_a_rule_without_a_number_of_ours_is_called_published() -> None:
+    assert [name for name, guard in GUARDS.items() if guard.threshold_kind == "published"] == ["non_finite"]
+    # Numbers of others in rules of ours are told apart.
+    assert "this project's" in GUARDS["reward_jump"].source
+    assert "this project's" in GUARDS["length_exploitation"].source
+    page = (Path(__file__).resolve().parents[3] / "docs" / "guards.md").read_text(encoding="utf-8")
+    bullets = page.split("\n- **`")[1:]
+    assert len(bullets) == len(GUARDS)
+    for bullet in bullets:
+        name = bullet.partition("`")[0]
+        assert "published:" not in bullet
+        if name not in ("non_finite",):
+            assert "heuristic" in bullet.lower(), name
+
+
 @pytest.mark.parametrize(
     ("value", "default", "named"),
     [

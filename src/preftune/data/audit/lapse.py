@@ -45,7 +45,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 #: Highest share of turned labels considered: at one half a label says nothing.
 MAX_NOISE = 0.5
-_NUM_NOISE, _NUM_BINS, _LEVEL = 50, 120, 0.95
+_NUM_NOISE, _NUM_BINS = 50, 120
 _NOISE = (np.arange(_NUM_NOISE) + 0.5) / _NUM_NOISE * MAX_NOISE
 _SLOPES = np.concatenate([[0.0], np.geomspace(0.03, 30.0, 24)])
 # The scores of a Bradley-Terry model are log-odds, so that the power of a good judge is near 1.
@@ -81,7 +81,7 @@ class LapseFit:
         return self.high - self.low
 
 
-def fit_lapse(scores: Array, groups: Any, *, num_resamples: int = 200, seed: int = 0) -> LapseFit:
+def fit_lapse(scores: Array, groups: Any, *, num_resamples: int = 200, seed: int = 0, level: float = 0.95) -> LapseFit:
     """Estimate the share of turned labels from a judge's scores.
 
     Args:
@@ -90,9 +90,10 @@ def fit_lapse(scores: Array, groups: Any, *, num_resamples: int = 200, seed: int
         groups: Number of the prompt of each row, `(rows,)`; whole prompts are resampled.
         num_resamples: Bootstrap resamples.
         seed: Of the resampling.
+        level: Nominal coverage of the interval.
 
     Returns:
-        The estimate with its 95 % interval.
+        The estimate with its interval.
 
     Source:
         See the module's description.
@@ -108,7 +109,9 @@ def fit_lapse(scores: Array, groups: Any, *, num_resamples: int = 200, seed: int
     noise_mass = _noise_posterior(right, counts, against)
     log_likelihood = _log_likelihood(right, bins, agree)
     turned, accuracy = _judged(log_likelihood, right, bins, agree)
-    low, high = _joined(_highest_density(noise_mass), _profiled(log_likelihood.max(axis=1) / design_effect))
+    low, high = _joined(
+        _highest_density(noise_mass, level), _profiled(log_likelihood.max(axis=1) / design_effect, level)
+    )
     return LapseFit(
         estimate=float(noise_mass @ _NOISE),
         low=low,
@@ -189,9 +192,9 @@ def _judged(log_likelihood: Array, right: Array, bins: Any, agree: Array) -> tup
     return turned, float((mass.sum(axis=0) @ right)[bins].mean())
 
 
-def _profiled(profile: Array) -> tuple[float, float]:
-    """All noise that some shape explains within the likelihood ratio of a 95 % interval of one parameter."""
-    inside = np.flatnonzero(2 * (profile.max() - profile) <= stats.chi2.ppf(_LEVEL, 1))
+def _profiled(profile: Array, level: float) -> tuple[float, float]:
+    """All noise that some shape explains within the likelihood ratio of an interval of one parameter."""
+    inside = np.flatnonzero(2 * (profile.max() - profile) <= stats.chi2.ppf(level, 1))
     step = MAX_NOISE / len(profile)
     return float(inside[0] * step), float((inside[-1] + 1) * step)
 
@@ -200,10 +203,10 @@ def _joined(*intervals: tuple[float, float]) -> tuple[float, float]:
     return min(low for low, _ in intervals), max(high for _, high in intervals)
 
 
-def _highest_density(mass: Array) -> tuple[float, float]:
-    """Shortest run of the grid that holds 95 % of the mass; an end at the border of the range counts as the border."""
+def _highest_density(mass: Array, level: float) -> tuple[float, float]:
+    """Shortest run of the grid that holds this much of the mass; an end at the border of the range is the border."""
     total = np.concatenate([[0.0], np.cumsum(mass)])
-    ends = np.searchsorted(total, total[:-1] + _LEVEL * total[-1] - 1e-12)
+    ends = np.searchsorted(total, total[:-1] + level * total[-1] - 1e-12)
     starts = np.flatnonzero(ends <= len(mass))
     start = int(starts[np.argmin(ends[starts] - starts)])
     step = MAX_NOISE / len(mass)

@@ -23,6 +23,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 MIN_PAIRS = 50
 #: An interval longer than this does not tell a clean set from a bad one.
 MAX_WIDTH = 0.2
+#: Nominal coverage of the interval that is quoted, and judges that it is chosen from with a reference model.
+LEVEL, NUM_JUDGES = 0.95, 3
 _NUM_SUSPECTS = 20
 CAVEAT = (
     "Turned labels are told from the judge's own mistakes by one assumption: where the judge is surest, its mistakes"
@@ -63,6 +65,8 @@ def estimate_noise(
         fits = _fits(rows, chosen, groups, margins, seed)
     if not fits:
         return _untold(rows, len(chosen), repeats)
+    # The shortest of several 95 % intervals holds less often than 95 %. Each is at the level at which all hold
+    # together that often (Bonferroni), so that whichever is quoted does.
     name = min(fits, key=lambda judge: fits[judge].width)
     best = fits[name]
     told = best.width <= MAX_WIDTH
@@ -71,7 +75,7 @@ def estimate_noise(
         "estimate": best.estimate if told else None,
         "low": best.low,
         "high": best.high,
-        "level": 0.95,
+        "level": LEVEL,
         "judge": name,
         "agreement": best.agreement,
         "judge_accuracy": best.accuracy,
@@ -80,7 +84,7 @@ def estimate_noise(
         "caveat": CAVEAT,
         "num_pairs": len(chosen),
         "num_prompts": len(codes),
-        "judges": {judge: _figures(fit) for judge, fit in fits.items()},
+        "judges": {judge: _figures(fit) | {"level": _level(margins)} for judge, fit in fits.items()},
         "repeats": repeats,
         "suspects": _suspects(rows, chosen, best) if told and best.estimate > 0.01 else [],
     }
@@ -109,12 +113,17 @@ def _fits(rows: Rows, chosen: list[int], groups: Any, margins: Array | None, see
         model = sparse.csr_matrix(standardised(margins[chosen]))
         # Three times the size of a surface feature: the penalty should not keep a good judge down.
         features |= {"reference": model, "features and reference": sparse.hstack([features["features"], 3 * model])}
-    out = {}
+    out, level = {}, _level(margins)
     for name, gaps in features.items():
         scores = cross_fitted(gaps.tocsr(), groups, seed=seed)
         if scores is not None:
-            out[name] = fit_lapse(scores, groups, seed=seed)
+            out[name] = fit_lapse(scores, groups, seed=seed, level=level)
     return out
+
+
+def _level(margins: Array | None) -> float:
+    """Level of each judge's interval, so that the one that is quoted has :data:`LEVEL`; chosen before any is made."""
+    return 1 - (1 - LEVEL) / (1 if margins is None else NUM_JUDGES)
 
 
 def _figures(fit: LapseFit) -> dict[str, float]:
@@ -153,7 +162,7 @@ def _untold(rows: Rows, num_pairs: int, repeats: dict[str, Any]) -> tuple[Findin
         "estimate": None,
         "low": 0.0,
         "high": MAX_NOISE,
-        "level": 0.95,
+        "level": LEVEL,
         "judge": None,
         "agreement": None,
         "told": False,

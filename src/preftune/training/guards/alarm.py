@@ -29,7 +29,7 @@ class Alarm:
         cause: What it probably means.
         remedy: What to do.
         source: Paper or experience that it rests on.
-        threshold_kind: ``published`` where the source gives the threshold, else ``heuristic``.
+        threshold_kind: ``published`` where the source gives the whole rule, else ``heuristic``.
         time: Seconds since 1970.
         split: Name of the held-out data it is about; empty for training and samples.
     """

@@ -22,8 +22,7 @@ class Reading:
         evidence: The figures by name.
         cause: Likely cause, where it depends on what was seen.
         remedy: The same for the remedy.
-        threshold_kind: Where the threshold that was passed comes from, if a guard has several.
-        source: The same for the source.
+        source: What it rests on, likewise.
     """
 
     firing: bool
@@ -32,7 +31,6 @@ class Reading:
     evidence: dict[str, float | str] = field(default_factory=dict)
     cause: str | None = None
     remedy: str | None = None
-    threshold_kind: ThresholdKind | None = None
     source: str | None = None
 
 

@@ -27,10 +27,9 @@ class RewardJump(Guard):
     cause = "the learning rate is too high, or beta too low: the policy chases the reward"
     remedy = "lower learning_rate (to a third), or raise beta; more warmup_steps help where it happens at the start"
     source = (
-        "users' practice for the threshold, more than 10 % improvement of the reward metric within one epoch; the "
-        "window of 128 pairs and the interval are this project's"
+        "users' practice for the 10 points, more than 10 % improvement of the reward metric within one epoch; the "
+        "window of 128 pairs in place of the epoch and the interval are this project's"
     )
-    threshold_kind: ClassVar[ThresholdKind] = "published"
 
     #: Rise of a share that counts as a jump, and below which an episode is over.
     threshold, over = 0.10, 0.05

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from preftune.models.sampling import TAIL_LEVEL
+from preftune.models.sampling import TAIL_LEVEL, has_left
 from preftune.stats.clusters import (
     Z95,
     Z999,
@@ -17,7 +17,7 @@ from preftune.stats.clusters import (
     separation_influence,
     t_interval,
 )
-from preftune.training.guards.base import Guard, Reading, ThresholdKind
+from preftune.training.guards.base import Guard, Reading
 from preftune.training.guards.evidence import Array, Generation, HeldOut, Moments, pack, unpack
 
 #: Fewer held-out pairs than these say too little.
@@ -203,8 +203,8 @@ class OverOptimisation(Guard):
     KL is that of samples of the policy, and quality the held-out separation of pairs (see :class:`Overfitting`), a
     proxy. Fires where the KL exceeds, with its 95 % interval, the one at the best evaluation, and quality has fallen
     since, with its 99.9 % interval; or where the KL alone is wide beyond a budget in nats per token; or where the
-    samples hold more of the reference's far tail than its own texts would (see :func:`preftune.models.sampling.
-    tail_probabilities`), with their 99.9 % interval.
+    samples hold far more of the reference's far tail than its own texts would (see :func:`preftune.models.sampling.
+    has_left`), with their 99.9 % interval.
     """
 
     name = "over_optimisation"
@@ -222,7 +222,7 @@ class OverOptimisation(Guard):
             return None
         kl, tokens = t_interval(generation.log_ratios), float(generation.lengths.mean())
         tail = t_interval(generation.tail_shares)
-        foreign = tail.low() > TAIL_LEVEL
+        foreign = has_left(tail.mean, tail.low())
         message = f"KL to the reference is {kl.mean:.1f} nats over {tokens:.0f} tokens a sample"
         if foreign:
             level = f"{100 * TAIL_LEVEL:.0f} %"
@@ -275,7 +275,8 @@ class LengthExploitation(Guard):
 
     Held-out: log-ratios of all answers are regressed on their token counts. A rising line with R^2 above 0.30, the low
     end of its 95 % interval included, is what the source finds in models that exploit length; here at two evaluations
-    in a row, since the very first updates may change little more than where answers end. Samples: mean length exceeds
+    in a row, since the very first updates may change little more than where answers end; the interval and the two in a
+    row are this project's. Samples: mean length exceeds
     that of the chosen answers to the same prompts by half, and its own at the start, each with the whole 99.9 %
     interval; that is a heuristic.
     """
@@ -284,8 +285,10 @@ class LengthExploitation(Guard):
     needs = "heldout"
     cause = "longer answers win in the data, and the policy learns length instead of quality"
     remedy = "use a length-normalised method (sigmoid_norm, simpo) or ld_alpha, or balance the lengths of the pairs"
-    source = "2403.19159 (R^2 of 0.30 to 0.46 out of distribution)"
-    threshold_kind: ClassVar[ThresholdKind] = "published"
+    source = (
+        "2403.19159 for the 0.30 (it finds R^2 of 0.30 to 0.46 out of distribution); its interval, and two evaluations "
+        "in a row, are this project's"
+    )
 
     threshold, over, longer = 0.30, 0.25, 0.50
 
@@ -333,7 +336,6 @@ class LengthExploitation(Guard):
             cause="answers no longer come to an end" if unfinished > 0.5 else None,
             remedy="lower learning_rate or raise beta" if unfinished > 0.5 else None,
             source="2403.19159 (the direction)",
-            threshold_kind="heuristic",
         )
 
 

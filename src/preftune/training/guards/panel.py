@@ -115,7 +115,7 @@ class Guards(TrainerCallback, ExportableState):
                 cause=reading.cause or guard.cause,
                 remedy=reading.remedy or guard.remedy,
                 source=reading.source or guard.source,
-                threshold_kind=reading.threshold_kind or guard.threshold_kind,
+                threshold_kind=guard.threshold_kind,
                 time=time.time(),
                 split=evidence.split if isinstance(evidence, HeldOut) else "",
             )
