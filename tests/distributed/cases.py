@@ -98,6 +98,8 @@ def let_fsdp_in() -> None:
     def opened(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -137,11 +139,12 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
     given: dict[str, Any] = {}
     if settings.pop("given", False):
         given["ref_model"] = different(path)
-    if settings.pop("lora", False):
+    if lora := settings.pop("lora", False):
         from peft import LoraConfig
 
         torch.manual_seed(3)
-        given["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        modules = "all-linear" if lora is True else lora
+        given["peft_config"] = LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
     trainer_class, config_class = getattr(preftune, f"{kind}Trainer"), getattr(preftune, f"{kind}Config")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) if settings.pop("fp64", False) else path
     data: Any = Dataset.from_list(rows_of(kind, number))

@@ -84,11 +84,16 @@ class Shadow:
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A model's trainable parameters, those of FSDP2 as shards."""
+    return [p for p in parameters_of(model) if p.requires_grad]
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """A model's parameters, those of FSDP2 as shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Some stay whole after a forward: they would be shown whole, and used again although their shards changed.
             module.reshard()
-    return [p for p in model.parameters() if p.requires_grad]
+    return list(model.parameters())
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
 from preftune.packing import PackedRow
 from preftune.references.fingerprint import model_weights_key, trained_adapter
-from preftune.references.live import Shadow, like, shard_of, trained_parameters, using_adapter
+from preftune.references.live import Shadow, like, parameters_of, shard_of, trained_parameters, using_adapter
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
 from preftune.training.batch import Example, Examples, as_arrays
@@ -53,6 +53,7 @@ class Reference:
         ld_alpha: Weight of tokens beyond the shorter completion.
         compute: What beside the weights decides the numbers, for the store's key.
         reload: Loads the reference again where the policy has moved on and nothing of it was kept.
+        spread: Shards a model where the policy is sharded.
         show_progress: Draw a progress bar over the reference pass.
         follows: Whether it follows the policy, so that it is part of a checkpoint.
     """
@@ -68,6 +69,7 @@ class Reference:
         ld_alpha: float | None = None,
         compute: dict[str, Any] | None = None,
         reload: Callable[[], RowForward | None] = lambda: None,
+        spread: Callable[[Any], None] = lambda model: None,
         show_progress: bool = True,
         follows: bool = False,
     ) -> None:
@@ -82,6 +84,7 @@ class Reference:
         self._autocast = autocast
         self._compute = compute or {}
         self._reload = reload
+        self._spread = spread
         self._show_progress = show_progress
         self._key: str | None = None
         self._scorer = SequenceScorer(
@@ -163,6 +166,7 @@ class Reference:
         if forward is not None:
             key = model_weights_key(forward.model, self._compute, adapter=trained_adapter(forward.model))
             if key == self.weights_key:
+                self._spread(forward.model)
                 return forward
         raise TrainingError(
             "reference log-probs of new pairs are asked for, but the policy has moved on and the model it started from "
@@ -191,6 +195,11 @@ class Reference:
             return f"the adapter {self.adapter}"
         return "the given ref_model" if self.separate is not None else "the policy before training"
 
+    def spread(self) -> None:
+        """Shard a model of its own where the policy is sharded; the weights' key has to be known before."""
+        if self.separate is not None:
+            self._spread(self.separate.model)
+
     def keep_shadow(self) -> None:
         """Remember the policy's present state as the reference, for use while the policy moves on."""
         if self.shadow is None and not self._lasts:
@@ -200,18 +209,16 @@ class Reference:
         """Move towards the policy: ``reference <- share * policy + (1 - share) * reference`` (TR-DPO, 2404.09656)."""
         with torch.no_grad():
             for mine, policys in zip(self.following(), self._followed(), strict=True):
-                shard_of(mine).lerp_(shard_of(like(policys, mine)), share)
+                shard_of(mine).lerp_(shard_of(like(policys, mine)).to(mine.dtype), share)
 
     def following(self) -> list[Tensor]:
         """The tensors of a reference that follows the policy."""
         if self.separate is not None:
-            return [p.detach() for p in self.separate.model.parameters()]
+            return [p.detach() for p in parameters_of(self.separate.model)]
         assert self.shadow is not None
         return self.shadow.state()
 
     def _followed(self) -> list[Tensor]:
-        if self.separate is not None:
-            return [p.detach() for p in trained_parameters(self.policy.model)]
         return [p.detach() for p in trained_parameters(self.policy.model)]
 
     @contextmanager
