@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -14,7 +15,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import preftune
 from preftune.training import streams
@@ -49,7 +51,37 @@ SHARDED: dict[str, Case] = {
         37,
         {**_LIVE, "gradient_checkpointing": False, "fsdp_config": {"activation_checkpointing": True}},
     ),
-    "sharded-state": ("DPO", 37, {**_LIVE, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}),
+    "sharded-state": (
+        "DPO",
+        24,
+        {**_LIVE, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}},
+    ),
+    # Nothing below the head has a gradient.
+    "head-alone": ("DPO", 24, {**_LIVE, "lora": ["lm_head"], "gradient_checkpointing": False}),
+}
+_SAMPLED: dict[str, Any] = {"generation_steps": 4, "num_generations": 5, "generation_max_new_tokens": 12}
+#: Five prompts for two processes; of the long texts some end early, so that processes have different numbers of tokens.
+SAMPLED: dict[str, Case] = {
+    "sampled": ("DPO", 24, {**_STORED, **_SAMPLED, "generation_max_new_tokens": 60}),
+    "sampled-given": ("DPO", 24, {**_LIVE, **_SAMPLED, "given": True}),
+    "sampled-synced": ("DPO", 24, {**_SYNC, **_SAMPLED, "lora": True}),
+    "sampled-orpo": ("ORPO", 24, {**_STORED, **_SAMPLED}),
+}
+_MIXED: dict[str, Any] = {"bf16": True}
+_HALF: dict[str, Any] = {"model_init_kwargs": {"dtype": "bfloat16"}}
+#: Runs in half precision, several rows a step.
+HALF: dict[str, Case] = {
+    "mixed": ("DPO", 37, {**_LIVE, **_MIXED, "max_tokens_per_row": 40}),
+    "mixed-stored": ("DPO", 37, {**_STORED, **_MIXED}),
+    "mixed-lora": ("DPO", 37, {**_STORED, **_MIXED, "lora": True}),
+    "half": ("DPO", 37, {**_LIVE, **_HALF}),
+    "half-lora": ("DPO", 37, {**_LIVE, **_HALF, **_MIXED, "lora": True}),
+}
+#: Runs whose processes are asked how much memory they hold after each step.
+COUNTED: dict[str, Case] = {
+    "counted-live": ("DPO", 24, {**_LIVE, "counted": True}),
+    "counted-stored": ("DPO", 24, {**_STORED, **_SAMPLED, "counted": True}),
+    "counted-given": ("DPO", 24, {**_LIVE, "given": True, "counted": True}),
 }
 _ACCUMULATED = {"gradient_accumulation_steps": 3}
 #: Rows that do not divide by the step: the last one leaves a process with fewer than the other, or with none.
@@ -119,6 +151,25 @@ def let_deepspeed_in() -> None:
     AcceleratorState.__init__ = opened
 
 
+class Held(TrainerCallback):
+    """Counts the bytes of all tensors that there are after a step, beside those from before, and keeps the most."""
+
+    def __init__(self) -> None:
+        self.before, self.most = self.bytes(), 0
+
+    @staticmethod
+    def bytes() -> int:
+        """Bytes of all tensors of this process; a sharded one is another tensor's wrapper."""
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        storages = [each.untyped_storage() for each in tensors if type(each) is not DTensor]
+        return sum({each._cdata: each.nbytes() for each in storages}.values())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Count."""
+        self.most = max(self.most, self.bytes() - self.before)
+
+
 def rows_of(kind: str, number: int) -> list[dict[str, Any]]:
     """Rows for a trainer."""
     if kind == "KTO":
@@ -134,6 +185,7 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // processes
     resume = settings.pop("resume", None)
+    callbacks = [Held()] if settings.pop("counted", False) else []
     if "fsdp" not in settings:
         settings.pop("fsdp_config", None)
     given: dict[str, Any] = {}
@@ -159,6 +211,7 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
             train_dataset=data,
             eval_dataset=Dataset.from_list(rows_of(kind, 13)),
             processing_class=AutoTokenizer.from_pretrained(path),
+            callbacks=callbacks,
             **given,
         )
     trainer.train(resume)
@@ -182,7 +235,8 @@ def run(case: Case, path: str, out: Path, **more: Any) -> None:
     trainer = trained(case, path, out, **more)
     trainer.save_model()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    found = {"losses": losses, "eval": evaluated(trainer)}
+    held = [each.most for each in trainer.callback_handler.callbacks if isinstance(each, Held)]
+    found = {"losses": losses, "eval": evaluated(trainer), "held": held}
     (out / f"found-{trainer.args.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

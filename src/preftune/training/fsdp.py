@@ -70,11 +70,15 @@ def _say(accelerator: Accelerator, what: str) -> None:
         warnings.warn(what, UserWarning, stacklevel=4)
 
 
-def arithmetic(accelerator: Accelerator) -> dict[str, str]:
-    """What of the precision changes log-probs: FSDP2 rounds all weights of a layer, autocast those of its products."""
-    policy = getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
-    weights = {} if policy is None else {"weights": str(policy.param_dtype)}
-    return {"mixed_precision": str(accelerator.mixed_precision), **weights}
+def rounding(policy: nn.Module, accelerator: Accelerator) -> str:
+    """How a sharded policy's arithmetic differs from a whole one's, or nothing.
+
+    With mixed precision FSDP2 rounds all weights of a layer, and autocast those of its matrix products.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if not isinstance(policy, FSDPModule) or plugin is None or accelerator.mixed_precision == "no":
+        return ""
+    return f"all weights in {plugin.mixed_precision_policy.param_dtype}"
 
 
 def shard_as(policy: nn.Module, model: nn.Module, accelerator: Accelerator) -> None:

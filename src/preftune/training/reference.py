@@ -9,6 +9,7 @@ run along.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,8 @@ class Reference:
         model: Separate reference model, or ``None``.
         adapter: Adapter of the policy's model that is the reference, or ``None``.
         ld_alpha: Weight of tokens beyond the shorter completion.
-        compute: What beside the weights decides the numbers, for the store's key.
+        compute: What beside the weights decides the numbers.
+        rounding: Tells how a sharded policy rounds otherwise than a whole one, for the store's key.
         reload: Loads the reference again where the policy has moved on and nothing of it was kept.
         spread: Shards a model where the policy is sharded.
         show_progress: Draw a progress bar over the reference pass.
@@ -68,6 +70,7 @@ class Reference:
         adapter: str | None = None,
         ld_alpha: float | None = None,
         compute: dict[str, Any] | None = None,
+        rounding: Callable[[], str] = str,
         reload: Callable[[], RowForward | None] = lambda: None,
         spread: Callable[[Any], None] = lambda model: None,
         show_progress: bool = True,
@@ -83,6 +86,7 @@ class Reference:
         self.shadow: Shadow | None = None
         self._autocast = autocast
         self._compute = compute or {}
+        self._rounding = rounding
         self._reload = reload
         self._spread = spread
         self._show_progress = show_progress
@@ -91,7 +95,7 @@ class Reference:
             lambda row, tail: self.row_scores(row, with_tail=tail),
             self._ready,
             store=store,
-            weights_key=lambda: self.weights_key,
+            weights_key=lambda: self._store_key,
             name="the reference pass",
         )
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
@@ -105,6 +109,12 @@ class Reference:
             model = (self.separate or self.policy).model
             self._key = model_weights_key(model, self._compute, adapter=self.adapter or trained_adapter(model))
         return self._key
+
+    @property
+    def _store_key(self) -> str:
+        """Key in the store, where log-probs that are rounded otherwise have another one."""
+        key, rounding = self.weights_key, self._rounding()
+        return hashlib.sha256(f"{key}|{rounding}".encode()).hexdigest()[: len(key)] if rounding else key
 
     def sums(
         self,
