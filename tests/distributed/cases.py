@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import preftune
 from preftune.training import streams
@@ -44,7 +44,7 @@ EVEN: dict[str, Case] = {
 }
 #: What a sharded model may have beside.
 SHARDED: dict[str, Case] = {
-    "tied": ("DPO", 37, {**_LIVE, "model_init_kwargs": {"tie_word_embeddings": True}}),
+    "tied": ("DPO", 37, {**_LIVE, "tied": True}),
     "checkpointing": ("DPO", 37, {**_LIVE, "gradient_checkpointing": True, "checkpoint_policy": "always"}),
     "recomputing": (
         "DPO",
@@ -76,6 +76,13 @@ HALF: dict[str, Case] = {
     "mixed-lora": ("DPO", 37, {**_STORED, **_MIXED, "lora": True}),
     "half": ("DPO", 37, {**_LIVE, **_HALF}),
     "half-lora": ("DPO", 37, {**_LIVE, **_HALF, **_MIXED, "lora": True}),
+}
+#: Adapters of 4-bit weights, which every process keeps whole, or which lie in shards.
+QUANTISED: dict[str, Case] = {
+    "whole": ("DPO", 24, {**_LIVE, "lora": True, "quantised": "uint8"}),
+    "sharded": ("DPO", 24, {**_STORED, "lora": True, "quantised": "float32"}),
+    "whole-mixed": ("DPO", 24, {**_STORED, **_MIXED, "lora": True, "quantised": "uint8"}),
+    "sharded-mixed": ("DPO", 24, {**_LIVE, **_MIXED, "lora": True, "quantised": "bfloat16"}),
 }
 #: Runs whose processes are asked how much memory they hold after each step.
 COUNTED: dict[str, Case] = {
@@ -178,6 +185,18 @@ def rows_of(kind: str, number: int) -> list[dict[str, Any]]:
     return [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs] if kind == "SFT" else pairs
 
 
+def tied(path: str) -> Any:
+    """The model with its embeddings as head; of a checkpoint that holds both, transformers ties none."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, tie_word_embeddings=True))
+    left_out = model.load_state_dict(
+        {k: v for k, v in load_file(Path(path, "model.safetensors")).items() if k != "lm_head.weight"}, strict=False
+    )
+    model.tie_weights()
+    assert left_out.missing_keys == ["lm_head.weight"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
 def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
     """A trainer after its run; a step has as many examples for any number of processes."""
     kind, number, settings = case
@@ -191,6 +210,11 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
     given: dict[str, Any] = {}
     if settings.pop("given", False):
         given["ref_model"] = different(path)
+    if storage := settings.pop("quantised", None):
+        from transformers import BitsAndBytesConfig
+
+        kept = getattr(torch, storage)
+        given["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=kept)
     if lora := settings.pop("lora", False):
         from peft import LoraConfig
 
@@ -198,7 +222,11 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
         modules = "all-linear" if lora is True else lora
         given["peft_config"] = LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
     trainer_class, config_class = getattr(preftune, f"{kind}Trainer"), getattr(preftune, f"{kind}Config")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) if settings.pop("fp64", False) else path
+    model: Any = path
+    if settings.pop("fp64", False):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    if settings.pop("tied", False):
+        model = tied(path)
     data: Any = Dataset.from_list(rows_of(kind, number))
     most_ahead = streams.MOST_ROWS_AHEAD
     if settings.pop("stream", False):

@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import TrainingArguments
 
+from preftune.errors import ConfigError
+
 _SPARING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
@@ -46,6 +48,9 @@ def settle(accelerator: Accelerator, model: nn.Module) -> None:
     Args:
         accelerator: Accelerate's, whose plugin is changed.
         model: What will be trained.
+
+    Raises:
+        ConfigError: 4-bit weights are packed into numbers of a precision that the gathering would change.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -57,8 +62,18 @@ def settle(accelerator: Accelerator, model: nn.Module) -> None:
         return
     half = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    packed = {p.dtype for p in model.parameters() if type(p).__name__ == "Params4bit" and p.is_floating_point()}
+    if packed - {half}:
+        raise ConfigError(
+            "numbers that stand for packed 4-bit weights would be rounded",
+            where="bnb_4bit_quant_storage",
+            value=str(packed.pop()).removeprefix("torch."),
+            allowed=f"{str(half).removeprefix('torch.')}, or uint8, with which every process keeps them whole",
+        )
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    if trained & {torch.float16, torch.bfloat16}:
+    # accelerate leaves adapters of 4-bit weights as they are.
+    quantised = any(type(p).__name__ == "Params4bit" for p in model.parameters())
+    if trained & {torch.float16, torch.bfloat16} and not quantised:
         _say(
             accelerator,
             "half-precision weights are trained and saved in fp32: FSDP2 with mixed precision keeps them so",

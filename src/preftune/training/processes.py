@@ -108,9 +108,13 @@ class Processes:
         finally:
             hook.remove()
         token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        training = model.training
+        # Without dropout, whose random numbers are the training's.
+        model.eval()
         while self.sums([0.0])[0]:
             with torch.no_grad():
                 model(input_ids=token, use_cache=False)
+        model.train(training)
 
     def merged(self, values: dict[Any, Any]) -> dict[Any, Any]:
         """The mappings of all processes in one."""
