@@ -27,7 +27,7 @@ from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
 from preftune.packing import PackedRow
 from preftune.references.fingerprint import model_weights_key, trained_adapter
-from preftune.references.live import Shadow, like, parameters_of, shard_of, trained_parameters, using_adapter
+from preftune.references.live import Shadow, like, parameters_of, reshard, shard_of, trained_parameters, using_adapter
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
 from preftune.training.batch import Example, Examples, as_arrays
@@ -264,6 +264,8 @@ class Reference:
         """Score the rows of a step, where the values are not in the data."""
         if not (examples and COLUMNS[0] in examples[0]):
             self._live = {id(row): sequence_sums(row, self.row_logps(row), self.ld_alpha) for row in rows}
+            if self.separate is not None:
+                reshard(self.separate.model)
 
     def row_sums(self, row: PackedRow, examples: Examples, like: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of a row's chosen and rejected completions, from the data or from :meth:`run_along`.
