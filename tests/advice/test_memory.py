@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,16 @@ def test_traced_activations_are_near_what_the_trainer_measures(adapter: bool) ->
     # Matrix products keep half as much under autocast, norms as much as before.
     half = shape_of(sizes, lora=lora, half=True)
     assert 0.5 < half.activation_bytes / found.activation_bytes < 0.9
+
+
+def test_measuring_keeps_no_weights() -> None:
+    model: Any = AutoModelForCausalLM.from_config(config("LlamaConfig", hidden_size=64, num_hidden_layers=2))
+    model.train()
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    assert activation_bytes_per_token(RowForward(model, True, "auto", probe_head(model), 0), nullcontext) > 0
+    del model
+    gc.collect()
+    assert [weight() for weight in weights] == [None] * len(weights)
 
 
 def test_a_model_of_a_given_size_has_about_that_size() -> None:

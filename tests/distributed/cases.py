@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -14,7 +15,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import preftune
 from preftune.training import streams
@@ -45,14 +47,51 @@ EVEN: dict[str, Case] = {
 }
 #: What a sharded model may have beside.
 SHARDED: dict[str, Case] = {
-    "tied": ("DPO", 37, {**_LIVE, "model_init_kwargs": {"tie_word_embeddings": True}}),
+    "tied": ("DPO", 37, {**_LIVE, "tied": True}),
     "checkpointing": ("DPO", 37, {**_LIVE, "gradient_checkpointing": True, "checkpoint_policy": "always"}),
     "recomputing": (
         "DPO",
         37,
         {**_LIVE, "gradient_checkpointing": False, "fsdp_config": {"activation_checkpointing": True}},
     ),
-    "sharded-state": ("DPO", 37, {**_LIVE, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}),
+    "sharded-state": (
+        "DPO",
+        24,
+        {**_LIVE, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}},
+    ),
+    # Nothing below the head has a gradient.
+    "head-alone": ("DPO", 24, {**_LIVE, "lora": ["lm_head"], "gradient_checkpointing": False}),
+}
+_SAMPLED: dict[str, Any] = {"generation_steps": 4, "num_generations": 5, "generation_max_new_tokens": 12}
+#: Five prompts for two processes; of the long texts some end early, so that processes have different numbers of tokens.
+SAMPLED: dict[str, Case] = {
+    "sampled": ("DPO", 24, {**_STORED, **_SAMPLED, "generation_max_new_tokens": 60}),
+    "sampled-given": ("DPO", 24, {**_LIVE, **_SAMPLED, "given": True}),
+    "sampled-synced": ("DPO", 24, {**_SYNC, **_SAMPLED, "lora": True}),
+    "sampled-orpo": ("ORPO", 24, {**_STORED, **_SAMPLED}),
+}
+_MIXED: dict[str, Any] = {"bf16": True}
+_HALF: dict[str, Any] = {"model_init_kwargs": {"dtype": "bfloat16"}}
+#: Runs in half precision, several rows a step.
+HALF: dict[str, Case] = {
+    "mixed": ("DPO", 37, {**_LIVE, **_MIXED, "max_tokens_per_row": 40}),
+    "mixed-stored": ("DPO", 37, {**_STORED, **_MIXED}),
+    "mixed-lora": ("DPO", 37, {**_STORED, **_MIXED, "lora": True}),
+    "half": ("DPO", 37, {**_LIVE, **_HALF}),
+    "half-lora": ("DPO", 37, {**_LIVE, **_HALF, **_MIXED, "lora": True}),
+}
+#: Adapters of 4-bit weights, which every process keeps whole, or which lie in shards.
+QUANTISED: dict[str, Case] = {
+    "whole": ("DPO", 24, {**_LIVE, "lora": True, "quantised": "uint8"}),
+    "sharded": ("DPO", 24, {**_STORED, "lora": True, "quantised": "float32"}),
+    "whole-mixed": ("DPO", 24, {**_STORED, **_MIXED, "lora": True, "quantised": "uint8"}),
+    "sharded-mixed": ("DPO", 24, {**_LIVE, **_MIXED, "lora": True, "quantised": "bfloat16"}),
+}
+#: Runs whose processes are asked how much memory they hold after each step.
+COUNTED: dict[str, Case] = {
+    "counted-live": ("DPO", 24, {**_LIVE, "counted": True}),
+    "counted-stored": ("DPO", 24, {**_STORED, **_SAMPLED, "counted": True}),
+    "counted-given": ("DPO", 24, {**_LIVE, "given": True, "counted": True}),
 }
 _ACCUMULATED = {"gradient_accumulation_steps": 3}
 #: Rows that do not divide by the step: the last one leaves a process with fewer than the other, or with none.
@@ -101,6 +140,8 @@ def let_fsdp_in() -> None:
     def opened(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -120,12 +161,43 @@ def let_deepspeed_in() -> None:
     AcceleratorState.__init__ = opened
 
 
+class Held(TrainerCallback):
+    """Counts the bytes of all tensors that there are after a step, beside those from before, and keeps the most."""
+
+    def __init__(self) -> None:
+        self.before, self.most = self.bytes(), 0
+
+    @staticmethod
+    def bytes() -> int:
+        """Bytes of all tensors of this process; a sharded one is another tensor's wrapper."""
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        storages = [each.untyped_storage() for each in tensors if type(each) is not DTensor]
+        return sum({each._cdata: each.nbytes() for each in storages}.values())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Count."""
+        self.most = max(self.most, self.bytes() - self.before)
+
+
 def rows_of(kind: str, number: int) -> list[dict[str, Any]]:
     """Rows for a trainer."""
     if kind == "KTO":
         return worlds.unpaired_rows(number)
     pairs = worlds.pair_rows(number)
     return [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs] if kind == "SFT" else pairs
+
+
+def tied(path: str) -> Any:
+    """The model with its embeddings as head; of a checkpoint that holds both, transformers ties none."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, tie_word_embeddings=True))
+    left_out = model.load_state_dict(
+        {k: v for k, v in load_file(Path(path, "model.safetensors")).items() if k != "lm_head.weight"}, strict=False
+    )
+    model.tie_weights()
+    assert left_out.missing_keys == ["lm_head.weight"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model
 
 
 def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
@@ -135,18 +207,29 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings["per_device_train_batch_size"] = settings["per_device_train_batch_size"] // processes
     resume = settings.pop("resume", None)
+    callbacks = [Held()] if settings.pop("counted", False) else []
     if "fsdp" not in settings:
         settings.pop("fsdp_config", None)
     given: dict[str, Any] = {}
     if settings.pop("given", False):
         given["ref_model"] = different(path)
-    if settings.pop("lora", False):
+    if storage := settings.pop("quantised", None):
+        from transformers import BitsAndBytesConfig
+
+        kept = getattr(torch, storage)
+        given["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=kept)
+    if lora := settings.pop("lora", False):
         from peft import LoraConfig
 
         torch.manual_seed(3)
-        given["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        modules = "all-linear" if lora is True else lora
+        given["peft_config"] = LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
     trainer_class, config_class = getattr(preftune, f"{kind}Trainer"), getattr(preftune, f"{kind}Config")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) if settings.pop("fp64", False) else path
+    model: Any = path
+    if settings.pop("fp64", False):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    if settings.pop("tied", False):
+        model = tied(path)
     data: Any = Dataset.from_list(rows_of(kind, number))
     most_ahead = streams.MOST_ROWS_AHEAD
     if settings.pop("stream", False):
@@ -159,6 +242,7 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
             train_dataset=data,
             eval_dataset=Dataset.from_list(rows_of(kind, 13)),
             processing_class=AutoTokenizer.from_pretrained(path),
+            callbacks=callbacks,
             **given,
         )
     trainer.train(resume)
@@ -182,7 +266,8 @@ def run(case: Case, path: str, out: Path, **more: Any) -> None:
     trainer = trained(case, path, out, **more)
     trainer.save_model()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    found = {"losses": losses, "eval": evaluated(trainer)}
+    held = [each.most for each in trainer.callback_handler.callbacks if isinstance(each, Held)]
+    found = {"losses": losses, "eval": evaluated(trainer), "held": held}
     (out / f"found-{trainer.args.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from preftune import DPOConfig
 from preftune.errors import ConfigError
-from preftune.training.engines import check_engine, gather_when_saving
+from preftune.training.engines import check_engine
+from preftune.training.fsdp import settle
 
 _FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
@@ -26,7 +29,7 @@ def given(folder: Path, **settings: Any) -> DPOConfig:
         ({"PARALLELISM_CONFIG_CP_SIZE": "4"}, "PARALLELISM_CONFIG_CP_SIZE"),
         ({"PARALLELISM_CONFIG_SP_SIZE": "2"}, "PARALLELISM_CONFIG_SP_SIZE"),
         ({**_FSDP, "FSDP_VERSION": "1"}, "FSDP1 is not supported"),
-        ({**_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "without weights"),
+        ({**_FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS.*main memory"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3 is not supported"),
     ],
 )
@@ -56,12 +59,45 @@ def test_sharded_state_dicts_are_written_whole() -> None:
     from accelerate import FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
-    accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), is_main_process=True)
+    accelerator: Any = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), is_main_process=True, mixed_precision="no"
+    )
     with pytest.warns(UserWarning, match="written whole, not as SHARDED_STATE_DICT"):
-        gather_when_saving(accelerator)
+        settle(accelerator, torch.nn.Linear(2, 2))
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
     # Nothing is left to be said.
-    gather_when_saving(accelerator)
+    settle(accelerator, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_gradients_are_added_up_in_fp32(precision: str, dtype: torch.dtype) -> None:
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
+    # What accelerate does.
+    plugin.set_mixed_precision(precision)
+    accelerator: Any = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), is_main_process=True, mixed_precision=precision
+    )
+    settle(accelerator, torch.nn.Linear(2, 2))
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (dtype, torch.float32, None)
+    with pytest.warns(UserWarning, match="half-precision weights are trained and saved in fp32"):
+        settle(accelerator, torch.nn.Linear(2, 2).to(dtype))
+
+
+@pytest.mark.parametrize("asked_by", ["settings", "launcher"])
+def test_every_process_loads_the_weights(asked_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}.items():
+        monkeypatch.setenv(name, value)
+    settings: dict[str, Any] = {"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}}
+    with pytest.warns(UserWarning, match="fsdp_cpu_ram_efficient_loading has no effect"):
+        args = given(tmp_path, **(settings if asked_by == "settings" else {}))
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    assert not (args.fsdp_plugin_args or {}).get("cpu_ram_efficient_loading")
+    # One that was loaded before cannot be trained.
+    with pytest.raises(ConfigError, match="loaded without its weights"):
+        check_engine(args, torch.nn.Linear(2, 2, device="meta"))
 
 
 def test_batches_that_would_be_divided_twice_are_refused(tmp_path: Path) -> None:

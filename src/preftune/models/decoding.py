@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,11 @@ _MOST_ROWS = {"cpu": 64}
 _MOST_BYTES, _SHARE_OF_FREE = 2 << 30, 0.25
 
 Drawn = list[tuple[int, int, float]]
+
+
+def without_graph(model: Any) -> AbstractContextManager[Any]:
+    """Inference mode; where FSDP2 shards a model, what is gathered in it could not be trained on afterwards."""
+    return torch.no_grad() if hasattr(model, "unshard") else torch.inference_mode()
 
 
 def decode(
@@ -53,18 +59,18 @@ def decode(
     Yields:
         ``(row, token, log-prob)`` of each row that goes on, until all have ended or have their most tokens.
     """
-    with torch.inference_mode():
+    with without_graph(model):
         batch = _Batch(model, prompts, adapters, room=uniforms.shape[1])
     draws = put(uniforms, model.device)
     end_ids = torch.tensor(sorted(ends), device=model.device)
     for step in range(uniforms.shape[1]):
-        with torch.inference_mode():
+        with without_graph(model):
             chosen, logps = choose(widened(batch.logits), draws[batch.rows, step], temperature)
             going_on = ~torch.isin(chosen, end_ids)
         yield list(zip(batch.rows.tolist(), chosen.tolist(), logps.tolist(), strict=True))
         if step + 1 == uniforms.shape[1] or not bool(going_on.any()):
             return
-        with torch.inference_mode():
+        with without_graph(model):
             batch.advance(chosen, going_on)
 
 

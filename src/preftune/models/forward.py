@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,12 +128,13 @@ class RowForward:
             if transform is None or parameters is None:
                 logits: Tensor = original(picked.unsqueeze(0))
                 return logits
-            found.append(_fused_scores(picked, parameters, targets, transform, options))
-            # Distributed wrappers follow the graph from the model's outputs, so the result has to pass through them.
-            return found[0].logps.view(1, -1, 1)
+            scores = _fused_scores(picked, parameters, targets, transform, options)
+            # Distributed wrappers follow the graph from what a module returns, so the loss is made of this very tensor.
+            returned = scores.logps.view(1, -1, 1).clone()
+            found.append(replace(scores, logps=returned.view(-1)))
+            return returned
 
-        replace = replaced_head(head, score) if self.head.called else nullcontext()
-        with replace:
+        with replaced_head(head, score) if self.head.called else nullcontext():
             output = (wrapped or self.model)(**inputs, **options_of_row, use_cache=False, **(extra or {}))
         if found:
             return found[0].first(num_targets), output

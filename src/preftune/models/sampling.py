@@ -18,7 +18,7 @@ import torch
 
 from preftune.errors import ConfigError, DataError
 from preftune.kernels.head import scores_from_logits
-from preftune.models.decoding import decode, tokens_that_fit
+from preftune.models.decoding import decode, tokens_that_fit, without_graph
 
 # (prompt ids, completion ids)
 Tokens = tuple[Sequence[int], Sequence[int]]
@@ -331,7 +331,7 @@ def _evaluating(model: Any) -> Iterator[None]:
     was_training = bool(model.training)
     model.eval()
     try:
-        with torch.inference_mode():
+        with without_graph(model):
             yield
     finally:
         model.train(was_training)

@@ -84,11 +84,21 @@ class Shadow:
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A model's trainable parameters, those of FSDP2 as shards."""
+    return [p for p in parameters_of(model) if p.requires_grad]
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """A model's parameters, those of FSDP2 as shards."""
+    # Those that are whole would be shown whole, and used again although their shards changed.
+    reshard(model)
+    return list(model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has kept whole after a forward, such as a head, until a backward that a reference never has."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Some stay whole after a forward: they would be shown whole, and used again although their shards changed.
             module.reshard()
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torc
 from preftune.errors import ConfigError
 from preftune.kernels.attention import BACKEND_NAMES
 from preftune.models.compiled import COMPILE_BACKENDS, COMPILE_MODES
+from preftune.training.fsdp import load_everywhere
 from preftune.training.guards.settings import parse_guards
 
 if TYPE_CHECKING:
@@ -250,6 +251,7 @@ class PackedConfig(TrainingArguments):
                 setattr(self, new, getattr(self, old))
         _check_json(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
+        load_everywhere(self)
         # transformers has made an object of it.
         if getattr(self.accelerator_config, "dispatch_batches", None):
             raise ConfigError(

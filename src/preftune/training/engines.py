@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
-
-from accelerate import Accelerator
 
 from preftune.errors import ConfigError
 from preftune.training.config import PackedConfig
@@ -22,7 +19,7 @@ def check_engine(args: PackedConfig, model: Any = None) -> None:
     """
     _check_batches(args)
     _check_parallelism(args, model)
-    _check_fsdp(args)
+    _check_fsdp(args, model)
     _check_deepspeed(args)
 
 
@@ -34,17 +31,6 @@ def _check_batches(args: PackedConfig) -> None:
             value={"split_batches": True},
             remedy="leave split_batches out, and divide per_device_train_batch_size by the number of processes",
         )
-
-
-def gather_when_saving(accelerator: Accelerator) -> None:
-    """Let FSDP2 save whole weights: sharded ones would leave no usable model in the output folder."""
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None or "FULL" in str(plugin.state_dict_type):
-        return
-    if accelerator.is_main_process:
-        said = f"checkpoints and the result are written whole, not as {plugin.state_dict_type.name}"
-        warnings.warn(said, UserWarning, stacklevel=3)
-    plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def _check_parallelism(args: PackedConfig, model: Any) -> None:
@@ -66,7 +52,7 @@ def _check_parallelism(args: PackedConfig, model: Any) -> None:
             raise ConfigError(f"{name} is not supported", where="model_init_kwargs", value=kwargs[name], remedy=remedy)
 
 
-def _check_fsdp(args: PackedConfig) -> None:
+def _check_fsdp(args: PackedConfig, model: Any) -> None:
     given: dict[str, Any] = args.fsdp_plugin_args or {}
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not given and not launched:
@@ -80,14 +66,20 @@ def _check_fsdp(args: PackedConfig) -> None:
             allowed="2",
             remedy="set version: 2 in fsdp_config" if given else "set fsdp_version: 2 for accelerate launch",
         )
-    sparing = given.get("cpu_ram_efficient_loading", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))
-    if str(sparing).lower() in ("true", "1"):
+    if str(given.get("cpu_offload", os.environ.get("FSDP_OFFLOAD_PARAMS", "false"))).lower() in ("true", "1"):
         raise ConfigError(
-            "leaves all processes but the first without weights when the reference is computed",
-            where="fsdp_cpu_ram_efficient_loading",
+            "weights in main memory are not supported under FSDP2",
+            where="fsdp_config: cpu_offload" if given else "FSDP_OFFLOAD_PARAMS",
             value=True,
             allowed="false",
-            remedy="set it to false in fsdp_config, or for accelerate launch",
+            remedy="leave it out, and save memory by more processes, gradient_checkpointing or activation_offloading",
+        )
+    if any(parameter.is_meta for parameter in getattr(model, "parameters", list)()):
+        raise ConfigError(
+            "the model was loaded without its weights in this process",
+            where="fsdp_cpu_ram_efficient_loading",
+            value=True,
+            remedy="pass the model by name, or load it after the settings are made",
         )
 
 

@@ -52,7 +52,7 @@ class Workload:
         copies: Copies of the trained weights that are kept: a reference that is run along, or that follows.
         checkpointing: ``off``, ``needed`` (recompute activations that do not fit) or ``always``.
         offloading: Whether saved activations are kept in host memory.
-        sharded: Processes that divide weights, gradients and optimizer state (FSDP, ZeRO-3).
+        sharded: Processes that divide weights, gradients, optimizer state and references (FSDP, ZeRO-3).
         assumed: Whether lengths were assumed rather than counted.
     """
 
@@ -194,7 +194,7 @@ def estimate_memory(
     casts = shape.cast_bytes + (2 * shape.largest_matrix if unpacks else 0)
     return MemoryEstimate(
         weights=shape.weight_bytes // work.sharded,
-        reference=work.separate_reference + work.copies * shape.trainable_bytes,
+        reference=(work.separate_reference + work.copies * shape.trainable_bytes) // work.sharded,
         gradients=gradients,
         optimizer=optimizer_bytes(work.optim, shape.trainable_bytes, shape.num_trainable) // work.sharded,
         copies=casts,

@@ -149,8 +149,8 @@ class TaskFeeding(Trainer):
         )
         return limited(loader, args.worker_timeout)
 
-    def prepare_reference(self) -> None:
-        """Know the reference, where there is one."""
+    def keep_beginning(self) -> None:
+        """Know what is compared with, before the policy moves."""
         raise NotImplementedError
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -160,7 +160,7 @@ class TaskFeeding(Trainer):
                 max_steps, train_dataloader, resume_from_checkpoint
             )
         model, _ = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
-        self.prepare_reference()
+        self.keep_beginning()
         train_dataloader = self.callback_handler.train_dataloader = self.get_train_dataloader()
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)

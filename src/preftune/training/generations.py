@@ -8,7 +8,7 @@ Training does not notice: the samples have random streams of their own, and noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from preftune.errors import ConfigError, DataError
 from preftune.models.head import base_model
 from preftune.models.sampling import TAIL_LEVEL, Sample, continue_prompts
-from preftune.packing import Branch, PackedRow, Tree, build_row
+from preftune.packing import Branch, PackedRow, Tree, build_row, share_out
 from preftune.stats.clusters import Z95, t_interval
 from preftune.training.batch import Example, as_arrays
 from preftune.training.guards.alarm import up_to_step, write_lines
@@ -44,17 +45,17 @@ class Generations(TrainerCallback):
         log: Takes a log line.
 
     Raises:
-        ConfigError: The parameters lie in shards, so that one process alone cannot generate.
+        ConfigError: DeepSpeed trains the model, or the longest prompt fills its positions.
         DataError: No prompt has a token.
     """
 
     def __init__(self, run: Run, log: Callable[[dict[str, float]], None]) -> None:
-        if run.step.processes.sharded:
+        if run.step.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ConfigError(
-                "sampling during training needs whole parameters in one process, and these are sharded",
+                "sampling during training is not supported under DeepSpeed",
                 where="generation_steps",
                 value=run.args.generation_steps,
-                remedy="leave generation_steps out and sample from the saved model",
+                remedy="leave generation_steps out and sample from the saved model, or take FSDP2 (fsdp: true)",
             )
         self._run, self._log = run, log
         self._reference: Reference | None = None
@@ -104,17 +105,12 @@ class Generations(TrainerCallback):
 
     def _draw_and_tell(self, state: TrainerState, control: TrainerControl) -> None:
         run = self._run
-        found: list[Generation | None] = [self._sample(state) if run.is_world_process_zero() else None]
-        if run.step.processes.number > 1:
-            # All processes come to the same decisions, so all of them see the samples.
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(found)
-        assert found[0] is not None
-        logs = figures(found[0])
+        # All processes come to the same decisions, so all of them see the samples.
+        found = self._sample(state)
+        logs = figures(found)
         guards = find_guards(run)
         if guards is not None and guards.active:
-            logs.update(guards.observe(found[0], writes=run.is_world_process_zero()))
+            logs.update(guards.observe(found, writes=run.is_world_process_zero()))
         # Logging says that no line is due any more; the trainer's own line may still be.
         due = control.should_log
         self._log(logs)
@@ -123,8 +119,7 @@ class Generations(TrainerCallback):
     # ---- sampling -------------------------------------------------------------------------------------------------
 
     def _sample(self, state: TrainerState) -> Generation:
-        with self._run.step.accelerator.autocast():
-            samples = self._draw(self._run.step.forward.model)
+        samples = self._draw(self._run.step.forward.model)
         policy, reference, tails = self._scores(samples)
         if self._first is None and state.global_step == 0:
             self._first = self._reference_texts(samples)
@@ -142,7 +137,8 @@ class Generations(TrainerCallback):
                     "tail_share": tail,
                 }
             )
-        write_lines(self._file, self._records)
+        if self._run.is_world_process_zero():
+            write_lines(self._file, self._records)
         lengths = np.array([len(sample.token_ids) for sample in samples], dtype=np.float64)
         return Generation(
             step=state.global_step,
@@ -156,41 +152,63 @@ class Generations(TrainerCallback):
         )
 
     def _draw(self, model: Any) -> list[Sample]:
-        return continue_prompts(
-            model,
-            self._run.processing_class,
-            self._prompts,
-            max_new_tokens=self._max_new_tokens,
-            seed=self._run.args.seed,
-            batch_size=_BATCH,
-        )
+        """A sample for each prompt; processes divide the prompts, and each gets all samples."""
+        step = self._run.step
+        mine = list(range(len(self._prompts)))[step.processes.index :: step.processes.number]
+        with step.accelerator.autocast(), step.processes.forwards_in_step(model):
+            drawn = continue_prompts(
+                model,
+                self._run.processing_class,
+                [self._prompts[number] for number in mine],
+                max_new_tokens=self._max_new_tokens,
+                seed=self._run.args.seed,
+                batch_size=_BATCH,
+                streams=mine,
+            )
+        found = step.processes.merged(dict(zip(mine, drawn, strict=True)))
+        return [found[number] for number in range(len(found))]
 
     def _reference_texts(self, samples: list[Sample]) -> list[str | None]:
         reference = self._run.task.reference
         if reference is None or reference.separate is None:
             # The policy has not moved yet: it is the reference.
             return [sample.text for sample in samples]
-        with self._run.step.accelerator.autocast():
-            return [sample.text for sample in self._draw(reference.separate.model)]
+        return [sample.text for sample in self._draw(reference.separate.model)]
 
     def _scores(self, samples: list[Sample]) -> tuple[list[float], list[float], list[float]]:
         """Log-prob of each sample under policy and reference, and the share of its tokens in the reference's far tail.
 
-        Both models run through the same forward as in training.
+        Both models run through the same forward as in training. Processes divide the samples.
         """
         step = self._run.step
         trees = [Tree(np.array(sample.prompt_ids), (Branch(np.array(sample.token_ids), 0),)) for sample in samples]
-        policy, other, tails = np.zeros(len(samples)), np.full(len(samples), np.nan), np.full(len(samples), np.nan)
+        shares = share_out([tree.num_tokens for tree in trees], step.processes.number)
+        mine = shares[step.processes.index]
+        lengths = [trees[number].num_tokens for number in mine]
+        planned = step.forward.rows_of(lengths, step.max_tokens_per_row) if mine else []
+        rows = [[mine[n] for n in each] for each in planned]
+        found: dict[int, tuple[float, float, float]] = {}
+        for place in range(step.processes.most_rows(len(rows))):
+            # One that has no row more runs along: sharded parameters are gathered from all processes.
+            numbers = rows[place] if place < len(rows) else [0]
+            scored = self._scored(build_row([_in_slot(trees[n], k) for k, n in enumerate(numbers)], numbers))
+            if place < len(rows):
+                found |= zip(numbers, scored, strict=True)
+        merged = step.processes.merged(found)
+        policy, other, tails = zip(*(merged[number] for number in range(len(samples))), strict=True)
+        return list(policy), list(other), list(tails)
+
+    def _scored(self, row: PackedRow) -> Iterator[tuple[float, float, float]]:
+        """Log-prob under policy and reference, and share in the tail, of every sample of a row."""
+        policy = _sums(row, self._policy_logps(row))
+        other = tails = np.full(len(policy), np.nan)
         reference = self._run.task.reference or self._reference
-        for numbers in step.forward.rows_of([tree.num_tokens for tree in trees], step.max_tokens_per_row):
-            row = build_row([_in_slot(trees[n], k) for k, n in enumerate(numbers)], numbers)
-            policy[list(numbers)] = _sums(row, self._policy_logps(row))
-            if reference is not None:
-                scores = reference.row_scores(row, with_tail=True)
-                assert scores.tail is not None
-                other[list(numbers)] = _sums(row, scores.logps)
-                tails[list(numbers)] = _sums(row, scores.tail <= TAIL_LEVEL) / np.bincount(row.target_slot)
-        return policy.tolist(), other.tolist(), tails.tolist()
+        if reference is not None:
+            scores = reference.row_scores(row, with_tail=True)
+            assert scores.tail is not None
+            other = _sums(row, scores.logps)
+            tails = _sums(row, scores.tail <= TAIL_LEVEL) / np.bincount(row.target_slot)
+        return zip(policy.tolist(), other.tolist(), tails.tolist(), strict=True)
 
     def _policy_logps(self, row: PackedRow) -> torch.Tensor:
         step, forward = self._run.step, self._run.step.forward

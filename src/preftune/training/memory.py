@@ -56,7 +56,8 @@ def activation_bytes_per_token(forward: RowForward, autocast: Any) -> float:
     def note(tensor: Tensor) -> Tensor:
         if any(size and size % _SAMPLE_TOKENS == 0 for size in tensor.shape):
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        # An output that its own node keeps would never be freed, nor any weight that the graph knows.
+        return tensor.detach()
 
     watch = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with torch.enable_grad(), forward.active(), autocast(), checkpointing(forward.model, False), watch:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from preftune.kernels.device import put
 from preftune.training.batch import Batch
@@ -93,6 +94,34 @@ class Processes:
             return values
         found: npt.NDArray[Any] = self.reduce(put(values, self.device, torch.float64)).cpu().numpy()
         return found
+
+    @contextmanager
+    def forwards_in_step(self, model: nn.Module) -> Iterator[None]:
+        """Let processes run different numbers of forwards of a model, also of a sharded one.
+
+        A sharded model gathers its parameters from all processes, so each forward is announced, and a process that has
+        no more of its own runs along with those of the others.
+        """
+        if self.number == 1 or not self.sharded:
+            yield
+            return
+
+        def announce(*_: Any) -> None:
+            self.sums([1.0])
+
+        hook = model.register_forward_pre_hook(announce, prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        training = model.training
+        # Without dropout, whose random numbers are the training's.
+        model.eval()
+        while self.sums([0.0])[0]:
+            with torch.no_grad():
+                model(input_ids=token, use_cache=False)
+        model.train(training)
 
     def agree_on_names(self, sums: MetricSums) -> None:
         """Enter the metrics that other processes have, with no weight: sums are exchanged as one tensor."""

@@ -9,6 +9,7 @@ run along.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
 from preftune.packing import PackedRow, share_out
 from preftune.references.fingerprint import model_weights_key, trained_adapter
-from preftune.references.live import Shadow, like, shard_of, trained_parameters, using_adapter
+from preftune.references.live import Shadow, like, parameters_of, reshard, shard_of, trained_parameters, using_adapter
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
 from preftune.training.batch import Example, Examples, as_arrays
@@ -51,8 +52,10 @@ class Reference:
         model: Separate reference model, or ``None``.
         adapter: Adapter of the policy's model that is the reference, or ``None``.
         ld_alpha: Weight of tokens beyond the shorter completion.
-        compute: What beside the weights decides the numbers, for the store's key.
+        compute: What beside the weights decides the numbers.
+        rounding: Tells how a sharded policy rounds otherwise than a whole one, for the store's key.
         reload: Loads the reference again where the policy has moved on and nothing of it was kept.
+        spread: Shards a model where the policy is sharded.
         show_progress: Draw a progress bar over the reference pass.
         follows: Whether it follows the policy, so that it is part of a checkpoint.
     """
@@ -67,7 +70,9 @@ class Reference:
         adapter: str | None = None,
         ld_alpha: float | None = None,
         compute: dict[str, Any] | None = None,
+        rounding: Callable[[], str] = str,
         reload: Callable[[], RowForward | None] = lambda: None,
+        spread: Callable[[Any], None] = lambda model: None,
         show_progress: bool = True,
         follows: bool = False,
     ) -> None:
@@ -81,14 +86,16 @@ class Reference:
         self.shadow: Shadow | None = None
         self._autocast = autocast
         self._compute = compute or {}
+        self._rounding = rounding
         self._reload = reload
+        self._spread = spread
         self._show_progress = show_progress
         self._key: str | None = None
         self._scorer = SequenceScorer(
             lambda row, tail: self.row_scores(row, with_tail=tail),
             self._ready,
             store=store,
-            weights_key=lambda: self.weights_key,
+            weights_key=lambda: self._store_key,
             name="the reference pass",
         )
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
@@ -102,6 +109,12 @@ class Reference:
             model = (self.separate or self.policy).model
             self._key = model_weights_key(model, self._compute, adapter=self.adapter or trained_adapter(model))
         return self._key
+
+    @property
+    def _store_key(self) -> str:
+        """Key in the store, where log-probs that are rounded otherwise have another one."""
+        key, rounding = self.weights_key, self._rounding()
+        return hashlib.sha256(f"{key}|{rounding}".encode()).hexdigest()[: len(key)] if rounding else key
 
     def sums(
         self,
@@ -173,6 +186,7 @@ class Reference:
         if forward is not None:
             key = model_weights_key(forward.model, self._compute, adapter=trained_adapter(forward.model))
             if key == self.weights_key:
+                self._spread(forward.model)
                 return forward
         raise TrainingError(
             "reference log-probs of new pairs are asked for, but the policy has moved on and the model it started from "
@@ -201,6 +215,11 @@ class Reference:
             return f"the adapter {self.adapter}"
         return "the given ref_model" if self.separate is not None else "the policy before training"
 
+    def spread(self) -> None:
+        """Shard a model of its own where the policy is sharded; the weights' key has to be known before."""
+        if self.separate is not None:
+            self._spread(self.separate.model)
+
     def keep_shadow(self) -> None:
         """Remember the policy's present state as the reference, for use while the policy moves on."""
         if self.shadow is None and not self._lasts:
@@ -210,18 +229,16 @@ class Reference:
         """Move towards the policy: ``reference <- share * policy + (1 - share) * reference`` (TR-DPO, 2404.09656)."""
         with torch.no_grad():
             for mine, policys in zip(self.following(), self._followed(), strict=True):
-                shard_of(mine).lerp_(shard_of(like(policys, mine)), share)
+                shard_of(mine).lerp_(shard_of(like(policys, mine)).to(mine.dtype), share)
 
     def following(self) -> list[Tensor]:
         """The tensors of a reference that follows the policy."""
         if self.separate is not None:
-            return [p.detach() for p in self.separate.model.parameters()]
+            return [p.detach() for p in parameters_of(self.separate.model)]
         assert self.shadow is not None
         return self.shadow.state()
 
     def _followed(self) -> list[Tensor]:
-        if self.separate is not None:
-            return [p.detach() for p in trained_parameters(self.policy.model)]
         return [p.detach() for p in trained_parameters(self.policy.model)]
 
     @contextmanager
@@ -257,6 +274,8 @@ class Reference:
         """Score the rows of a step, where the values are not in the data."""
         if not (examples and COLUMNS[0] in examples[0]):
             self._live = {id(row): sequence_sums(row, self.row_logps(row), self.ld_alpha) for row in rows}
+            if self.separate is not None:
+                reshard(self.separate.model)
 
     def row_sums(self, row: PackedRow, examples: Examples, like: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of a row's chosen and rejected completions, from the data or from :meth:`run_along`.

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from preftune.models.forward import RowForward
 from preftune.references.store import ReferenceStore
-from preftune.training import memory
+from preftune.training import fsdp, memory
 from preftune.training.explicit import reloaded
 from preftune.training.preference_config import ReferenceConfig
 from preftune.training.reference import COLUMNS, Reference
@@ -56,7 +56,9 @@ def make_reference(
         adapter=args.ref_adapter_name,
         ld_alpha=step.task.ld_alpha,
         compute={"mixed_precision": str(step.accelerator.mixed_precision)},
+        rounding=lambda: fsdp.rounding(step.forward.model, step.accelerator),
         reload=reload,
+        spread=lambda model: fsdp.shard_as(step.forward.model, model, step.accelerator),
         show_progress=not args.disable_tqdm,
         follows=args.sync_ref_model,
     )

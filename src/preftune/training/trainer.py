@@ -23,11 +23,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from preftune.kernels.head import TokenScores
 from preftune.packing import PackedRow
 from preftune.threads import tell_if_spinning
-from preftune.training import card, carried, checks, setup
+from preftune.training import card, carried, checks, fsdp, setup
 from preftune.training.batch import Batch, Examples, Totals, collate
 from preftune.training.checkpoints import CheckpointedTrainer
 from preftune.training.config import PackedConfig
-from preftune.training.engines import check_engine, gather_when_saving
+from preftune.training.engines import check_engine
 from preftune.training.explicit import explicit_reference
 from preftune.training.feeding import TaskFeeding
 from preftune.training.figures import completed, evaluate, line_is_due
@@ -123,7 +123,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         )
         limit_collectives(self.args)
         remember_processes(self.args)
-        gather_when_saving(self.accelerator)
+        fsdp.settle(self.accelerator, self.model)
         checks.check_devices(self.args)
         checks.check_optimizer(self)
         for name, each in {"train": self.train_dataset, **self._evaluated()}.items():
@@ -199,6 +199,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         reference = self.reference
         if reference is None:
             return
+        reference.spread()
         if reference.store is not None:
             state = torch.get_rng_state()
             # Also after training: a longer run after a short one visits examples that are not known yet.
@@ -212,6 +213,12 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         if kept and not reference.policy_moved:
             reference.keep_shadow()
 
+    def keep_beginning(self) -> None:
+        """Know what is compared with, before the policy moves."""
+        self.prepare_reference()
+        if self.generations is not None:
+            self.generations.keep_reference()
+
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -219,13 +226,11 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         # Before a reference pass that may take long.
         check_start(self, trial)
         self.check_resume(resume_from_checkpoint)
-        if self.is_fsdp_enabled and self.reference is not None and self.reference.store is not None:
-            # While the weights are whole; the pass itself follows when they are sharded, on the device.
+        if not self.is_fsdp_enabled:
+            self.keep_beginning()
+        elif self.reference is not None and self.reference.store is not None:
+            # While the weights are whole; all else follows when they are sharded, on the device.
             _ = self.reference.weights_key
-        else:
-            self.prepare_reference()
-        if self.generations is not None:
-            self.generations.keep_reference()
         try:
             return super().train(resume_from_checkpoint, trial, *args, **kwargs)
         finally:

@@ -309,6 +309,8 @@ class CheckpointedTrainer(SavedTrainer):
         from peft import PeftModel
 
         model: Any = self.model
+        if self.is_fsdp_enabled and state_dict is not None:
+            shards.tie(model, state_dict)
         if not isinstance(model, (PreTrainedModel, PeftModel)):
             state_dict = model.state_dict() if state_dict is None else state_dict
             model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
