@@ -42,7 +42,7 @@ EVEN: dict[str, Case] = {
 }
 #: What a sharded model may have beside.
 SHARDED: dict[str, Case] = {
-    "tied": ("DPO", 37, {**_LIVE, "model_init_kwargs": {"tie_word_embeddings": True}}),
+    "tied": ("DPO", 37, {**_LIVE, "tied": True}),
     "checkpointing": ("DPO", 37, {**_LIVE, "gradient_checkpointing": True, "checkpoint_policy": "always"}),
     "recomputing": (
         "DPO",
@@ -141,9 +141,20 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
         from peft import LoraConfig
 
         torch.manual_seed(3)
-        given["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        # all-linear leaves the head out.
+        targets = ["q_proj", "v_proj", "lm_head"] if settings.pop("adapts_head", False) else "all-linear"
+        whole = ["lm_head"] if settings.pop("trains_head", False) else None
+        given["peft_config"] = LoraConfig(r=4, target_modules=targets, modules_to_save=whole, init_lora_weights=False)
     trainer_class, config_class = getattr(preftune, f"{kind}Trainer"), getattr(preftune, f"{kind}Config")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) if settings.pop("fp64", False) else path
+    model: Any = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) if settings.pop("fp64", False) else path
+    )
+    if settings.pop("tied", False):
+        # transformers leaves a head that was saved for itself as it is, whatever the configuration says.
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model.config.tie_word_embeddings = True
+        model.set_output_embeddings(torch.nn.Linear(1, 1, bias=False))
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     data: Any = Dataset.from_list(rows_of(kind, number))
     most_ahead = streams.MOST_ROWS_AHEAD
     if settings.pop("stream", False):
@@ -169,9 +180,10 @@ def evaluated(trainer: Any) -> dict[str, float]:
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in an output folder."""
+    """The trained weights in an output folder."""
     name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
-    return load_file(folder / name)
+    # PEFT may write the head under an adapter, which is frozen; ZeRO-3 gathers only what is trained.
+    return {key: value for key, value in load_file(folder / name).items() if "base_layer" not in key}
 
 
 def run(case: Case, path: str, out: Path, **more: Any) -> None:

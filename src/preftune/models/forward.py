@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,8 +132,12 @@ class RowForward:
             # Distributed wrappers follow the graph from the model's outputs, so the result has to pass through them.
             return found[0].logps.view(1, -1, 1)
 
-        replace = replaced_head(head, score) if self.head.called else nullcontext()
-        with replace:
+        def passed_on(*given: Any) -> None:
+            # What wrappers have hung on the head's output, such as gathering its weight for the backward, is used.
+            if found:
+                found[0] = replace(found[0], logps=given[-1].view(-1))
+
+        with replaced_head(head, score, passed_on) if self.head.called else nullcontext():
             output = (wrapped or self.model)(**inputs, **options_of_row, use_cache=False, **(extra or {}))
         if found:
             return found[0].first(num_targets), output

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from preftune.errors import ConfigError
 from preftune.training.config import PackedConfig
+from preftune.training.zero import check_agreed, check_deepspeed, gather_zero3
 
 _SIZES = ("tp_size", "cp_size", "sp_size", "dp_shard_size", "dp_replicate_size")
 
@@ -23,7 +24,8 @@ def check_engine(args: PackedConfig, model: Any = None) -> None:
     _check_batches(args)
     _check_parallelism(args, model)
     _check_fsdp(args)
-    _check_deepspeed(args)
+    check_deepspeed(args)
+    check_agreed(args)
 
 
 def _check_batches(args: PackedConfig) -> None:
@@ -37,7 +39,8 @@ def _check_batches(args: PackedConfig) -> None:
 
 
 def gather_when_saving(accelerator: Accelerator) -> None:
-    """Let FSDP2 save whole weights: sharded ones would leave no usable model in the output folder."""
+    """Let FSDP2 and ZeRO-3 save whole weights: sharded ones would leave no usable model in the output folder."""
+    gather_zero3(accelerator)
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or "FULL" in str(plugin.state_dict_type):
         return
@@ -88,19 +91,4 @@ def _check_fsdp(args: PackedConfig) -> None:
             value=True,
             allowed="false",
             remedy="set it to false in fsdp_config, or for accelerate launch",
-        )
-
-
-def _check_deepspeed(args: PackedConfig) -> None:
-    found = getattr(args, "hf_deepspeed_config", None)
-    stage: Any = 3 if found is not None and found.is_zero3() else None
-    if found is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-    if str(stage) == "3":
-        raise ConfigError(
-            "DeepSpeed ZeRO-3 is not supported",
-            where="deepspeed: zero_optimization.stage",
-            value=3,
-            allowed="1, 2",
-            remedy="take stage 2, or FSDP2 (fsdp: true) where a model does not fit",
         )

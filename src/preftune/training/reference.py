@@ -26,7 +26,7 @@ from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
 from preftune.packing import PackedRow
 from preftune.references.fingerprint import model_weights_key, trained_adapter
-from preftune.references.live import Shadow, like, shard_of, trained_parameters, using_adapter
+from preftune.references.live import Shadow, Value, like, shard_of, state_of, trained_parameters, using_adapter
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
 from preftune.training.batch import Example, Examples, as_arrays
@@ -202,17 +202,15 @@ class Reference:
             for mine, policys in zip(self.following(), self._followed(), strict=True):
                 shard_of(mine).lerp_(shard_of(like(policys, mine)), share)
 
-    def following(self) -> list[Tensor]:
+    def following(self) -> list[Value]:
         """The tensors of a reference that follows the policy."""
         if self.separate is not None:
-            return [p.detach() for p in self.separate.model.parameters()]
+            return [state_of(p) for p in self.separate.model.parameters()]
         assert self.shadow is not None
         return self.shadow.state()
 
-    def _followed(self) -> list[Tensor]:
-        if self.separate is not None:
-            return [p.detach() for p in trained_parameters(self.policy.model)]
-        return [p.detach() for p in trained_parameters(self.policy.model)]
+    def _followed(self) -> list[Value]:
+        return [state_of(p) for p in trained_parameters(self.policy.model)]
 
     @contextmanager
     def _as_reference(self) -> Iterator[RowForward]:

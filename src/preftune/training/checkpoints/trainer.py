@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from preftune.errors import ConfigError
 from preftune.files import write_text
@@ -148,6 +149,10 @@ class CheckpointedTrainer(SavedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             shards.load_model(self.model, Path(resume_from_checkpoint))
+        elif self.is_deepspeed_enabled:
+            # An adapter's checkpoint leaves out what is frozen.
+            whole = not hasattr(self.model, "peft_config")
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=whole)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
