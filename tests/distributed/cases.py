@@ -191,7 +191,7 @@ def run(case: Case, path: str, out: Path, **more: Any) -> None:
     trainer = trained(case, path, out, **more)
     trainer.save_model()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    found = {"losses": losses, "eval": evaluated(trainer)}
+    found = {"losses": losses, "eval": evaluated(trainer), "wrapper": type(trainer.model_wrapped).__name__}
     (out / f"found-{trainer.args.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -200,7 +200,7 @@ if __name__ == "__main__":
     extra = json.loads(further)
     if "fsdp" in extra:
         let_fsdp_in()
-    if "deepspeed" in extra:
+    if "deepspeed" in extra or "ACCELERATE_USE_DEEPSPEED" in os.environ:
         let_deepspeed_in()
     for case_name, each in json.loads(cases).items():
         run(tuple(each), model, Path(folder, case_name), **extra)

@@ -70,6 +70,8 @@ def test_zero_ends_with_one_processs_weights(engine: str, world: worlds.World, t
     launched(cases, world, tmp_path / "two", engine)
     for name, case in cases.items():
         print(name)
+        found = json.loads((tmp_path / "two" / name / "found-0.json").read_text(encoding="utf-8"))
+        assert found["wrapper"] == "DeepSpeedEngine"
         assert_as_one_process(case, world, tmp_path / "one" / name, tmp_path / "two" / name)
 
 

@@ -166,7 +166,7 @@ def test_all_ways_end_with_the_same_weights(world: worlds.World, tmp_path: Path)
             assert float((other[key] - value).norm()) <= 1e-5 * float(value.norm()), (name, key)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_accelerate_reads_the_shipped_files(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 

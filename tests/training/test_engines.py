@@ -12,6 +12,8 @@ import torch
 
 from preftune import DPOConfig
 from preftune.errors import ConfigError, ModelError, SetupError
+from preftune.training.checkpoints.manifest import Manifest
+from preftune.training.checkpoints.resume import check_same_shards
 from preftune.training.engines import check_engine, gather_when_saving
 from preftune.training.zero import check_agreed, check_deepspeed, check_zero_model
 
@@ -135,6 +137,16 @@ class _Model(torch.nn.Linear):
         super().__init__(2, 2)
         text = SimpleNamespace(**config)
         self.config = SimpleNamespace(get_text_config=lambda: text)
+
+
+def test_a_checkpoint_goes_on_with_the_processes_and_the_stage_that_wrote_it(tmp_path: Path) -> None:
+    args = deepspeed()
+    args.world_size = 2
+    kept = {"num_processes": 2, "zero_stage": 3}
+    check_same_shards(Manifest(tmp_path, 1, True, {}, 0, kept), args)
+    for name, value in (("num_processes", 1), ("zero_stage", 2)):
+        with pytest.raises(ConfigError, match=rf"goes on as it was written: {name} {value} -> "):
+            check_same_shards(Manifest(tmp_path, 1, True, {}, 0, {**kept, name: value}), args)
 
 
 def test_models_that_zero3_does_not_train_right_are_refused() -> None:

@@ -21,9 +21,15 @@ def config_of(args: Any) -> dict[str, Any] | None:
     return config
 
 
+def zero_stage(args: Any) -> int | None:
+    """DeepSpeed's ZeRO stage; ``None`` where DeepSpeed is not used."""
+    config = config_of(args)
+    return None if config is None else int((config.get("zero_optimization") or {}).get("stage", 0))
+
+
 def is_zero3(args: Any) -> bool:
-    """Whether parameters are going to lie in shards."""
-    return ((config_of(args) or {}).get("zero_optimization") or {}).get("stage") == 3
+    """Whether DeepSpeed is going to shard parameters."""
+    return zero_stage(args) == 3
 
 
 def load_whole(args: Any) -> None:

@@ -30,10 +30,11 @@ from preftune.training.checkpoints.identity import compare, describe_run
 from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, seal, verify
 from preftune.training.checkpoints.output import Output
 from preftune.training.checkpoints.results import write_metrics, write_model
-from preftune.training.checkpoints.resume import resolve
+from preftune.training.checkpoints.resume import check_same_shards, resolve
 from preftune.training.checkpoints.saved import SavedTrainer
 from preftune.training.checkpoints.trees import has_tree, load_tree, save_tree
 from preftune.training.checkpoints.watch import LoopWatch
+from preftune.training.zero_config import zero_stage
 from preftune.version import __version__
 
 _STATE = "trainer_state.json"
@@ -79,6 +80,8 @@ class CheckpointedTrainer(SavedTrainer):
                     where="resume_from_checkpoint",
                     value=str(manifest.folder),
                 )
+            if self._is_sharded:
+                check_same_shards(manifest, self.args)
             loose = compare(manifest.identity, self._identity)
             if loose:
                 said = f"resuming with changes, so that results are not the same to the bit: {'; '.join(loose)}"
@@ -273,6 +276,7 @@ class CheckpointedTrainer(SavedTrainer):
             "epoch": self.state.epoch,
             "resumable": not self.args.save_only_model,
             "sharded": self._is_sharded,
+            "zero_stage": zero_stage(self.args),
             "num_processes": self.args.world_size,
             "identity": self._identity,
             "run": self.output.run_id,
