@@ -222,8 +222,11 @@ def trained(case: Case, path: str, out: Path, **more: Any) -> Any:
         from peft import LoraConfig
 
         torch.manual_seed(3)
-        modules = "all-linear" if lora is True else lora
-        given["peft_config"] = LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
+        # all-linear leaves the head out.
+        targets = ["q_proj", "v_proj", "lm_head"] if settings.pop("adapts_head", False) else lora
+        whole = ["lm_head"] if settings.pop("trains_head", False) else None
+        modules = "all-linear" if targets is True else targets
+        given["peft_config"] = LoraConfig(r=4, target_modules=modules, modules_to_save=whole, init_lora_weights=False)
     trainer_class, config_class = getattr(preftune, f"{kind}Trainer"), getattr(preftune, f"{kind}Config")
     model: Any = path
     if settings.pop("fp64", False):
@@ -256,9 +259,10 @@ def evaluated(trainer: Any) -> dict[str, float]:
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in an output folder."""
+    """The trained weights in an output folder."""
     name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
-    return load_file(folder / name)
+    # PEFT may write the head under an adapter, which is frozen; ZeRO-3 gathers only what is trained.
+    return {key: value for key, value in load_file(folder / name).items() if "base_layer" not in key}
 
 
 def run(case: Case, path: str, out: Path, **more: Any) -> None:
@@ -267,7 +271,8 @@ def run(case: Case, path: str, out: Path, **more: Any) -> None:
     trainer.save_model()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     held = [each.most for each in trainer.callback_handler.callbacks if isinstance(each, Held)]
-    found = {"losses": losses, "eval": evaluated(trainer), "held": held}
+    wrapper = type(trainer.model_wrapped).__name__
+    found = {"losses": losses, "eval": evaluated(trainer), "held": held, "wrapper": wrapper}
     (out / f"found-{trainer.args.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -276,7 +281,7 @@ if __name__ == "__main__":
     extra = json.loads(further)
     if "fsdp" in extra:
         let_fsdp_in()
-    if "deepspeed" in extra:
+    if "deepspeed" in extra or "ACCELERATE_USE_DEEPSPEED" in os.environ:
         let_deepspeed_in()
     for case_name, each in json.loads(cases).items():
         run(tuple(each), model, Path(folder, case_name), **extra)

@@ -243,7 +243,7 @@ def test_processes_divide_a_stream(world: worlds.World, tmp_path: Path) -> None:
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_accelerate_reads_the_shipped_files(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -128,13 +128,16 @@ class RowForward:
             if transform is None or parameters is None:
                 logits: Tensor = original(picked.unsqueeze(0))
                 return logits
-            scores = _fused_scores(picked, parameters, targets, transform, options)
-            # Distributed wrappers follow the graph from what a module returns, so the loss is made of this very tensor.
-            returned = scores.logps.view(1, -1, 1).clone()
-            found.append(replace(scores, logps=returned.view(-1)))
-            return returned
+            found.append(_fused_scores(picked, parameters, targets, transform, options))
+            # Distributed wrappers follow the graph from the model's outputs, so the result has to pass through them.
+            return found[0].logps.view(1, -1, 1)
 
-        with replaced_head(head, score) if self.head.called else nullcontext():
+        def passed_on(*given: Any) -> None:
+            # What wrappers have hung on the head's output, such as gathering its weight for the backward, is used.
+            if found:
+                found[0] = replace(found[0], logps=given[-1].view(-1))
+
+        with replaced_head(head, score, passed_on) if self.head.called else nullcontext():
             output = (wrapped or self.model)(**inputs, **options_of_row, use_cache=False, **(extra or {}))
         if found:
             return found[0].first(num_targets), output

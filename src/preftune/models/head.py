@@ -83,17 +83,28 @@ def _is_plain_lora(head: Any, name: str) -> bool:
 
 
 @contextmanager
-def replaced_head(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Call ``function(hidden)`` instead of the head's forward."""
+def replaced_head(
+    head: nn.Module, function: Callable[[Tensor], Tensor], after: Callable[..., None] | None = None
+) -> Iterator[None]:
+    """Call ``function(hidden)`` instead of the head's forward.
+
+    Args:
+        head: The head.
+        function: Takes its place.
+        after: Called like a forward hook, after those that the head has.
+    """
 
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return function(hidden)
 
     before = head.__dict__.get("forward")
     head.__dict__["forward"] = forward
+    hook = None if after is None else head.register_forward_hook(after)
     try:
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         if before is None:
             del head.__dict__["forward"]
         else:

@@ -15,6 +15,7 @@ from preftune.kernels.attention import BACKEND_NAMES
 from preftune.models.compiled import COMPILE_BACKENDS, COMPILE_MODES
 from preftune.training.fsdp import load_everywhere
 from preftune.training.guards.settings import parse_guards
+from preftune.training.zero_config import check_installed, load_whole
 
 if TYPE_CHECKING:
     # A bare `off` is false in YAML.
@@ -250,8 +251,10 @@ class PackedConfig(TrainingArguments):
             if getattr(self, new, True) is None:
                 setattr(self, new, getattr(self, old))
         _check_json(self)
+        check_installed(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
         load_everywhere(self)
+        load_whole(self)
         # transformers has made an object of it.
         if getattr(self.accelerator_config, "dispatch_batches", None):
             raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from preftune.errors import ConfigError
 from preftune.training.config import PackedConfig
+from preftune.training.zero import check_agreed, check_deepspeed
 
 _SIZES = ("tp_size", "cp_size", "sp_size", "dp_shard_size", "dp_replicate_size")
 
@@ -20,7 +21,8 @@ def check_engine(args: PackedConfig, model: Any = None) -> None:
     _check_batches(args)
     _check_parallelism(args, model)
     _check_fsdp(args, model)
-    _check_deepspeed(args)
+    check_deepspeed(args)
+    check_agreed(args)
 
 
 def _check_batches(args: PackedConfig) -> None:
@@ -80,19 +82,4 @@ def _check_fsdp(args: PackedConfig, model: Any) -> None:
             where="fsdp_cpu_ram_efficient_loading",
             value=True,
             remedy="pass the model by name, or load it after the settings are made",
-        )
-
-
-def _check_deepspeed(args: PackedConfig) -> None:
-    found = getattr(args, "hf_deepspeed_config", None)
-    stage: Any = 3 if found is not None and found.is_zero3() else None
-    if found is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-    if str(stage) == "3":
-        raise ConfigError(
-            "DeepSpeed ZeRO-3 is not supported",
-            where="deepspeed: zero_optimization.stage",
-            value=3,
-            allowed="1, 2",
-            remedy="take stage 2, or FSDP2 (fsdp: true) where a model does not fit",
         )

@@ -18,6 +18,7 @@ from transformers.trainer_utils import seed_worker
 
 from preftune.data import DataOptions, PrepareReport
 from preftune.errors import TrainingError
+from preftune.training import zero
 from preftune.training.batch import Batch, collate
 from preftune.training.config import PackedConfig
 from preftune.training.lengths import ExampleLengths
@@ -27,6 +28,7 @@ from preftune.training.step import Step
 from preftune.training.streams import Stream, is_read_late, read_late
 from preftune.training.task import Task
 from preftune.training.workers import limited, worker_errors
+from preftune.training.zero_config import is_zero3
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +156,16 @@ class TaskFeeding(Trainer):
         raise NotImplementedError
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """Wrap the model; then, where FSDP2 shards it, know the reference before a checkpoint moves the policy."""
-        if not self.is_fsdp_enabled:
+        """Wrap the model; then, where it is sharded, know the reference before a checkpoint moves the policy."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return super()._prepare_for_training(  # type: ignore[no-untyped-call]
                 max_steps, train_dataloader, resume_from_checkpoint
             )
+        if is_zero3(self.args):
+            zero.shard(self, max_steps)
         model, _ = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
+        if is_zero3(self.args):
+            zero.attend_to(model)
         self.keep_beginning()
         train_dataloader = self.callback_handler.train_dataloader = self.get_train_dataloader()
         if resume_from_checkpoint is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from preftune.errors import ConfigError
+from preftune.references.parts import Part
 from preftune.training.carried import RunningDelta
 from preftune.training.reference import Reference
 from preftune.training.start import method_settings
@@ -116,6 +117,9 @@ class Habits:
             trained = [p for p in model.parameters() if p.requires_grad]
             memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
             for parameter, value in zip(trained, reference.following(), strict=True):
+                if isinstance(value, Part):
+                    what = "a reference that follows the policy in shards cannot be had as a model"
+                    raise ConfigError(what, where="trainer.ref_model", remedy="load it from a checkpoint")
                 memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
             followed = copy.deepcopy(model, memo)
             self.__dict__["_followed"] = followed.eval()

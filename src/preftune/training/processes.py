@@ -95,6 +95,10 @@ class Processes:
         found: npt.NDArray[Any] = self.reduce(put(values, self.device, torch.float64)).cpu().numpy()
         return found
 
+    def merged(self, values: dict[Any, Any]) -> dict[Any, Any]:
+        """The mappings of all processes in one."""
+        return {key: value for part in self.gathered(values) for key, value in part.items()}
+
     @contextmanager
     def forwards_in_step(self, model: nn.Module) -> Iterator[None]:
         """Let processes run different numbers of forwards of a model, also of a sharded one.

@@ -27,7 +27,17 @@ from preftune.models.forward import RowForward
 from preftune.objectives import ld_weights
 from preftune.packing import PackedRow, share_out
 from preftune.references.fingerprint import model_weights_key, trained_adapter
-from preftune.references.live import Shadow, like, parameters_of, reshard, shard_of, trained_parameters, using_adapter
+from preftune.references.live import (
+    Shadow,
+    Value,
+    like,
+    parameters_of,
+    reshard,
+    shard_of,
+    state_of,
+    trained_parameters,
+    using_adapter,
+)
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
 from preftune.training.batch import Example, Examples, as_arrays
@@ -229,17 +239,18 @@ class Reference:
         """Move towards the policy: ``reference <- share * policy + (1 - share) * reference`` (TR-DPO, 2404.09656)."""
         with torch.no_grad():
             for mine, policys in zip(self.following(), self._followed(), strict=True):
-                shard_of(mine).lerp_(shard_of(like(policys, mine)).to(mine.dtype), share)
+                shard = shard_of(mine)
+                shard.lerp_(shard_of(like(policys, mine)).to(shard.dtype), share)
 
-    def following(self) -> list[Tensor]:
+    def following(self) -> list[Value]:
         """The tensors of a reference that follows the policy."""
         if self.separate is not None:
-            return [p.detach() for p in parameters_of(self.separate.model)]
+            return [state_of(p) for p in parameters_of(self.separate.model)]
         assert self.shadow is not None
         return self.shadow.state()
 
-    def _followed(self) -> list[Tensor]:
-        return [p.detach() for p in trained_parameters(self.policy.model)]
+    def _followed(self) -> list[Value]:
+        return [state_of(p) for p in trained_parameters(self.policy.model)]
 
     @contextmanager
     def _as_reference(self) -> Iterator[RowForward]:

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback
 
@@ -48,6 +49,11 @@ def make_reference(
         return None if model is None else forward_of(model)
 
     fixed = args.reference_store and not args.sync_ref_model and mapped
+    mixed = str(step.accelerator.mixed_precision)
+    compute = {"mixed_precision": mixed}
+    if mixed != "no" and step.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Not autocast: the weights themselves are rounded.
+        compute["weights"] = mixed
     return Reference(
         step.forward,
         step.accelerator.autocast,
@@ -55,7 +61,7 @@ def make_reference(
         model=None if given is None else forward_of(given),
         adapter=args.ref_adapter_name,
         ld_alpha=step.task.ld_alpha,
-        compute={"mixed_precision": str(step.accelerator.mixed_precision)},
+        compute=compute,
         rounding=lambda: fsdp.rounding(step.forward.model, step.accelerator),
         reload=reload,
         spread=lambda model: fsdp.shard_as(step.forward.model, model, step.accelerator),

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from preftune.references.parts import num_elements
 from preftune.training.guards import find_guards
 from preftune.training.run import Run
 
@@ -44,7 +45,7 @@ def summary_line(run: Run, num_steps: int) -> str:
         num_steps: Optimizer steps.
     """
     args, lengths = run.args, run.lengths
-    sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
+    sizes = [(num_elements(p), p.requires_grad) for p in run.model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     number = "" if lengths is None else f"{len(lengths.row):,} examples, "

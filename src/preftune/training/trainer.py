@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from preftune.kernels.head import TokenScores
 from preftune.packing import PackedRow
 from preftune.threads import tell_if_spinning
-from preftune.training import card, carried, checks, fsdp, setup
+from preftune.training import card, carried, checks, fsdp, setup, zero
 from preftune.training.batch import Batch, Examples, Totals, collate
 from preftune.training.checkpoints import CheckpointedTrainer
 from preftune.training.config import PackedConfig
@@ -50,6 +50,7 @@ from preftune.training.task import RowTerms, Task
 from preftune.training.telling import Telling
 from preftune.training.visits import visited_rows
 from preftune.training.workers import limit_collectives, remember_processes
+from preftune.training.zero_config import load_whole
 
 
 class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
@@ -101,6 +102,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         set_seed(args.seed)
         model, tokenizer = setup.load(model, processing_class, args, quantization_config)
         model = setup.wrap_peft(model, peft_config, args)
+        zero.check_zero_model(args, model)
         task.prepare_model(model, tokenizer)
         if isinstance(args, ReferenceConfig):
             ref_model = explicit_reference(ref_model, model, tokenizer, args)
@@ -121,9 +123,13 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        # transformers has made the settings of DeepSpeed anew.
+        load_whole(self.args)
+        zero.check_agreed(self.args)
         limit_collectives(self.args)
         remember_processes(self.args)
         fsdp.settle(self.accelerator, self.model)
+        zero.gather_zero3(self.accelerator)
         checks.check_devices(self.args)
         checks.check_optimizer(self)
         for name, each in {"train": self.train_dataset, **self._evaluated()}.items():
@@ -226,7 +232,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         # Before a reference pass that may take long.
         check_start(self, trial)
         self.check_resume(resume_from_checkpoint)
-        if not self.is_fsdp_enabled:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.keep_beginning()
         elif self.reference is not None and self.reference.store is not None:
             # While the weights are whole; all else follows when they are sharded, on the device.

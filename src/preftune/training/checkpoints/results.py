@@ -27,11 +27,21 @@ def write_model(folder: Path, model: Any, processing: Any, state_dict: Any, args
         args: The settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if state_dict is not None:
+        _tie(model, state_dict)
     model.save_pretrained(str(folder), state_dict=state_dict, is_main_process=True)
     if processing is not None:
         processing.save_pretrained(str(folder))
     settings = redact(plain(args.to_dict()))
     write_text(folder / _SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+def _tie(model: Any, state_dict: Any) -> None:
+    """Let tied parameters be one tensor in gathered weights too, so that they are written once."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state_dict:
+            state_dict[name] = state_dict[first.setdefault(id(parameter), name)]
 
 
 def write_metrics(run: RunFolder, split: str, metrics: Mapping[str, float], *, combined: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from preftune.errors import ConfigError
 from preftune.training.checkpoints import folders
 from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, verify
+from preftune.training.zero_config import zero_stage
 
 
 def resolve(asked: Any, output_dir: Path) -> Manifest:
@@ -58,3 +59,21 @@ def resolve(asked: Any, output_dir: Path) -> Manifest:
 def resume_point(asked: Any, output_dir: str) -> Manifest | None:
     """The checkpoint that a command line asks for, before anything is loaded; see ``check_resume``."""
     return None if asked in (None, False) else resolve(asked, Path(output_dir))
+
+
+def check_same_shards(manifest: Manifest, args: Any) -> None:
+    """Refuse a checkpoint of DeepSpeed whose parts are not those that the processes would read.
+
+    Raises:
+        ConfigError: Another number of processes, or another stage, wrote it.
+    """
+    now = {"num_processes": args.world_size, "zero_stage": zero_stage(args)}
+    for name, value in now.items():
+        before = manifest.body.get(name, value)
+        if before != value:
+            raise ConfigError(
+                f"a checkpoint of DeepSpeed goes on as it was written: {name} {before} -> {value}",
+                where="resume_from_checkpoint",
+                value=str(manifest.folder),
+                remedy="restore the old value, or train anew with the checkpoint as model_name_or_path",
+            )

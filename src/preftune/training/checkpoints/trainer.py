@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from preftune.errors import ConfigError
 from preftune.files import write_text
@@ -29,10 +30,11 @@ from preftune.training.checkpoints.identity import compare, describe_run
 from preftune.training.checkpoints.manifest import InvalidCheckpoint, Manifest, seal, verify
 from preftune.training.checkpoints.output import Output
 from preftune.training.checkpoints.results import write_metrics, write_model
-from preftune.training.checkpoints.resume import resolve
+from preftune.training.checkpoints.resume import check_same_shards, resolve
 from preftune.training.checkpoints.saved import SavedTrainer
 from preftune.training.checkpoints.trees import has_tree, load_tree, save_tree
 from preftune.training.checkpoints.watch import LoopWatch
+from preftune.training.zero_config import zero_stage
 from preftune.version import __version__
 
 _STATE = "trainer_state.json"
@@ -78,6 +80,8 @@ class CheckpointedTrainer(SavedTrainer):
                     where="resume_from_checkpoint",
                     value=str(manifest.folder),
                 )
+            if self._is_sharded:
+                check_same_shards(manifest, self.args)
             loose = compare(manifest.identity, self._identity)
             if loose:
                 said = f"resuming with changes, so that results are not the same to the bit: {'; '.join(loose)}"
@@ -148,6 +152,10 @@ class CheckpointedTrainer(SavedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             shards.load_model(self.model, Path(resume_from_checkpoint))
+        elif self.is_deepspeed_enabled:
+            # An adapter's checkpoint leaves out what is frozen.
+            whole = not hasattr(self.model, "peft_config")
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=whole)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -268,6 +276,7 @@ class CheckpointedTrainer(SavedTrainer):
             "epoch": self.state.epoch,
             "resumable": not self.args.save_only_model,
             "sharded": self._is_sharded,
+            "zero_stage": zero_stage(self.args),
             "num_processes": self.args.world_size,
             "identity": self._identity,
             "run": self.output.run_id,
