@@ -19,12 +19,12 @@ import numpy as np
 from benchmarks.cell import count_tokens
 
 from benchmarks import stale, workloads
-from preftune.training.shares import share_of
+from preftune.training.balancing import share_of
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "results" / "balance.json"
 DOCS = HERE.parent / "docs" / "scale.md"
-SOURCES = ("src/preftune/packing/plan.py", "src/preftune/training/shares.py", "benchmarks/balance.py")
+SOURCES = ("src/preftune/packing/plan.py", "src/preftune/training/balancing.py", "benchmarks/balance.py")
 #: Data, processes, pairs of a process and step.
 CASES = [
     *(("hh", 8, pairs) for pairs in (8, 4, 2, 1)),

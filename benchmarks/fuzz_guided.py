@@ -63,7 +63,7 @@ def flags(data: bytes, folder: Path) -> None:
 
 def files(data: bytes, folder: Path) -> None:
     """Files of rows, read as far as the rows themselves."""
-    from preftune.data.files import read_file
+    from preftune.data.locations import read_file
 
     which, content = _pick(data, 3)
     path = folder / ("rows.jsonl", "rows.json", "rows.csv")[which]

@@ -45,7 +45,7 @@ fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", flags | 1))
 """
 _LAUNCH = """
 import sys
-from preftune.runs.launch import launch
+from preftune.runs.launcher import launch
 sys.exit(launch(int(sys.argv[1]), [sys.executable, "-m", "benchmarks.scale_cell", sys.argv[2]], print))
 """
 
@@ -191,7 +191,7 @@ def streaming(real: str) -> Cell:
 
     from preftune.data import DataOptions, prepare
     from preftune.packing import plan_rows
-    from preftune.training.shares import share_of
+    from preftune.training.balancing import share_of
     from preftune.training.streams import Stream
 
     tokenizer = AutoTokenizer.from_pretrained(real)

@@ -110,7 +110,7 @@ def of_run_help(console: Console) -> None:
 def of_advise(console: Console) -> None:
     """Of a model, data and a machine that are not at hand, so that it is the same everywhere."""
     from preftune.advice.inputs import Known, advise_on
-    from preftune.advice.table import show
+    from preftune.advice.terminal import show
     from preftune.config import split_command_line
     from preftune.runs.settings import read_settings
 

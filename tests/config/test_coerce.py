@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.config.coerce import Mismatch, coerce
+from preftune.config.coercion import Mismatch, coerce
 
 
 class Pace(Enum):

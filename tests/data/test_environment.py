@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset
 
 from preftune.data import DataOptions, DataWarning, findings, prepare, prepare_sft, warn_findings
-from preftune.data.show import show
+from preftune.data.printing import show
+from preftune.data.token_view import Viewer
 from preftune.data.transcripts import as_conversation, turns_of
 from preftune.data.unpaired import prepare_unpaired
-from preftune.data.view import Viewer
 from tests.data.conftest import CHATML, TEMPLATES, assistant, make_tokenizer, user
 from tests.data.test_pair_parity import our_sequences, trl_sequences
 from tests.data.test_rendering import FAMILIES

@@ -17,9 +17,9 @@ import datasets
 import pytest
 
 from preftune.cli.main import main
-from preftune.data import arrow, kept
+from preftune.data import arrow, token_cache
 from preftune.data.options import DataOptions
-from preftune.data.prepare import prepare
+from preftune.data.preference import prepare
 from preftune.data.sft import prepare_sft
 from preftune.data.tokenise import Encoder
 from preftune.data.unpaired import prepare_unpaired
@@ -34,7 +34,7 @@ Prepare = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept, "MIN_ROWS", 1)
+    monkeypatch.setattr(token_cache, "MIN_ROWS", 1)
     return tmp_path / "cache" / "tokens"
 
 
@@ -148,7 +148,7 @@ def test_anything_that_matters_is_another_file(
     prepare(rows(), tokenizer(), DataOptions(max_length=20))
     tokenised.clear()
     if "code" in change:
-        monkeypatch.setattr(kept, "_code_key", lambda: change["code"])
+        monkeypatch.setattr(token_cache, "_code_key", lambda: change["code"])
     if "library" in change:
         monkeypatch.setattr("importlib.metadata.version", lambda name: change["library"])
     options = DataOptions(**{"max_length": 20, **change.get("options", {})})
@@ -186,7 +186,7 @@ def test_templates_that_write_the_date_are_rendered_every_day(
     tokenised.clear()
     prepare(chat(), dated, DataOptions())
     assert not tokenised
-    monkeypatch.setattr(kept, "date", Tomorrow)
+    monkeypatch.setattr(token_cache, "date", Tomorrow)
     prepare(chat(), dated, DataOptions())
     assert tokenised
 
@@ -227,7 +227,7 @@ def test_a_place_that_cannot_be_written_costs_a_line(
 
 def test_it_can_be_switched_off_and_leaves_small_data_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(rows(), tokenizer(), DataOptions(data_cache=False))
-    monkeypatch.setattr(kept, "MIN_ROWS", 31)
+    monkeypatch.setattr(token_cache, "MIN_ROWS", 31)
     prepare(rows(), tokenizer(), DataOptions())
     assert not place.exists()
 
@@ -238,12 +238,12 @@ def test_what_is_unused_or_too_much_goes(place: Path, monkeypatch: pytest.Monkey
         newest = max(place.glob("*.arrow"), key=lambda path: path.stat().st_mtime_ns)
         age = [40 * 86400, 300, 200, 100][number]
         os.utime(newest, (time.time() - age, time.time() - age))
-    assert len(kept.files()) == 3  # the first had not been used for forty days
-    size = kept.num_bytes() // 3
-    monkeypatch.setattr(kept, "MOST_BYTES", int(2.5 * size))
-    oldest, second, third = kept.files()
+    assert len(token_cache.files()) == 3  # the first had not been used for forty days
+    size = token_cache.num_bytes() // 3
+    monkeypatch.setattr(token_cache, "MOST_BYTES", int(2.5 * size))
+    oldest, second, third = token_cache.files()
     prepare(rows({"chosen": " the last"}), tokenizer(), DataOptions())
-    left = kept.files()
+    left = token_cache.files()
     assert len(left) == 2
     assert third in left
     assert not {oldest, second} & set(left)
@@ -260,7 +260,7 @@ def test_what_a_killed_process_left_goes(place: Path) -> None:
         os.utime(left, (time.time() - age, time.time() - age))
     prepare(rows(), tokenizer(), DataOptions())
     assert [path.name for path in place.glob(".*.tmp") if path.name not in others] == [young]
-    kept.clear()
+    token_cache.clear()
     assert all((place / name).read_bytes() == b"half" for name in others)
 
 
@@ -271,7 +271,7 @@ def test_tokens_are_their_owners_alone(place: Path) -> None:
 
 def test_a_folder_of_tokens_that_is_open_is_closed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(rows(), tokenizer(), DataOptions())
-    (file,) = kept.files()
+    (file,) = token_cache.files()
     for bits in (0o777, 0o755, 0o710):
         place.chmod(bits)
         prepare(rows(), tokenizer(), DataOptions())
@@ -287,7 +287,7 @@ def test_a_folder_of_tokens_that_is_open_is_closed(place: Path, monkeypatch: pyt
 
 def test_a_file_in_use_counts_as_used(place: Path) -> None:
     prepare(rows(), tokenizer(), DataOptions())
-    (file,) = kept.files()
+    (file,) = token_cache.files()
     os.utime(file, (0, 0))
     prepare(rows(), tokenizer(), DataOptions())
     assert time.time() - file.stat().st_mtime < 60
@@ -298,7 +298,7 @@ import sys
 import threading
 from preftune.data import arrow, kept
 from preftune.data.options import DataOptions
-from preftune.data.prepare import prepare
+from preftune.data.preference import prepare
 from tests.data.test_kept import chat, rows, tokenizer
 kept.MIN_ROWS = 1
 prepare(rows(), tokenizer(), DataOptions(max_length=20))
@@ -326,10 +326,10 @@ def test_the_command_shows_and_clears_them(place: Path, capsys: pytest.CaptureFi
     assert main(["cache", "info"]) == 0
     assert "Tokenised data: 1 files" in capsys.readouterr().out
     assert main(["cache", "clear", "--older_than", "1d"]) == 0
-    assert len(kept.files()) == 1
+    assert len(token_cache.files()) == 1
     assert main(["cache", "clear"]) == 0
     assert "Removed 1 files of tokenised data" in capsys.readouterr().out
-    assert not kept.files()
+    assert not token_cache.files()
 
 
 def test_copies_of_a_tokenizer_are_the_same(tokenised: list[int]) -> None:

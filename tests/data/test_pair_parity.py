@@ -196,7 +196,7 @@ def _plain_tokenizer() -> Any:
 def test_truncation_equals_trls_collator(
     prompt: list[int], chosen: list[int], rejected: list[int], max_length: int | None, mode: str
 ) -> None:
-    from preftune.data.truncate import TokenPair, truncate
+    from preftune.data.truncation import TokenPair, truncate
 
     collator = DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=mode)
     batch = collator([{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}])
@@ -219,14 +219,14 @@ def test_truncation_equals_trls_collator(
 
 @pytest.mark.parametrize(("mode", "expected"), [("keep_end", [3, 4]), ("keep_start", [1, 2])])
 def test_max_prompt_length_keeps_one_end_of_the_prompt(mode: str, expected: list[int]) -> None:
-    from preftune.data.truncate import TokenPair, truncate
+    from preftune.data.truncation import TokenPair, truncate
 
     pair, _ = truncate(TokenPair([1, 2, 3, 4], [5, 6, 7], [8]), None, 2, mode)
     assert pair == TokenPair(expected, [5, 6, 7], [8])
 
 
 def test_keep_end_may_leave_two_prompts() -> None:
-    from preftune.data.truncate import TokenPair, truncate
+    from preftune.data.truncation import TokenPair, truncate
 
     pair, _ = truncate(TokenPair([1, 2, 3, 4], [5, 6, 7], [8]), 4, None, "keep_end")
     assert pair == TokenPair([4], [5, 6, 7], [8], rejected_prompt=[2, 3, 4])
@@ -245,7 +245,7 @@ def test_keep_end_inside_a_completion_leaves_no_prompt(tokenizer: Any) -> None:
 
 
 def test_reasons_for_dropping() -> None:
-    from preftune.data.truncate import EMPTY, NOT_SCORED, PROMPT_FILLS, TokenPair, truncate
+    from preftune.data.truncation import EMPTY, NOT_SCORED, PROMPT_FILLS, TokenPair, truncate
 
     assert truncate(TokenPair([1, 2], [3], [4]), 2, None, "keep_start") == (None, PROMPT_FILLS)
     assert truncate(TokenPair([1, 2], [3], []), 9, None, "keep_start") == (None, EMPTY)

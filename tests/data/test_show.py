@@ -10,9 +10,9 @@ from datasets import Dataset
 from rich.console import Console
 
 from preftune.data import DataOptions, prepare, prepare_sft, show
+from preftune.data.token_view import Viewer, label_pair
 from preftune.data.tokenise import Encoder, TokenisedPair, tokenise_pairs
 from preftune.data.unpaired import prepare_unpaired
-from preftune.data.view import Viewer, label_pair
 from preftune.errors import DataError
 from tests.data.conftest import CHAT, PLAIN, make_tokenizer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from preftune.runs.launch import launch
+from preftune.runs.launcher import launch
 from tests.parity import worlds
 
 #: Counts the buckets that DDP exchanges, and trains a case.

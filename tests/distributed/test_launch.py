@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from preftune.cli.main import main
 from preftune.errors import ConfigError, SetupError
-from preftune.runs.launch import LAUNCHED, Processes, launch
+from preftune.runs.launcher import LAUNCHED, Processes, launch
 from tests.parity import worlds
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "launch"
@@ -99,7 +99,7 @@ def test_asked_to_stop_they_take_their_time(tmp_path: Path) -> None:
     )
     program = f"{leaves}\nopen('{tmp_path}/' + str(rank), 'w').close()\nwhile True: time.sleep(0.1)"
     code = (
-        "import sys\nfrom preftune.runs.launch import launch\n"
+        "import sys\nfrom preftune.runs.launcher import launch\n"
         f"sys.exit(launch(2, {python(program)!r}, lambda text: print(text, file=sys.stderr)))"
     )
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

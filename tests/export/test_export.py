@@ -192,7 +192,7 @@ def test_a_failure_leaves_no_half_export(make_run: MakeRun, tmp_path: Path, monk
     def full_disk(*args: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("preftune.export.run.save", full_disk)
+    monkeypatch.setattr("preftune.export.exporter.save", full_disk)
     assert main(["export", str(run), "--output_dir", str(tmp_path / "out"), "--num_pairs", "0"]) == 6
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from preftune.training.skipping import find_row
+from preftune.training.nonfinite_steps import find_row
 from tests.faults.worlds import make_trainer
 
 #: A run of few large steps, so that a row holds several pairs.

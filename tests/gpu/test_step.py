@@ -51,8 +51,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 MPS: dict[str, Any] = {"logging_steps": 1, "guards": "warn", "packing_mode": "padded"}
 #: Where the device is waited for once a step, on purpose: whether the gradient is finite, by this project and by
 #: transformers, and the norm that clipping is told. Then once a run, and once a log line.
-PER_STEP = ("skipping.py", "(accelerator.py", "(trainer.py")
-PER_LINE = ("metrics.py", "figures.py", "trainer.py", "evidence.py")
+PER_STEP = ("nonfinite_steps.py", "(accelerator.py", "(trainer.py")
+PER_LINE = ("metrics.py", "run_figures.py", "trainer.py", "evidence.py")
 ONCE = ("preference.py", "fingerprint.py")
 #: Not compared by number: AOT sorts log-ratios that are all zero but for rounding, and adapters begin at random.
 UNCOMPARED = {"joint", "lora", "orpo"}
@@ -101,10 +101,10 @@ def test_a_run_ends_with_the_numbers_of_the_cpu_and_never_waits_within_a_step(
         used = trainer.step.forward.backends_used
     assert used == {"varlen" if run == "bf16" else "sdpa"}
     allowed: tuple[str, ...] = (*PER_STEP, *PER_LINE, *ONCE)
-    expected_by_kind = {"carried.py": run == "bco", "answers.py": run == "kto"}
+    expected_by_kind = {"extra_state.py": run == "bco", "answers.py": run == "kto"}
     allowed += tuple(name for name, told in expected_by_kind.items() if told)
     assert not {where for where in waits if not any(each in where for each in allowed)}
-    assert sum(number for where, number in waits.items() if "skipping.py" in where) == STEPS["max_steps"]
+    assert sum(number for where, number in waits.items() if "nonfinite_steps.py" in where) == STEPS["max_steps"]
     lines = len([line for line in trainer.state.log_history if "loss" in line or "train_loss" in line])
     assert sum(number for where, number in waits.items() if "metrics.py" in where) <= lines
     tolerance = 2e-2 if run == "bf16" else 1e-4

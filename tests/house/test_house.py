@@ -111,6 +111,22 @@ def test_readme_names_the_two_commands() -> None:
     assert "make test" in readme
 
 
+def test_a_module_and_a_function_of_one_package_have_different_names() -> None:
+    """Or ``from package import name`` means one or the other, depending on what was imported before."""
+    twice = []
+    for folder in {path.parent for path in MODULES}:
+        modules = {path.stem for path in folder.glob("*.py")} | {
+            path.parent.name for path in folder.glob("*/__init__.py")
+        }
+        for path in folder.glob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                # Each verb of the command line has a `main` or `run`: found by the table of verbs.
+                verb = folder.name == "cli" and getattr(node, "name", None) in {"main", "run"}
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in modules and not verb:
+                    twice.append(f"{path.relative_to(ROOT / 'src')}: {node.name}")
+    assert not twice, sorted(twice)
+
+
 def test_modules_and_functions_stay_small() -> None:
     """Modules of at most 400 lines, functions of at most 60 below their docstring."""
     long = []

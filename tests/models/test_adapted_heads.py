@@ -15,7 +15,7 @@ from torch import Tensor
 from preftune.models.forward import RowForward
 from preftune.models.gate import check_declared
 from preftune.models.head import find_head, head_parameters
-from preftune.models.probe import probe
+from preftune.models.packing_probe import probe
 from preftune.packing import build_row, pair_trees
 from tests.models.tiny import tiny_model
 from tests.parity import worlds

@@ -11,7 +11,7 @@ from preftune.kernels.head import HeadTransform
 from preftune.models.forward import RowForward
 from preftune.models.gate import check_declared
 from preftune.models.head import probe_head
-from preftune.models.probe import probe
+from preftune.models.packing_probe import probe
 from preftune.packing import build_row, pair_trees
 from preftune.training.setup import disable_dropout
 from tests.models.tiny import tiny_model

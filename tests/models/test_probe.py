@@ -13,7 +13,7 @@ import torch
 from preftune.kernels.attention import check, check_kernel, cpu, reference, sdpa
 from preftune.kernels.attention.check import Request
 from preftune.kernels.attention.select import function_of
-from preftune.models.probe import probe
+from preftune.models.packing_probe import probe
 from tests.models import broken
 from tests.models.tiny import tiny_model
 

@@ -14,9 +14,9 @@ import pytest
 
 from preftune.errors import PreftuneError
 from preftune.report import build
+from preftune.report.html import render
 from preftune.report.page import gather, page_payload
 from preftune.report.read import read_run, read_sweep
-from preftune.report.render import render
 from preftune.ui.folders import find, overview
 from tests.report.folders import history, make_run, make_sweep, write_json, write_lines
 

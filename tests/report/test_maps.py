@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from preftune.report.html import render
 from preftune.report.maps import direction_of, fields_of, metrics_of, sweep_payload, trials_table
 from preftune.report.page import gather
 from preftune.report.read import Sweep, read_sweep
-from preftune.report.render import render
 from tests.report.folders import estimate, make_sweep
 
 

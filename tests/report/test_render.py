@@ -16,9 +16,9 @@ import pytest
 import preftune
 from preftune.errors import SetupError
 from preftune.report import build
+from preftune.report.html import embed, render
 from preftune.report.page import gather
 from preftune.report.read import read_all
-from preftune.report.render import embed, render
 from tests.report.folders import HOSTILE, make_run, make_sweep, make_trl_run, write_json
 
 

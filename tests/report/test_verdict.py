@@ -9,9 +9,9 @@ import pytest
 import scipy.stats
 
 from preftune.report.curves import curves_of
+from preftune.report.html import render
 from preftune.report.page import gather
 from preftune.report.read import Run
-from preftune.report.render import render
 from preftune.report.verdict import Verdict, judge
 
 

@@ -22,7 +22,7 @@ from preftune.sweep.result import candidates_of, drop_weights
 from preftune.sweep.runner import Outcome
 from preftune.training.checkpoints import manifest
 from preftune.training.checkpoints.folders import find_checkpoint
-from preftune.training.explicit import choose_adapters
+from preftune.training.given_references import choose_adapters
 
 OUTSIDE = ("../outside", "../../etc", "run/../../outside", "way_out", "way_out/deeper", ".", "", "run/..", "a\0b")
 

@@ -114,7 +114,7 @@ def test_templates_cannot_leave_the_sandbox(escape: str, source: str, world: Pat
 
 
 def test_pages_escape_and_never_compile_what_a_run_says() -> None:
-    from preftune.report.render import environment
+    from preftune.report.html import environment
 
     made = environment()
     assert made.autoescape is True

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from preftune import ConfigError, DPOConfig, TrainingError
-from preftune.training import carried
+from preftune.training import extra_state
 from tests.parity import worlds
 from tests.training.oracle import PLAIN, Pairs, assert_same_training, model_of, slow_steps, train
 
@@ -247,10 +247,10 @@ def test_a_resumed_run_goes_on_with_the_same_shift(world: worlds.World, tmp_path
 def test_a_checkpoint_that_lacks_what_is_carried_is_refused(world: worlds.World, tmp_path: Path) -> None:
     trainer = train(model_of(world), world, PLAIN_ROWS, tmp_path, **BCO, max_steps=1)
     with pytest.raises(TrainingError, match="does not hold the running mean"):
-        carried.load(trainer, str(tmp_path))
+        extra_state.load(trainer, str(tmp_path))
     followed = train(model_of(world), world, PLAIN_ROWS, tmp_path, sync_ref_model=True, max_steps=1)
     with pytest.raises(TrainingError, match="does not hold the reference as it had followed"):
-        carried.load(followed, str(tmp_path))
+        extra_state.load(followed, str(tmp_path))
 
 
 def test_evaluation_leaves_the_shift_alone(world: worlds.World, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from preftune.cli.main import main
 from preftune.packing import build_row, pair_trees
-from preftune.training.carried import RunningDelta
+from preftune.training.extra_state import RunningDelta
 from tests.parity import worlds
 from tests.training import uneven
 

@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from preftune.packing import share_out
-from preftune.training.shares import Numbers, Shares
+from preftune.training.balancing import Numbers, Shares
 
 
 def shares(rows: int, number: int, *, batch: int, per_step: int = 1, group: int | None = None) -> list[list[Numbers]]:

@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from preftune.cli.main import main
-from preftune.training.live import LiveLog
+from preftune.training.progress_log import LiveLog
 from preftune.ui.folders import status_of
 
 

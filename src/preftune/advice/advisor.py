@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from preftune.advice.case import Case, Flag, Setting
+from preftune.advice.config_view import View
 from preftune.advice.flags import flags_for
 from preftune.advice.rules import settings_for
-from preftune.advice.seen import View
 from preftune.models.shapes import Shape
 from preftune.objectives import METHODS
 from preftune.training.estimate import (

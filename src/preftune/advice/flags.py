@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from preftune.advice.case import Flag, Setting, size_text
+from preftune.advice.config_view import View
 from preftune.advice.labels import CLEAN, SURE_NOISE, label_state
-from preftune.advice.room import memory_flags
-from preftune.advice.seen import View
+from preftune.advice.memory_check import memory_flags
 from preftune.advice.sources import BLOG, HANDBOOK, LEARNING, NOTES, PLAYBOOK
 from preftune.objectives import METHODS
 

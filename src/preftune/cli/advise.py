@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     own, rest = take_own(line, _Own)
     from rich.console import Console
 
-    from preftune.advice.table import show
+    from preftune.advice.terminal import show
     from preftune.cli.console import plain_warnings
 
     console = Console(stderr=own.json)

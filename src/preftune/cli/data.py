@@ -174,7 +174,7 @@ def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
     from preftune.data import load_report, show
     from preftune.data.export import columns_told
     from preftune.data.rows import shorten
-    from preftune.data.view import ENCLOSING, REMARKS
+    from preftune.data.token_view import ENCLOSING, REMARKS
     from preftune.models.loading import load_tokenizer
     from preftune.runs.data import dataset_names
     from preftune.runs.network import go_offline_if_unreachable

@@ -105,7 +105,7 @@ def _run_of(settings: Resolved[EvalConfig]) -> Tuned | None:
 
 def _data(settings: Resolved[EvalConfig], tuned: Tuned | None) -> tuple[Any, DataOptions | None]:
     """What to evaluate on, and how a run made tokens of it where that is what it held out."""
-    from preftune.runs.again import options_of_run, rows_of_run
+    from preftune.runs.earlier_run import options_of_run, rows_of_run
 
     config, name = settings.trainer, settings.script.dataset_name
     if name is not None:

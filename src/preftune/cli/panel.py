@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from preftune.advice.table import memory_line, time_line
+from preftune.advice.terminal import memory_line, time_line
 from preftune.runs.records import data_lines, facts_of
 from preftune.terminal.units import count, plural, share
 from preftune.training.plan import MemoryEstimate, TrainingPlan

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from preftune.config import split_command_line
 from preftune.config.own import take_own
-from preftune.runs.launch import Processes, launch, this_program
+from preftune.runs.launcher import Processes, launch, this_program
 from preftune.verbs import PAIR_VERBS
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import yaml
 
-from preftune.config.coerce import Mismatch, coerce
+from preftune.config.coercion import Mismatch, coerce
 from preftune.config.yaml_text import read_yaml
 from preftune.errors import ConfigError
 

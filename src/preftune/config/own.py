@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from preftune.config.coerce import Mismatch, coerce
+from preftune.config.coercion import Mismatch, coerce
 from preftune.config.fields import describe, fields_of
 from preftune.config.secrets import redact
 from preftune.config.sources import CommandLine

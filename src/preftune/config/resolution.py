@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from preftune.config.coerce import Mismatch, coerce
+from preftune.config.coercion import Mismatch, coerce
 from preftune.config.fields import Field, describe, fields_of, fields_of_all
 from preftune.config.legacy import TABLE, translate
 from preftune.config.model import ModelConfig

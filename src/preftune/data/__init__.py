@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from preftune.data.options import DataOptions
-from preftune.data.prepare import prepare
+from preftune.data.preference import prepare
+from preftune.data.printing import show
 from preftune.data.report import DataWarning, PrepareReport, findings, warn_findings
 from preftune.data.sft import prepare_sft
-from preftune.data.show import show
 from preftune.data.sources import LoadReport, load, load_report
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from preftune.data.formats.base import BadRow, Message, Row, common_prefix
 from preftune.data.tokenise import Encoder, template_error
-from preftune.data.truncate import Ids
+from preftune.data.truncation import Ids
 from preftune.errors import ModelError
 
 Masked = tuple[Ids, list[int]]

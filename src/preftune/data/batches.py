@@ -10,11 +10,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from preftune.data.arrow import in_few_pieces, rows_of
-from preftune.data.kept import remembered
 from preftune.data.options import DataOptions
 from preftune.data.processes import in_processes
 from preftune.data.rows import NEUTRAL
 from preftune.data.streams import read_to_end
+from preftune.data.token_cache import remembered
 from preftune.errors import DataError, DataTypeError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 from preftune.data.assistant import turn_spans
 from preftune.data.formats.base import BadRow, Message, Row
 from preftune.data.tokenise import Encoder
-from preftune.data.truncate import Ids
+from preftune.data.truncation import Ids
 
 #: Columns of the masks of completions: 1 for a token that is scored.
 MASK_COLUMNS = ("chosen_mask", "rejected_mask")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from preftune.data import files
+from preftune.data import locations
 from preftune.data.convert import to_dataset
 from preftune.data.formats import Row
 from preftune.data.loader import Loader
@@ -65,7 +65,7 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
     used_seed = seed if mixture.get("seed") is None else mixture["seed"]
     rows: list[Row] = []
     for where, entry in entries_of(mixture):
-        origin = files.find(entry["id"], entry.get("config"))
+        origin = locations.find(entry["id"], entry.get("config"))
         table = shape(origin.read(entry.get("split") or "train"), entry.get("columns"))
         if entry.get("weight") is not None:
             weight = share_of(entry["weight"], f"{where}.weight")
@@ -143,8 +143,8 @@ def load_mixer(
     loaders = {"train": loader, "test": loader.another()}
     for name, fraction in mixer.items():
         share = share_of(fraction, f"dataset_mixer[{name!r}]")
-        origin = files.find(name)
-        known = files.hub_splits(name, None) if origin.splits is None else origin.splits
+        origin = locations.find(name)
+        known = locations.hub_splits(name, None) if origin.splits is None else origin.splits
         # Unless told, the handbook takes train and test; here a data set without a test split is no error.
         for split in splits or [split for split in ("train", "test") if split == "train" or split in known]:
             part = "train" if "train" in split else "test"

@@ -20,7 +20,7 @@ from preftune.data.sft_tokens import SFT_COLUMNS, TokenisedSftWorker, enter
 from preftune.data.stages import Stages
 from preftune.data.tables import from_dataset
 from preftune.data.tokenise import sequences
-from preftune.data.truncate import Ids
+from preftune.data.truncation import Ids
 from preftune.data.worker import RowWorker
 from preftune.errors import ConfigError, DataError
 

@@ -8,7 +8,7 @@ from typing import Any
 from preftune.data import batches
 from preftune.data.batches import Outcome
 from preftune.data.options import DataOptions
-from preftune.data.truncate import EMPTY, NOT_SCORED, Ids
+from preftune.data.truncation import EMPTY, NOT_SCORED, Ids
 from preftune.data.worker import place_of
 from preftune.errors import DataError
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from preftune.data import files, quarantine, streamed
+from preftune.data import locations, quarantine, streamed
 from preftune.data.formats import check_format_name
 from preftune.data.loader import Loader, LoadReport, load_report
 from preftune.data.mixtures import load_mixer, load_mixture, shape
@@ -132,13 +132,13 @@ def _load_one(
     loader: Loader,
     with_test: bool,
 ) -> dict[str, Dataset]:
-    origin = files.find(name, config)
+    origin = locations.find(name, config)
     result = {"train": loader.dataset(loader.rows(shape(origin.read(split), columns)), name)}
     if not with_test:
         return result
     base = split.partition("[")[0]
     test = base.replace("train", "test")
-    known = files.hub_splits(name, config) if origin.splits is None else origin.splits
+    known = locations.hub_splits(name, config) if origin.splits is None else origin.splits
     if test != base and test in known:
         other = loader.another()
         result["test"] = other.dataset(other.rows(shape(origin.read(test), columns)), f"{name} ({test})")

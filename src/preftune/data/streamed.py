@@ -13,9 +13,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preftune.data.files import check_split, files_by_split, find, hub_errors
 from preftune.data.json_text import read_lines
 from preftune.data.loader import Loader
+from preftune.data.locations import check_split, files_by_split, find, hub_errors
 from preftune.data.mixtures import entries_of, shape, share_of
 from preftune.data.reading import suffix_of
 from preftune.data.rows import BadRowHandler

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from preftune.data.formats.base import BadRow, Message, Row, common_prefix
 from preftune.data.rendering import Renderings, tools_lost
-from preftune.data.truncate import Ids, TokenPair
+from preftune.data.truncation import Ids, TokenPair
 from preftune.errors import ModelError
 
 if TYPE_CHECKING:

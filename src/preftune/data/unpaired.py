@@ -18,13 +18,13 @@ from preftune.data.formats import FORMATS, Row, resolve
 from preftune.data.formats.base import BadRow, common_prefix
 from preftune.data.formats.unpaired import LABELS
 from preftune.data.options import DataOptions
-from preftune.data.prepare import TokenisedWorker, pair_rows
+from preftune.data.preference import TokenisedWorker, pair_rows
 from preftune.data.report import PrepareReport, check_weights
 from preftune.data.rows import BadRowHandler
 from preftune.data.stages import Stages
 from preftune.data.tables import from_dataset
 from preftune.data.tokenise import sequences
-from preftune.data.truncate import TokenPair, truncate
+from preftune.data.truncation import TokenPair, truncate
 from preftune.data.worker import RowWorker, sum_counts
 from preftune.errors import DataError
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from preftune.data import DataOptions, batches, files
+from preftune.data import DataOptions, batches, locations
 from preftune.data.convert import canonical_rows, convert_row
 from preftune.data.formats import FORMATS, resolve
-from preftune.data.prepare import PAIR_COLUMNS, PairWorker, TokenisedWorker
+from preftune.data.preference import PAIR_COLUMNS, PairWorker, TokenisedWorker
 from preftune.data.rows import BadRowHandler
 from preftune.data.tables import RawTable
 from preftune.errors import ConfigError, DataError
@@ -114,14 +114,14 @@ def read_table(
         DataError: Data that cannot be read.
     """
     if isinstance(dataset, str):
-        origin = files.find(dataset, config)
-        known = files.hub_splits(dataset, config) if origin.splits is None else origin.splits
+        origin = locations.find(dataset, config)
+        known = locations.hub_splits(dataset, config) if origin.splits is None else origin.splits
         table = origin.read(split or ("test" if "test" in known else "train" if "train" in known else known[0]))
     else:
         if split is not None or config is not None:
             raise ConfigError("belongs to data given by name", where="split", value=split, remedy="leave it out")
         rows, _ = batches.materialise(dataset, "evaluation data")
-        table = files.from_dataset("evaluation data", rows)
+        table = locations.from_dataset("evaluation data", rows)
     if columns is not None:
         missing = [name for name in columns if name not in table.raw_columns()]
         if missing:

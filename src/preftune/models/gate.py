@@ -2,7 +2,7 @@
 
 No flag of transformers tells an attention that can be packed from one that silently mixes sequences (state-space
 layers, chunked attention, convolutions across tokens). So a model has to pass two tests: the *gate* reads what it
-declares, the *probe* (:mod:`preftune.models.probe`) runs a few short pairs.
+declares, the *probe* (:mod:`preftune.models.packing_probe`) runs a few short pairs.
 """
 
 from __future__ import annotations

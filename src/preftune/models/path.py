@@ -14,7 +14,7 @@ from preftune.errors import ModelError
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict, check_declared
 from preftune.models.head import probe_head
-from preftune.models.probe import Context, probe
+from preftune.models.packing_probe import Context, probe
 
 _TRIES: ContextVar[bool] = ContextVar("preftune_tries_models", default=True)
 

@@ -34,8 +34,8 @@ from preftune.objectives.margin import check_win_gaps, hinge, ipo, sppo_hard, sp
 from preftune.objectives.modifiers import ld_token_weights, ld_weights, wpo_weight
 from preftune.objectives.papers import PAPERS, Paper
 from preftune.objectives.reference_free import alphapo, cpo, cpo_hinge, cpo_ipo, orpo, simpo
-from preftune.objectives.sft import sft
 from preftune.objectives.spec import MethodSpec
+from preftune.objectives.supervised import sft
 from preftune.objectives.table import METHODS
 from preftune.objectives.unpaired import (
     apo_zero_unpaired,

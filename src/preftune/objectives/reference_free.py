@@ -13,7 +13,7 @@ from preftune.objectives.batch import PairLogps
 from preftune.objectives.knobs import ALPHA, BETA, CPO_ALPHA, SIMPO_GAMMA
 from preftune.objectives.logistic import smoothed_logistic
 from preftune.objectives.numerics import log_odds, per_token, power_score
-from preftune.objectives.sft import sft
+from preftune.objectives.supervised import sft
 
 
 def average_scores(batch: PairLogps, alpha: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from preftune.objectives import anchored, distributional, knobs, logistic, margin, reference_free, sft, unpaired
+from preftune.objectives import anchored, distributional, knobs, logistic, margin, reference_free, supervised, unpaired
 from preftune.objectives.spec import MethodSpec, method_row
 
 _SFT_TERM = (knobs.CPO_ALPHA, knobs.SFT_AVERAGE)
@@ -300,7 +300,7 @@ _SFT = (
     method_row(
         "sft",
         "sft",
-        sft.sft,
+        supervised.sft,
         "NLL(y_w) = −log π(y_w) per token",
         "pang2024iterative",
         takes=(knobs.SFT_AVERAGE,),

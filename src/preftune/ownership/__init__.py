@@ -5,9 +5,9 @@ record, and whatever is not finished yet. A file is a run's own if the run's rec
 that was written.
 """
 
-from preftune.ownership.active import active, claim_files, may_put, put_json, put_text
+from preftune.ownership.active_run import active, claim_files, may_put, put_json, put_text
 from preftune.ownership.lock import holding
-from preftune.ownership.places import check_places
+from preftune.ownership.path_conflicts import check_places
 from preftune.ownership.record import HOME, Entry, Record, current, new_id, read_records
 from preftune.ownership.run import ForeignFile, RunFolder
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from preftune.config import CommandLine, is_secret
-from preftune.config.coerce import coerce
+from preftune.config.coercion import coerce
 from preftune.config.sources import settings_from_file
 from preftune.errors import ConfigError
 from preftune.verbs import ROWS
@@ -152,7 +152,7 @@ def look_at(values: Mapping[str, Any]) -> Rows:
     Raises:
         PreftuneError: The data cannot be found, read or recognised.
     """
-    from preftune.data import files
+    from preftune.data import locations
     from preftune.data.formats import resolve
 
     mixture = values.get("dataset_mixture")
@@ -161,8 +161,8 @@ def look_at(values: Mapping[str, Any]) -> Rows:
         return Rows("preference", 0, has_test or bool(values.get("dataset_splits")))
     name, split = str(values["dataset_name"]), str(values.get("dataset_train_split") or "train")
     config = values.get("dataset_config")
-    origin = files.find(name, config)
-    known = files.hub_splits(name, config) if origin.splits is None else origin.splits
+    origin = locations.find(name, config)
+    known = locations.hub_splits(name, config) if origin.splits is None else origin.splits
     table = origin.read(split)
     columns = values.get("dataset_columns")
     if isinstance(columns, str):

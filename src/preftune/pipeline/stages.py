@@ -278,7 +278,7 @@ class Pipeline:
         from preftune.evaluation import evaluate
         from preftune.evaluation.files import claim
         from preftune.models.tuned import find_tuned
-        from preftune.runs.again import options_of_run, rows_of_run
+        from preftune.runs.earlier_run import options_of_run, rows_of_run
 
         if self.verb == "sft":
             return "an example has no rejected answer to compare with; the held-out loss is in the report"

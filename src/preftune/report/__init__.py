@@ -49,9 +49,9 @@ def write(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], 
     """
     from preftune.errors import SetupError
     from preftune.files import replace_text
+    from preftune.report.html import render
     from preftune.report.page import gather
     from preftune.report.read import read_all
-    from preftune.report.render import render
 
     page = gather(*read_all(paths), title)
     text = render(page)

@@ -15,7 +15,7 @@ from preftune.config import Resolved
 from preftune.data.audit import audit
 from preftune.data.audit.rows import read_rows
 from preftune.data.audit.tokens import tokenise
-from preftune.data.truncate import truncate
+from preftune.data.truncation import truncate
 from preftune.errors import ConfigError
 from preftune.evaluation.scoring import Scorer
 from preftune.models.loading import load_model_and_tokenizer, load_tokenizer

@@ -31,7 +31,7 @@ def info(path: str | None = None, *, as_json: bool = False) -> str:
     Raises:
         StoreError: If there is a store and it cannot be read.
     """
-    from preftune.data import kept
+    from preftune.data import token_cache
     from preftune.references import names
     from preftune.references.database import FILE_NAME
     from preftune.references.store import ReferenceStore, StoreInfo, cache_home
@@ -42,10 +42,10 @@ def info(path: str | None = None, *, as_json: bool = False) -> str:
     else:
         with ReferenceStore(file.parent, strict=True) as store:
             facts = store.info()
-    tokens = {"num_files": len(kept.files(file.parent)), "num_bytes": kept.num_bytes(file.parent)}
+    tokens = {"num_files": len(token_cache.files(file.parent)), "num_bytes": token_cache.num_bytes(file.parent)}
     if as_json:
         return _as_json(facts, tokens, names.read(file.parent))
-    held = f"{tokens['num_files']:,} files, {size(tokens['num_bytes'])}, in {kept.folder(file.parent)}"
+    held = f"{tokens['num_files']:,} files, {size(tokens['num_bytes'])}, in {token_cache.folder(file.parent)}"
     return f"{_as_text(facts, names.read(file.parent))}\n\nTokenised data: {held}"
 
 
@@ -67,7 +67,7 @@ def clear(
         ConfigError: If the age is not one, or the key fits no reference or several.
         StoreError: If the store cannot be written.
     """
-    from preftune.data import kept
+    from preftune.data import token_cache
     from preftune.references.database import FILE_NAME
     from preftune.references.store import ReferenceStore, StoreWarning, cache_home
 
@@ -84,7 +84,7 @@ def clear(
             key = None if weights_key is None else _full_key(store, weights_key)
             removed = store.clear(key, seconds)
             freed = max(0, before - store.info().num_bytes)
-    files, their_bytes = (0, 0) if weights_key is not None else kept.clear(folder, seconds)
+    files, their_bytes = (0, 0) if weights_key is not None else token_cache.clear(folder, seconds)
     if as_json:
         facts = {"path": str(folder / FILE_NAME), "removed": removed, "freed": freed, "notes": notes}
         return json.dumps(facts | {"files_removed": files, "files_freed": their_bytes})

@@ -25,8 +25,8 @@ from preftune.runs.records import leave_records
 from preftune.runs.settings import complete_settings, snapshot_of
 from preftune.runs.stopping import StopOnSignal, say_to_stderr
 from preftune.training.guards import find_guards
-from preftune.training.live import LiveLog
-from preftune.training.telling import Telling
+from preftune.training.notices import Telling
+from preftune.training.progress_log import LiveLog
 from preftune.verbs import TRAINING
 
 

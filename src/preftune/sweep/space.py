@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from preftune.config.coerce import Mismatch, coerce
+from preftune.config.coercion import Mismatch, coerce
 from preftune.config.fields import Field, describe, members
 from preftune.errors import ConfigError
 

@@ -32,7 +32,7 @@ from preftune.sweep.space import as_flag
 from preftune.sweep.trackers import grouped
 from preftune.sweep.watch import Watch
 from preftune.sweep.worker import begin_folder
-from preftune.training.live import LiveLog
+from preftune.training.progress_log import LiveLog
 
 #: Settings of the adapter: they do not touch the base that is loaded.
 _ADAPTER = ("lora_", "use_rslora", "use_dora")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from preftune.errors import ConfigError
 from preftune.kernels.device import wide_dtype
 from preftune.kernels.head import TokenScores
-from preftune.models.grouped import Parts, adapter_parameters, add_copies, grouped
+from preftune.models.adapter_groups import Parts, adapter_parameters, add_copies, grouped
 from preftune.objectives import METHODS, NEUTRAL
 from preftune.packing import PackedRow, plan_rows
 from preftune.training.batch import Batch, Examples, Totals

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from preftune.models.forward import RowForward
 from preftune.references.store import ReferenceStore
 from preftune.training import fsdp, memory
-from preftune.training.explicit import reloaded
+from preftune.training.given_references import reloaded
 from preftune.training.preference_config import ReferenceConfig
 from preftune.training.reference import COLUMNS, Reference
 from preftune.training.step import Step

@@ -38,8 +38,8 @@ from preftune.training.config import PackedConfig
 from preftune.training.guards.evidence import Watch
 from preftune.training.metrics import MetricSums
 from preftune.training.noise import EmbeddingNoise
+from preftune.training.out_of_memory import shorter_budget
 from preftune.training.processes import Processes
-from preftune.training.recovery import shorter_budget
 from preftune.training.router import RouterLoss
 from preftune.training.task import RowTerms, Task, Trees
 from preftune.training.tasks.pairs import PairTask

@@ -11,8 +11,8 @@ from torch import nn
 from preftune.errors import ConfigError
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict
+from preftune.models.packing_probe import Context
 from preftune.models.path import PathChoice
-from preftune.models.probe import Context
 from preftune.training import memory
 from preftune.training.checks import check_positions
 from preftune.training.config import PackedConfig

@@ -18,8 +18,8 @@ from preftune.kernels.head import TokenScores
 from preftune.objectives import Objective
 from preftune.packing import PackedRow, Tree
 from preftune.training.batch import Batch, Example, Examples, Totals
-from preftune.training.carried import RunningDelta
 from preftune.training.config import PackedConfig
+from preftune.training.extra_state import RunningDelta
 from preftune.training.guards.settings import COMMON
 from preftune.training.lengths import ExampleLengths
 from preftune.training.metrics import Term

@@ -23,32 +23,32 @@ from transformers.trainer_utils import EvalLoopOutput
 from preftune.kernels.head import TokenScores
 from preftune.packing import PackedRow
 from preftune.threads import tell_if_spinning
-from preftune.training import card, carried, checks, fsdp, setup, zero
+from preftune.training import card, checks, extra_state, fsdp, setup, zero
 from preftune.training.batch import Batch, Examples, Totals, collate
 from preftune.training.checkpoints import CheckpointedTrainer
 from preftune.training.config import PackedConfig
+from preftune.training.dataloading import TaskFeeding
 from preftune.training.engines import check_engine
-from preftune.training.explicit import explicit_reference
-from preftune.training.feeding import TaskFeeding
-from preftune.training.figures import completed, evaluate, line_is_due
 from preftune.training.generations import Generations
+from preftune.training.given_references import explicit_reference
 from preftune.training.guards.evidence import Watch
 from preftune.training.guards.hooks import make_guards, watch_line
-from preftune.training.habits import Habits, MadeWith
 from preftune.training.noise import EmbeddingNoise
+from preftune.training.nonfinite_steps import blamed_rows, forget_skip, is_finite, say_skipped, skip_step
+from preftune.training.notices import Telling
 from preftune.training.plan import TrainingPlan
+from preftune.training.planned_rows import visited_rows
 from preftune.training.planning import describe
 from preftune.training.preference_config import ReferenceConfig
+from preftune.training.preflight import check_start, method_settings
 from preftune.training.processes import Processes
 from preftune.training.reference import Reference
 from preftune.training.reference_pass import SyncReference, agreement, make_reference, with_reference
-from preftune.training.skipping import blamed_rows, forget_skip, is_finite, say_skipped, skip_step
-from preftune.training.start import check_start, method_settings
+from preftune.training.run_figures import completed, evaluate, line_is_due
 from preftune.training.step import Step
 from preftune.training.step_setup import Paths, make_step
 from preftune.training.task import RowTerms, Task
-from preftune.training.telling import Telling
-from preftune.training.visits import visited_rows
+from preftune.training.trl_interface import Habits, MadeWith
 from preftune.training.workers import limit_collectives, remember_processes
 from preftune.training.zero_config import load_whole
 
@@ -394,9 +394,9 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        carried.save(self.task, output_dir, writes=self.args.should_save)
+        extra_state.save(self.task, output_dir, writes=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            carried.load(self.task, checkpoint)
+            extra_state.load(self.task, checkpoint)

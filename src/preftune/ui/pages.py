@@ -8,8 +8,8 @@ from typing import Any
 from markupsafe import Markup
 
 from preftune import __version__
+from preftune.report.html import SCRIPTS, content_policy, embed, environment, plotly_script, static, unwanted_sheets
 from preftune.report.page import Page, page_payload
-from preftune.report.render import SCRIPTS, content_policy, embed, environment, plotly_script, static, unwanted_sheets
 from preftune.ui.folders import Entry, status_of
 from preftune.ui.launch import SETTINGS
 

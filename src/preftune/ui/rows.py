@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune.data.options import DataOptions
-from preftune.data.view import ENCLOSING, LABELS, REMARKS, Viewer
+from preftune.data.token_view import ENCLOSING, LABELS, REMARKS, Viewer
 from preftune.errors import DataError
 from preftune.report.files import mapping
 from preftune.report.read import Run, read_run

@@ -139,7 +139,7 @@ def test_margins_have_to_match_the_rows(look: Look) -> None:
 def test_a_missing_library_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from preftune.data.audit.optional import optional
+    from preftune.data.audit.optional_libraries import optional
 
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(SetupError, match="pip install datasketch"):

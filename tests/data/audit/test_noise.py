@@ -10,11 +10,11 @@ from benchmarks.audit import world_pairs
 from scipy import stats
 
 from preftune.data import DataOptions
+from preftune.data.audit.flip_rate import fit_lapse
 from preftune.data.audit.judge import cross_fitted, differences
-from preftune.data.audit.lapse import fit_lapse
 from preftune.data.audit.noise import estimate_noise, repeated_pairs
+from preftune.data.audit.proportions import share_of
 from preftune.data.audit.rows import read_rows
-from preftune.data.audit.shares import share_of
 from tests.data.audit.conftest import clean_rows
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from preftune.data.audit.proportions import share_of
 from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
-from preftune.data.audit.shares import share_of
 from preftune.data.audit.text import words
 from preftune.data.options import DataOptions
-from preftune.data.truncate import TokenPair, truncate
+from preftune.data.truncation import TokenPair, truncate
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from preftune.data.audit.optional import optional
+from preftune.data.audit.optional_libraries import optional
 from preftune.data.audit.text import shingles
 
 Numbers = np.ndarray[Any, np.dtype[np.uint64]]

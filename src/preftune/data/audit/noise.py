@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from preftune.data.audit.flip_rate import MAX_NOISE, LapseFit, fit_lapse
 from preftune.data.audit.judge import MAX_ROWS, NUM_FOLDS, cross_fitted, differences, standardised
-from preftune.data.audit.lapse import MAX_NOISE, LapseFit, fit_lapse
-from preftune.data.audit.optional import optional
+from preftune.data.audit.optional_libraries import optional
+from preftune.data.audit.proportions import share_of
 from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
-from preftune.data.audit.shares import share_of
 from preftune.data.audit.text import same_text
 from preftune.terminal.units import plural
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from preftune.data.audit.near import NearIndex, Shingled
+from preftune.data.audit.proportions import share_of
 from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
-from preftune.data.audit.shares import share_of
 from preftune.data.audit.text import SHINGLE, excerpt, same_text
 from preftune.terminal.units import plural
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preftune.data.audit import content, lengths, repeats, tokens
+from preftune.data.audit import answers, lengths, repeats, tokens
 from preftune.data.audit.noise import estimate_noise
 from preftune.data.audit.report import AuditReport, Finding
 from preftune.data.audit.rows import Rows, read_rows
@@ -119,19 +119,19 @@ class _Audit:
     def run(self, ref_margins: Any) -> None:
         """Make every check that applies."""
         rows = self.rows
-        self.findings += content.check_bad_rows(rows, self.options.max_dropped_share)
+        self.findings += answers.check_bad_rows(rows, self.options.max_dropped_share)
         if rows.columns:
-            self.findings.append(content.check_columns(rows))
+            self.findings.append(answers.check_columns(rows))
         if not len(rows):
             return
         self._repeats()
         self._tokens_and_lengths()
         self.findings += tokens.check_marks(rows, self.tokenizer)
-        self.findings.append(content.check_refusals(rows))
-        self.findings.append(content.check_languages(rows, self.seed))
-        self.findings += content.check_trivial(rows)
+        self.findings.append(answers.check_refusals(rows))
+        self.findings.append(answers.check_languages(rows, self.seed))
+        self.findings += answers.check_trivial(rows)
         if rows.paired:
-            self.findings += content.check_layout(rows)
+            self.findings += answers.check_layout(rows)
             finding, self.noise = estimate_noise(rows, ref_margins=ref_margins, seed=self.seed)
             self.findings.append(finding)
             return

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from preftune.data.audit.proportions import share_of
 from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
-from preftune.data.audit.shares import share_of
 from preftune.data.audit.text import excerpt
 from preftune.data.formats.base import BadRow, Row, common_prefix
 from preftune.data.options import DataOptions
-from preftune.data.prepare import enclosed
+from preftune.data.preference import enclosed
 from preftune.data.tokenise import Encoder, TokenisedPair, sequences, tokenise_pairs
-from preftune.data.truncate import TokenPair
+from preftune.data.truncation import TokenPair
 from preftune.errors import PreftuneError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from preftune.kernels.head import TokenScores
 from preftune.objectives import ObjectiveResult, PairLogps
 from preftune.packing import PackedRow, Tree, pair_trees
 from preftune.training.batch import Batch, Example, Examples, Totals
-from preftune.training.carried import RunningDelta
+from preftune.training.extra_state import RunningDelta
 from preftune.training.guards.evidence import of_pairs
 from preftune.training.lengths import ExampleLengths, pair_lengths
 from preftune.training.preference_config import DPOConfig

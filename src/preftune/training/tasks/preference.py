@@ -13,7 +13,7 @@ from torch import Tensor
 from preftune.objectives import Objective
 from preftune.packing import PackedRow
 from preftune.training.batch import Batch, Examples
-from preftune.training.explicit import choose_adapters
+from preftune.training.given_references import choose_adapters
 from preftune.training.guards.settings import GUARD_NAMES
 from preftune.training.preference_config import PreferenceConfig, ReferenceConfig
 from preftune.training.setup import data_options

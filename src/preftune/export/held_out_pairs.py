@@ -8,7 +8,7 @@ import numpy as np
 
 from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
 from preftune.models.tuned import Tuned
-from preftune.runs.again import options_of_run, rows_of_run
+from preftune.runs.earlier_run import options_of_run, rows_of_run
 
 
 def held_out(

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from scipy import special, stats
 
-from preftune.data.audit.shares import effective_size
+from preftune.data.audit.proportions import effective_size
 from preftune.stats.intervals import wilson_ends
 from preftune.stats.rows import normal_quantile
 

@@ -10,13 +10,13 @@ from preftune.data import batches
 from preftune.data.arrow import rows_of
 from preftune.data.formats.base import BadRow
 from preftune.data.options import DataOptions
-from preftune.data.prepare import PairWorker, enclosed, pair_format, pair_rows
+from preftune.data.preference import PairWorker, enclosed, pair_format, pair_rows
 from preftune.data.rows import BadRowHandler, to_error
 from preftune.data.sft import SftWorker, sft_format
 from preftune.data.sft_tokens import enter
 from preftune.data.stages import Stages
 from preftune.data.tokenise import TokenisedPair, sequences, tokenise_pairs
-from preftune.data.truncate import TokenPair, truncate
+from preftune.data.truncation import TokenPair, truncate
 from preftune.data.unpaired import UnpairedWorker, labelled_rows
 from preftune.errors import DataError
 from preftune.verbs import Kind

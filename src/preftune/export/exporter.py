@@ -13,9 +13,9 @@ from preftune.config import ModelConfig, redact
 from preftune.errors import ConfigError, PreftuneError, SetupError
 from preftune.export import gguf as converter
 from preftune.export import serve
-from preftune.export.held_out import held_out
+from preftune.export.held_out_pairs import held_out
 from preftune.export.losses import Losses, Stage, of_gguf
-from preftune.export.merge import DTYPES, RECORD, check_target, load_for_merge, merge, new_folder, rounded, save
+from preftune.export.merging import DTYPES, RECORD, check_target, load_for_merge, merge, new_folder, rounded, save
 from preftune.files import replace_text
 from preftune.models.tuned import Tuned, find_tuned, load_base
 

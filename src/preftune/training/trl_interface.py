@@ -12,9 +12,9 @@ from torch import nn
 
 from preftune.errors import ConfigError
 from preftune.references.parts import Part
-from preftune.training.carried import RunningDelta
+from preftune.training.extra_state import RunningDelta
+from preftune.training.preflight import method_settings
 from preftune.training.reference import Reference
-from preftune.training.start import method_settings
 from preftune.training.task import Task
 
 #: Attributes of TRL's trainers that have another name in the settings.

@@ -12,7 +12,7 @@ import torch
 from preftune.errors import ConfigError
 from preftune.training.checks import check_trainable
 from preftune.training.config import PackedConfig
-from preftune.training.figures import evaluate
+from preftune.training.run_figures import evaluate
 
 #: Settings that are read at every step, rather than when the trainer is made.
 _READ_LATE = ("ref_model_mixup_alpha", "ref_model_sync_steps")

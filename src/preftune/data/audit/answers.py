@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from preftune.data.audit.optional import optional
+from preftune.data.audit.optional_libraries import optional
+from preftune.data.audit.proportions import Share, share_of
 from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
-from preftune.data.audit.shares import Share, share_of
 from preftune.data.audit.text import excerpt, same_text, words
 from preftune.data.formats import NOT_USED
 from preftune.terminal.units import plural

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from preftune.advice.case import Flag
-from preftune.advice.seen import View
+from preftune.advice.config_view import View
 from preftune.training.plan import MemoryEstimate
 
 

@@ -95,7 +95,7 @@ def find(name: str, config: str | None = None) -> Origin:
             "neither a file nor a folder", where="dataset_name", value=name, remedy="write the rows into a file first"
         )
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        from preftune.data.saved import saved
+        from preftune.data.saved_folders import saved
 
         return Origin(name, *saved(name, path))
     return _folder(name, path)

@@ -19,11 +19,11 @@ from transformers.trainer_utils import seed_worker
 from preftune.data import DataOptions, PrepareReport
 from preftune.errors import TrainingError
 from preftune.training import zero
+from preftune.training.balancing import Shares, share_of
 from preftune.training.batch import Batch, collate
 from preftune.training.config import PackedConfig
 from preftune.training.lengths import ExampleLengths
 from preftune.training.setup import prepared_train
-from preftune.training.shares import Shares, share_of
 from preftune.training.step import Step
 from preftune.training.streams import Stream, is_read_late, read_late
 from preftune.training.task import Task

@@ -18,7 +18,7 @@ from preftune.data.rows import BadRowHandler, to_error
 from preftune.data.stages import Stages
 from preftune.data.tables import from_dataset
 from preftune.data.tokenise import Masks, TokenisedPair, tokenise_pairs
-from preftune.data.truncate import NOT_SCORED, TokenPair, truncate
+from preftune.data.truncation import NOT_SCORED, TokenPair, truncate
 from preftune.data.worker import RowWorker, place_of
 from preftune.errors import DataError
 

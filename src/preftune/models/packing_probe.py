@@ -28,7 +28,7 @@ from preftune.kernels.attention import check_kernel
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict
 from preftune.models.head import base_model
-from preftune.models.probe_row import (
+from preftune.models.probe_parts import (
     by_branch,
     distance,
     embedded,

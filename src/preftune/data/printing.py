@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from preftune.data.options import DataOptions
-from preftune.data.view import (
+from preftune.data.token_view import (
     CHOSEN,
     DESIRABLE,
     DROPPED,
