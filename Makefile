@@ -15,7 +15,7 @@ TEST_ARGS ?=
 PROCESSES ?= 4
 OUT ?= demo-out
 
-.PHONY: help setup demo real test test-ci test-all test-extras distributed test-low docs check format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
+.PHONY: help setup demo real test test-ci test-all test-extras distributed setup-low test-low docs check format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -52,6 +52,11 @@ test-extras: setup  ## tests of 4- and 8-bit weights, trackers, DeepSpeed and gu
 	@$(PIP) install -e '.[quantization,trackers,deepspeed,fuzz]' -c constraints.txt
 	@$(PYTEST) -m "extras" $(TEST_ARGS)
 
+distributed: setup  ## tests of several processes with PROCESSES (4) of them: DDP, FSDP2, and DeepSpeed where installed
+	@marks="not extras"; $(BIN)/python -c "import deepspeed" 2>/dev/null && marks=""; \
+		PREFTUNE_PROCESSES=$(PROCESSES) PREFTUNE_FAULTS=full OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -m "$$marks" tests/distributed $(TEST_ARGS)
+
 # Without TRL, which asks for newer versions of its own. PEFT 0.18 warns of tied layers in an adapter; with transformers
 # 5.17 a soft cap that is dropped shows in the values before it shows in the kernel.
 LOW_TESTS := $(addprefix tests/,objectives/test_values.py objectives/test_compose.py packing kernels stats config \
@@ -59,21 +64,19 @@ LOW_TESTS := $(addprefix tests/,objectives/test_values.py objectives/test_compos
 	training/test_by_hand.py training/test_checkpoints.py training/test_checkpoints_runs.py training/test_tasks.py \
 	equivalence evaluation/test_metrics.py sweep/test_choice.py report/test_render.py cli/test_training_verbs.py)
 
-distributed: setup  ## tests of several processes with PROCESSES (4) of them: DDP, FSDP2, and DeepSpeed where installed
-	@marks="not extras"; $(BIN)/python -c "import deepspeed" 2>/dev/null && marks=""; \
-		PREFTUNE_PROCESSES=$(PROCESSES) PREFTUNE_FAULTS=full OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -m "$$marks" tests/distributed $(TEST_ARGS)
-
 # The CPU build of the lowest torch is not on every index: continuous integration takes the one of constraints.txt.
 LOW_TORCH ?= 2.11
 
-test-low:  ## a short tier with the lowest versions of constraints-low.txt, in a folder of its own (downloads them)
+setup-low:  ## make .venv-low with the lowest versions of constraints-low.txt (downloads them)
 	@test -x $(VENV)-low/bin/python || $(PYTHON) -m venv $(VENV)-low
 	@sed "s/^torch==.*/torch==$(LOW_TORCH)/" constraints-low.txt > $(VENV)-low/constraints.txt
 	@$(VENV)-low/bin/python -m pip --quiet --disable-pip-version-check install -e . -c $(VENV)-low/constraints.txt \
 		hypothesis mpmath pytest pytest-timeout pytest-xdist statsmodels
-	@OMP_NUM_THREADS=1 $(VENV)-low/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow and not extras" \
-		-W "ignore:Model has:UserWarning" -W "ignore:Conversion of an array:DeprecationWarning" -k "not cap_dropped and not trl" $(LOW_TESTS) $(TEST_ARGS)
+
+test-low: setup-low  ## a short tier with the lowest versions
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)-low/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow and not extras" \
+		-W "ignore:Model has:UserWarning" -W "ignore:Conversion of an array:DeprecationWarning" \
+		-k "not cap_dropped and not trl" $(LOW_TESTS) $(TEST_ARGS)
 
 docs: setup  ## build the pages into build/docs; a warning is an error
 	@$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs

@@ -16,7 +16,6 @@ pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
 
 def test_adapters_are_those_of_one_process(tmp_path: Path) -> None:
     """To the rounding of bf16, which adapters of 4-bit weights have."""
-    pytest.importorskip("bitsandbytes")
     world = worlds.World(tmp_path / "world")
     done = launched(given.QUANTISED, world, tmp_path, fsdp=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -35,7 +34,6 @@ def test_adapters_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def test_packed_weights_are_not_rounded(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     world = worlds.World(tmp_path / "world")
     rounded: given.Case = ("DPO", 24, {"lora": True, "quantised": "float32", "bf16": True})
     done = launched({"rounded": rounded}, world, tmp_path, fsdp=True)

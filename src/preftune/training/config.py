@@ -255,6 +255,9 @@ class PackedConfig(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         load_everywhere(self)
         load_whole(self)
+        self._check_dispatch()
+
+    def _check_dispatch(self) -> None:
         # transformers has made an object of it.
         if getattr(self.accelerator_config, "dispatch_batches", None):
             raise ConfigError(

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from accelerate import Accelerator
+from torch import nn
+
 from preftune.errors import ConfigError
+from preftune.training import fsdp
 from preftune.training.config import PackedConfig
-from preftune.training.zero import check_agreed, check_deepspeed
+from preftune.training.zero import check_agreed, check_deepspeed, gather_zero3
+from preftune.training.zero_config import load_whole
 
 _SIZES = ("tp_size", "cp_size", "sp_size", "dp_shard_size", "dp_replicate_size")
 
@@ -23,6 +28,19 @@ def check_engine(args: PackedConfig, model: Any = None) -> None:
     _check_fsdp(args, model)
     check_deepspeed(args)
     check_agreed(args)
+
+
+def settle_engine(args: PackedConfig, accelerator: Accelerator, model: nn.Module) -> None:
+    """Let the engine load, save and add up as a run of one process does, once accelerate knows which it is.
+
+    Raises:
+        ConfigError: DeepSpeed's configuration has numbers other than the settings'; 4-bit weights would be rounded.
+    """
+    # transformers has made the settings of DeepSpeed anew.
+    load_whole(args)
+    check_agreed(args)
+    fsdp.settle(accelerator, model)
+    gather_zero3(accelerator)
 
 
 def _check_batches(args: PackedConfig) -> None:

@@ -23,12 +23,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from preftune.kernels.head import TokenScores
 from preftune.packing import PackedRow
 from preftune.threads import tell_if_spinning
-from preftune.training import card, checks, extra_state, fsdp, setup, zero
+from preftune.training import card, checks, extra_state, setup, zero
 from preftune.training.batch import Batch, Examples, Totals, collate
 from preftune.training.checkpoints import CheckpointedTrainer
 from preftune.training.config import PackedConfig
 from preftune.training.dataloading import TaskFeeding
-from preftune.training.engines import check_engine
+from preftune.training.engines import check_engine, settle_engine
 from preftune.training.generations import Generations
 from preftune.training.given_references import explicit_reference
 from preftune.training.guards.evidence import Watch
@@ -50,7 +50,6 @@ from preftune.training.step_setup import Paths, make_step
 from preftune.training.task import RowTerms, Task
 from preftune.training.trl_interface import Habits, MadeWith
 from preftune.training.workers import limit_collectives, remember_processes
-from preftune.training.zero_config import load_whole
 
 
 class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
@@ -123,13 +122,9 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        # transformers has made the settings of DeepSpeed anew.
-        load_whole(self.args)
-        zero.check_agreed(self.args)
         limit_collectives(self.args)
         remember_processes(self.args)
-        fsdp.settle(self.accelerator, self.model)
-        zero.gather_zero3(self.accelerator)
+        settle_engine(self.args, self.accelerator, self.model)
         checks.check_devices(self.args)
         checks.check_optimizer(self)
         for name, each in {"train": self.train_dataset, **self._evaluated()}.items():
