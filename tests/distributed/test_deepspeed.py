@@ -23,6 +23,7 @@ CASES: dict[str, given.Case] = {
     # Gradients near zero, of which Adam would make much: a larger epsilon than the gradients' rounding.
     "uneven-sft": ("SFT", 51, {"num_train_epochs": 2, "gradient_accumulation_steps": 3, "adam_epsilon": 1e-6}),
     **{name: given.SHARDED[name] for name in ("tied", "checkpointing")},
+    **{name: given.SAMPLED[name] for name in ("sampled", "sampled-synced", "sampled-orpo")},
     "lora-head": ("DPO", 37, {"num_train_epochs": 2, "reference_store": False, "lora": True, "adapts_head": True}),
     "trained-head": ("DPO", 37, {"num_train_epochs": 2, "reference_store": False, "lora": True, "trains_head": True}),
 }

@@ -16,7 +16,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from preftune.errors import ConfigError, DataError
@@ -45,18 +44,11 @@ class Generations(TrainerCallback):
         log: Takes a log line.
 
     Raises:
-        ConfigError: DeepSpeed trains the model, or the longest prompt fills its positions.
+        ConfigError: The longest prompt fills its positions.
         DataError: No prompt has a token.
     """
 
     def __init__(self, run: Run, log: Callable[[dict[str, float]], None]) -> None:
-        if run.step.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ConfigError(
-                "sampling during training is not supported under DeepSpeed",
-                where="generation_steps",
-                value=run.args.generation_steps,
-                remedy="leave generation_steps out and sample from the saved model, or take FSDP2 (fsdp: true)",
-            )
         self._run, self._log = run, log
         self._reference: Reference | None = None
         self._examples = _choose(_dataset(run), run.args.num_generations, run.args.seed)
