@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import preftune
+from preftune.references.parts import is_divided
 from preftune.training import streams
 from tests.parity import worlds
 from tests.training.uneven import different
@@ -272,7 +273,9 @@ def run(case: Case, path: str, out: Path, **more: Any) -> None:
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     held = [each.most for each in trainer.callback_handler.callbacks if isinstance(each, Held)]
     wrapper = type(trainer.model_wrapped).__name__
-    found = {"losses": losses, "eval": evaluated(trainer), "held": held, "wrapper": wrapper}
+    found: dict[str, Any] = {"losses": losses, "eval": evaluated(trainer), "held": held, "wrapper": wrapper}
+    if trainer.ref_model is not None:
+        found["whole"] = sum(not is_divided(parameter) for parameter in trainer.ref_model.parameters())
     (out / f"found-{trainer.args.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from preftune.errors import ConfigError
-from preftune.training import fsdp
+from preftune.training import fsdp, zero
 from preftune.training.config import PackedConfig
 from preftune.training.zero import check_agreed, check_deepspeed, gather_zero3
 from preftune.training.zero_config import load_whole
@@ -41,6 +41,12 @@ def settle_engine(args: PackedConfig, accelerator: Accelerator, model: nn.Module
     check_agreed(args)
     fsdp.settle(accelerator, model)
     gather_zero3(accelerator)
+
+
+def shard_as(policy: nn.Module, model: nn.Module, accelerator: Accelerator) -> None:
+    """Shard a model that runs beside the policy as the policy is, or leave both whole."""
+    fsdp.shard_as(policy, model, accelerator)
+    zero.shard_as(policy, model, accelerator)
 
 
 def _check_batches(args: PackedConfig) -> None:

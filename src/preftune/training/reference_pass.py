@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from preftune.models.forward import RowForward
 from preftune.references.store import ReferenceStore
 from preftune.training import fsdp, memory
+from preftune.training.engines import shard_as
 from preftune.training.given_references import reloaded
 from preftune.training.preference_config import ReferenceConfig
 from preftune.training.reference import COLUMNS, Reference
@@ -64,7 +65,7 @@ def make_reference(
         compute=compute,
         rounding=lambda: fsdp.rounding(step.forward.model, step.accelerator),
         reload=reload,
-        spread=lambda model: fsdp.shard_as(step.forward.model, model, step.accelerator),
+        spread=lambda model: shard_as(step.forward.model, model, step.accelerator),
         show_progress=not args.disable_tqdm,
         follows=args.sync_ref_model,
     )

@@ -182,8 +182,6 @@ def shard(trainer: Any, max_steps: int) -> None:
         trainer: Whose model it is.
         max_steps: Optimizer steps, for DeepSpeed's configuration.
     """
-    import deepspeed
-
     args, model = trainer.args, trainer.model
     if any(map(is_divided, model.parameters())):
         return
@@ -191,6 +189,32 @@ def shard(trainer: Any, max_steps: int) -> None:
     found.trainer_config_finalize(args, model, max_steps)
     # Counted while the parameters can be.
     trainer.step.flops(Batch())
+    _divide(model, found, args.device)
+
+
+def shard_as(policy: nn.Module, model: nn.Module, accelerator: Any) -> None:
+    """Divide a model that runs beside the policy, where the policy is divided.
+
+    Args:
+        policy: The policy.
+        model: A model, whole or divided already.
+        accelerator: Accelerate's.
+    """
+    if not any(map(is_divided, policy.parameters())) or any(map(is_divided, model.parameters())):
+        return
+    import deepspeed
+
+    found = accelerator.state.deepspeed_plugin.hf_ds_config
+    _divide(model, found, accelerator.device)
+    config = copy.deepcopy(found.config)
+    # Nothing of it is trained.
+    config["zero_optimization"].pop("offload_optimizer", None)
+    attend_to(deepspeed.initialize(model=model, config=config)[0])
+
+
+def _divide(model: nn.Module, found: Any, device: torch.device) -> None:
+    import deepspeed
+
     dtype = found.dtype()
     if dtype != torch.float32:
         for parameter in model.parameters():
@@ -201,7 +225,7 @@ def shard(trainer: Any, max_steps: int) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(args.device)
+                module._buffers[name] = buffer.to(device)
 
 
 def attend_to(engine: Any) -> None:
