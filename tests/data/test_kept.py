@@ -296,14 +296,14 @@ def test_a_file_in_use_counts_as_used(place: Path) -> None:
 _KEY = """
 import sys
 import threading
-from preftune.data import arrow, kept
+from preftune.data import arrow, token_cache
 from preftune.data.options import DataOptions
 from preftune.data.preference import prepare
 from tests.data.test_kept import chat, rows, tokenizer
-kept.MIN_ROWS = 1
+token_cache.MIN_ROWS = 1
 prepare(rows(), tokenizer(), DataOptions(max_length=20))
 prepare(chat(), tokenizer(), DataOptions(max_length=20))
-print(*sorted(path.name for path in kept.files()))
+print(*sorted(path.name for path in token_cache.files()))
 """
 
 

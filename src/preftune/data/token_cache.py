@@ -112,11 +112,14 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file)
     with ExitStack() as held:
         try:
             lock.acquire(timeout=0)
             held.callback(lock.release)
+            # Who comes between the two lines prepares for itself, which costs time alone.
+            held.callback(_remove, [file])
         except Timeout:
             with lock:
                 pass
