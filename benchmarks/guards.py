@@ -243,8 +243,8 @@ def _break_gradient(trainer: Any, step: int, factor: float) -> None:
     """Let the loss of one step be ``factor`` times as large, as a damaged batch or an overflow makes it."""
     whole = trainer.step.backward
 
-    def broken(model: Any, loss: Any, last: bool) -> None:
-        whole(model, loss * factor if trainer.state.global_step + 1 == step else loss, last)
+    def broken(loss: Any) -> None:
+        whole(loss * factor if trainer.state.global_step + 1 == step else loss)
 
     trainer.step.backward = broken
 

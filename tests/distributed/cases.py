@@ -274,8 +274,9 @@ def run(case: Case, path: str, out: Path, **more: Any) -> None:
     held = [each.most for each in trainer.callback_handler.callbacks if isinstance(each, Held)]
     wrapper = type(trainer.model_wrapped).__name__
     found: dict[str, Any] = {"losses": losses, "eval": evaluated(trainer), "held": held, "wrapper": wrapper}
-    if trainer.ref_model is not None:
-        found["whole"] = sum(not is_divided(parameter) for parameter in trainer.ref_model.parameters())
+    if getattr(trainer, "reference", None) is not None and trainer.reference.separate is not None:
+        beside = trainer.reference.separate.model
+        found["whole"] = sum(not is_divided(parameter) for parameter in beside.parameters())
     (out / f"found-{trainer.args.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
