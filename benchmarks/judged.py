@@ -20,7 +20,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import stale
+from benchmarks import seeded, stale
 from preftune.evaluation.corrected import by_error_rates, by_residuals
 from preftune.files import write_json
 from preftune.stats.intervals import Interval, proportion_interval
@@ -28,7 +28,6 @@ from preftune.stats.intervals import Interval, proportion_interval
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "evaluation" / "judged.json"
 DOCUMENT = HERE.parent / "docs" / "evaluation.md"
-MARKS = ("<!-- judged: begin -->", "<!-- judged: end -->")
 NUM_COMPARISONS = 400
 LABELS = (20, 30, 50, 100, 200)
 #: Share of ties, win rate among the others, and how often the judge is right on losses and on wins; a tie it calls
@@ -120,9 +119,6 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def render(result: dict[str, Any], document: Path) -> None:
     """Put the table between its marks in the document."""
-    text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
     corrected = [c for c in result["cells"] if c["method"] in METHODS[2:] and c["coverage"] is not None]
     lowest = min(c["coverage"] for c in corrected)
     note = (
@@ -131,7 +127,7 @@ def render(result: dict[str, Any], document: Path) -> None:
         f"in which there was one. {NUM_COMPARISONS} comparisons. The lowest coverage of a corrected interval is "
         f"{100 * lowest:.1f} %. {result[stale.KEY]['date']}."
     )
-    document.write_text(f"{before}{MARKS[0]}\n{note}\n\n{table(result['cells'])}\n{MARKS[1]}{after}", encoding="utf-8")
+    seeded.place(document, "judged", f"{note}\n\n{table(result['cells'])}")
 
 
 def main(argv: list[str] | None = None) -> int:

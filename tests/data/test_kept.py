@@ -349,7 +349,9 @@ def at_once(number: int, call: Callable[[], Any]) -> list[Any]:
         return [each.result(60) for each in [pool.submit(call) for _ in range(number)]]
 
 
-def test_processes_that_start_together_prepare_once(tokenised: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_start_together_prepare_once(
+    tokenised: list[int], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used = [tokenizer() for _ in range(3)]
     plain, _ = prepare(rows(), used[0], DataOptions(max_length=20, data_cache=False))
     once = len(tokenised)
@@ -364,6 +366,7 @@ def test_processes_that_start_together_prepare_once(tokenised: list[int], monkey
     found = at_once(3, lambda: prepare(rows(), used.pop(), DataOptions(max_length=20))[0])
     assert len(tokenised) == once
     assert all(each.to_dict() == plain.to_dict() for each in found)
+    assert [path.suffix for path in place.iterdir()] == [".arrow"]
 
 
 def test_rows_that_are_not_kept_are_prepared_by_each(tokenised: list[int], place: Path) -> None:
@@ -372,7 +375,7 @@ def test_rows_that_are_not_kept_are_prepared_by_each(tokenised: list[int], place
     options = DataOptions(max_length=20, on_bad_rows="skip")
     found = at_once(3, lambda: prepare(datasets.Dataset.from_list(data), used.pop(), options)[0])
     assert [len(each) for each in found] == [10, 10, 10]
-    assert not list(place.glob("*.arrow"))
+    assert not list(place.iterdir())
 
 
 def test_nobody_waits_for_a_process_that_has_died(place: Path) -> None:
@@ -389,7 +392,7 @@ def test_nobody_waits_for_a_process_that_has_died(place: Path) -> None:
         began = time.monotonic()
         prepare(rows(), tokenizer(), DataOptions(max_length=20))
         assert 0.5 < time.monotonic() - began < 20
-    assert path.exists()
+    assert list(place.iterdir()) == [path]
 
 
 def test_columns_that_arrow_holds_in_several_pieces_only_are_kept_too(

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import preftune
+from preftune.errors import ConfigError
 from preftune.references.parts import is_divided
 from preftune.training import streams
 from tests.parity import worlds
@@ -92,6 +93,7 @@ QUANTISED: dict[str, Case] = {
 COUNTED: dict[str, Case] = {
     "counted-live": ("DPO", 24, {**_LIVE, "counted": True}),
     "counted-stored": ("DPO", 24, {**_STORED, **_SAMPLED, "counted": True}),
+    "counted-synced": ("DPO", 24, {**_SYNC, "counted": True}),
     "counted-given": ("DPO", 24, {**_LIVE, "given": True, "counted": True}),
 }
 _ACCUMULATED = {"gradient_accumulation_steps": 3}
@@ -266,6 +268,15 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     return {key: value for key, value in load_file(folder / name).items() if "base_layer" not in key}
 
 
+def refused_as_model(trainer: Any) -> str | None:
+    """What is said to those who want the reference as a model, where it cannot be had as one."""
+    try:
+        _ = trainer.ref_model
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def run(case: Case, path: str, out: Path, **more: Any) -> None:
     """Train, save and evaluate, into a folder."""
     trainer = trained(case, path, out, **more)
@@ -277,6 +288,7 @@ def run(case: Case, path: str, out: Path, **more: Any) -> None:
     if getattr(trainer, "reference", None) is not None and trainer.reference.separate is not None:
         beside = trainer.reference.separate.model
         found["whole"] = sum(not is_divided(parameter) for parameter in beside.parameters())
+    found["refused"] = refused_as_model(trainer)
     (out / f"found-{trainer.args.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

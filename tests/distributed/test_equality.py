@@ -89,3 +89,6 @@ def test_several_processes_end_with_one_processs_weights(
     for name, case in cases.items():
         print(name)
         assert_as_one_process(case, world, tmp_path / "one" / name, tmp_path / "two" / name)
+        follows = case[2].get("sync_ref_model") and not case[2].get("given")
+        refused = json.loads((tmp_path / "two" / name / "found-0.json").read_text(encoding="utf-8"))["refused"]
+        assert ("in shards" in (refused or "")) is (engine == "fsdp2" and bool(follows))

@@ -122,7 +122,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
             held.callback(_remove, [file])
         except Timeout:
             with lock:
-                pass
+                _remove([file])
         except (OSError, NotImplementedError):
             # A file system without locks: each prepares for itself.
             pass

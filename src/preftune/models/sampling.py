@@ -252,7 +252,7 @@ def tail_probabilities(
 def tail_shares(
     model: Any, sequences: Sequence[Tokens], *, batch_size: int = 64
 ) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], float, float]]:
-    """How much of given completions lies in the model's far tail, and how much of its own would in their place.
+    """Shares of tokens in the model's far tail: of given completions, and of tokens drawn from the model instead.
 
     The second is exact: the probability, averaged over the positions, that a token drawn from the model lies there. It
     is at most :data:`TAIL_LEVEL`, and less where single tokens are more likely than that.

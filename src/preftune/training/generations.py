@@ -44,7 +44,7 @@ class Generations(TrainerCallback):
         log: Takes a log line.
 
     Raises:
-        ConfigError: The longest prompt fills its positions.
+        ConfigError: The longest prompt fills the model's positions.
         DataError: No prompt has a token.
     """
 

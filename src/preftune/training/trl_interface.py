@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from preftune.errors import ConfigError
 from preftune.references.parts import Part
@@ -111,15 +112,18 @@ class Habits:
         reference = self.reference
         if self._given_reference is not None or reference is None or not reference.follows:
             return self._given_reference
+        reference.keep_shadow()
+        values = reference.following()
+        whole = [value for value in values if not isinstance(value, (Part, DTensor))]
+        # Asked each time: a model that was made of whole weights would stay behind once these are sharded.
+        if len(whole) < len(values):
+            what = "a reference that follows the policy in shards cannot be had as a model"
+            raise ConfigError(what, where="trainer.ref_model", remedy="load it from a checkpoint")
         if self._followed is None:
-            reference.keep_shadow()
             model = reference.policy.model
             trained = [p for p in model.parameters() if p.requires_grad]
             memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-            for parameter, value in zip(trained, reference.following(), strict=True):
-                if isinstance(value, Part):
-                    what = "a reference that follows the policy in shards cannot be had as a model"
-                    raise ConfigError(what, where="trainer.ref_model", remedy="load it from a checkpoint")
+            for parameter, value in zip(trained, whole, strict=True):
                 memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
             followed = copy.deepcopy(model, memo)
             self.__dict__["_followed"] = followed.eval()

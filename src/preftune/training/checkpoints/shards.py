@@ -69,15 +69,6 @@ def load_model(model: nn.Module, folder: Path) -> None:
     set_model_state_dict(model, values, options=_SPREAD)
 
 
-def tie(model: nn.Module, values: dict[str, Any]) -> None:
-    """Let tied parameters be one tensor among gathered ones, so that one of them is written, as in one process."""
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        known = first.setdefault(id(parameter), name)
-        if known in values and name in values:
-            values[name] = values[known]
-
-
 def _saved_names(model: Any) -> dict[str, list[str]]:
     """Names in a file of weights, and those of the model's parameters that are stored there, tied ones together."""
     shared: dict[int, list[str]] = {}

@@ -94,8 +94,9 @@ class CheckpointedTrainer(SavedTrainer):
 
     def _check_models(self) -> None:
         """Refuse to train into the folder that a model has come from: its weights would be lost."""
-        for name in ("model", "ref_model"):
-            source = getattr(getattr(getattr(self, name, None), "config", None), "_name_or_path", None)
+        # Not `ref_model`, which makes a model of a reference that follows the policy.
+        for name, model in (("model", self.model), ("ref_model", getattr(self, "_given_reference", None))):
+            source = getattr(getattr(model, "config", None), "_name_or_path", None)
             if source and Path(source).exists() and Path(source).resolve() == self.output.folder.resolve():
                 raise ConfigError(
                     f"the {name} was loaded from this folder, which must not be written into",
@@ -318,8 +319,6 @@ class CheckpointedTrainer(SavedTrainer):
         from peft import PeftModel
 
         model: Any = self.model
-        if self.is_fsdp_enabled and state_dict is not None:
-            shards.tie(model, state_dict)
         if not isinstance(model, (PreTrainedModel, PeftModel)):
             state_dict = model.state_dict() if state_dict is None else state_dict
             model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
