@@ -90,16 +90,16 @@ class Shadow:
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A model's trainable parameters, sharded ones as shards."""
-    parameters = [p for p in parameters_of(model) if p.requires_grad]
-    release_whole(model, parameters)
-    return parameters
+    return [p for p in parameters_of(model) if p.requires_grad]
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """A model's parameters, those of FSDP2 as shards."""
+    """A model's parameters, sharded ones as shards."""
     # Those that are whole would be shown whole, and used again although their shards changed.
     reshard(model)
-    return list(model.parameters())
+    parameters = list(model.parameters())
+    release_whole(model, parameters)
+    return parameters
 
 
 def reshard(model: nn.Module) -> None:
