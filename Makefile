@@ -15,7 +15,7 @@ TEST_ARGS ?=
 PROCESSES ?= 4
 OUT ?= demo-out
 
-.PHONY: help setup demo real test test-ci test-all test-extras distributed setup-low test-low docs check format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
+.PHONY: help setup demo real test test-ci test-all test-extras distributed setup-low test-low setup-zero test-zero docs check format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -48,13 +48,25 @@ test-ci: setup real  ## what continuous integration runs: all of these, then the
 test-all: setup real  ## every test but those of optional extras
 	@$(PYTEST) -m "not extras" $(TEST_ARGS)
 
+# Built against the torch that is installed, in a folder of its own: other tests run as they do without it.
+ZERO := $(CURDIR)/.venv-zero
+WITH_ZERO := PATH="$(ZERO)/bin:$$PATH" PYTHONPATH="$(ZERO)"
+
+setup-zero: setup  ## DeepSpeed beside .venv, for tests of it (instant when it is there)
+	@test -e $(ZERO)/deepspeed || $(PIP) install --no-deps --no-build-isolation --target $(ZERO) \
+		deepspeed einops hjson ninja py-cpuinfo -c constraints.txt
+
+test-zero: setup-zero  ## two processes under ZeRO-1, 2 and 3, and a run that goes on, beside one process
+	@$(WITH_ZERO) $(PYTEST) -k "(zero1 or zero2 or zero3) and not (partly or offload)" \
+		tests/distributed/test_deepspeed.py $(TEST_ARGS)
+
 test-extras: setup  ## tests of 4- and 8-bit weights, trackers, DeepSpeed and guided fuzzing; installs those extras
 	@$(PIP) install -e '.[quantization,trackers,deepspeed,fuzz]' -c constraints.txt
 	@$(PYTEST) -m "extras" $(TEST_ARGS)
 
-distributed: setup  ## tests of several processes with PROCESSES (4) of them: DDP, FSDP2, and DeepSpeed where installed
-	@marks="not extras"; $(BIN)/python -c "import deepspeed" 2>/dev/null && marks=""; \
-		PREFTUNE_PROCESSES=$(PROCESSES) PREFTUNE_FAULTS=full OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
+distributed: setup  ## tests of several processes with PROCESSES (4) of them: DDP, FSDP2, and DeepSpeed after setup-zero
+	@marks="not extras"; test -e $(ZERO)/deepspeed && marks=""; \
+		$(WITH_ZERO) PREFTUNE_PROCESSES=$(PROCESSES) PREFTUNE_FAULTS=full OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q -m "$$marks" tests/distributed $(TEST_ARGS)
 
 # Without TRL, which asks for newer versions of its own. PEFT 0.18 warns of tied layers in an adapter; with transformers

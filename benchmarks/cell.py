@@ -72,8 +72,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: ``variant``, ``workload``, ``model``, ``dtype``, ``peft``, ``checkpointing``, ``num_rows``,
-            ``batch_size``, ``scale``, ``work`` and optionally ``threads``, and ``rows``, a file in place of the
-            workload.
+            ``batch_size``, ``scale``, ``work`` and optionally ``threads``.
 
     Returns:
         Seconds, pairs, tokens, floating-point operations of the work that had to be done, and peak memory growth.
@@ -93,10 +92,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(spec["threads"])
     work = Path(spec["work"])
     tokenizer = workloads.load_tokenizer(work, spec["model"])
-    if spec.get("rows"):
-        rows = workloads.rows_of_file(Path(spec["rows"]), spec["num_rows"])
-    else:
-        rows = workloads.make_rows(spec["workload"], spec["num_rows"], tokenizer, spec["scale"])
+    rows = workloads.make_rows(spec["workload"], spec["num_rows"], tokenizer, spec["scale"])
     counts = count_tokens(rows, tokenizer, _max_length(spec))
     folder = workloads.model_folder(work, spec["model"], tokenizer)
     cuda = torch.cuda.is_available()

@@ -119,15 +119,6 @@ def make_rows(name: str, num_rows: int, tokenizer: Any, scale: float = 1.0, seed
     return rows
 
 
-def rows_of_file(path: Path, num_rows: int) -> list[Row]:
-    """Rows of a JSON lines file with TRL's columns, at even steps along its lengths, in a fixed order."""
-    columns = ("prompt", "chosen", "rejected")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = _spread([{name: row[name] for name in columns} for row in rows], num_rows)
-    random.Random(0).shuffle(rows)
-    return rows
-
-
 def source_of(name: str) -> str:
     """Where a workload's rows come from, for the report."""
     if name not in FILES:
