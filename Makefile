@@ -125,7 +125,7 @@ noise: setup  ## true reward against flipped labels for DPO, cDPO, robust, IPO; 
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.noise
 
 experiments: setup real  ## noise, guards, sweeps, advice, methods over seeds: 15 hours of one core; goes on where it was cut short
-	@for each in noise detection corner advice learning grid; do \
+	@for each in noise detection corner advice learning selection grid; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$each --go_on || exit 1; done
 
 parity: setup  ## every loss and option against TRL in training; writes docs/parity.md

@@ -1,9 +1,9 @@
-"""A pretrained model tuned on real pairs with the commands that a user types; writes docs/real.md: ``make learn-real``.
+"""A pretrained model tuned on real pairs with the commands that a user types; writes docs/real.md: ``make real-page``.
 
-SmolLM2-135M-Instruct (``make real``) is tuned on HH (harmless) and dpo_en_demo with several seeds, evaluated on pairs
-that were held out, and its time and memory are compared with TRL's on the same rows. Everything goes through
-``preftune data convert``, ``dpo`` and ``eval`` as separate processes. Results are written after every run, and runs
-that are already in the file are not repeated, so that the hours can be spent in parts.
+SmolLM2-135M-Instruct (``make real``) is tuned on HH (harmless) and dpo_en_demo over seeds and evaluated on pairs whose
+prompts were held out, by ``preftune dpo`` and ``preftune eval`` as separate processes. Results are written after
+every run, and runs that the same code has made before are not repeated, so that the hours can be spent in parts. Time
+and memory beside TRL are those of ``benchmarks/run.py --preset pretrained``.
 
     python -m benchmarks.real                         # everything: hours on two cores
     python -m benchmarks.real --data hh --seeds 0     # a part of it
@@ -26,13 +26,16 @@ from typing import Any
 
 from benchmarks.run import run_cell
 
-from benchmarks import pretrained, workloads
+from benchmarks import pretrained, stale, summary, workloads
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "real.json"
+#: Made by ``benchmarks/run.py --preset pretrained``.
+SPEED = HERE / "results" / "cpu-pretrained.json"
 PAGE = HERE.parent / "docs" / "real.md"
+SOURCES = (*stale.ENGINE, "src/preftune/evaluation/*.py")
 #: Pairs to train on and held out; the rest of a file is left alone.
-SIZES = {"hh": (1_200, 300), "dpo_en": (240, 60)}
+SIZES = {"hh": (1_000, 300), "dpo_en": (240, 60)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear",
              "learning_rate": 2e-4},
@@ -43,8 +46,6 @@ SHARED: dict[str, Any] = {
     "lr_scheduler_type": "cosine", "max_length": 1024, "use_cpu": True, "save_strategy": "no", "report_to": "none",
 }  # fmt: skip
 EVAL = {"num_prompts": 48, "max_new_tokens": 96, "bf16": True}
-#: Steps of each library in the comparison of time and memory, and its repetitions.
-STEPS, REPETITIONS = 5, 3
 
 
 def preftune(*words: str, work: Path) -> dict[str, float]:
@@ -132,28 +133,6 @@ def _without_system(sample: dict[str, Any]) -> dict[str, str]:
     return {"prompt": prompt, "before": sample["reference_completion"], "after": sample["completion"]}
 
 
-def compare(data: str, peft: str, work: Path) -> list[dict[str, Any]]:
-    """Time and memory of both libraries, a few steps on rows of the training file as TRL's columns."""
-    train, _ = split(data, work)
-    converted = work / f"{data}-columns.jsonl"
-    converted.unlink(missing_ok=True)
-    preftune("data", "convert", "--dataset_name", str(train), "--out", str(converted), work=work)
-    batch = SHARED["per_device_train_batch_size"]
-    found = []
-    for repetition in range(REPETITIONS):
-        contenders = ["trl", "trl-precompute", "packed"]
-        for variant in contenders[repetition:] + contenders[:repetition]:
-            spec = {
-                "task": "measure", "variant": variant, "workload": data, "model": "smollm2-135m", "dtype": "bf16",
-                "peft": peft, "checkpointing": "default", "num_rows": STEPS * batch, "batch_size": batch,
-                "scale": 1.0, "threads": None, "work": str(work), "rows": str(converted),
-            }  # fmt: skip
-            result = run_cell(spec, timeout=3600)
-            print(data, peft, variant, repetition, result.get("error") or f"{result['seconds']:.0f} s", flush=True)
-            found.append({"data": data, "peft": peft, "variant": variant, "repetition": repetition, **result})
-    return found
-
-
 def interval(metric: dict[str, float], digits: int = 3) -> str:
     """A mean and its interval."""
     return f"{metric['mean']:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
@@ -161,7 +140,7 @@ def interval(metric: dict[str, float], digits: int = 3) -> str:
 
 def render(report: dict[str, Any]) -> str:
     """The page."""
-    runs, beside = report["runs"], report["beside"]
+    runs = report["runs"]
     machine = report["machine"]
     lines = [
         "# A pretrained model on real pairs",
@@ -196,8 +175,7 @@ def render(report: dict[str, Any]) -> str:
     for peft in dict.fromkeys(run["peft"] for run in runs):
         shown = next(run["settings"] for run in runs if run["peft"] == peft)
         lines.append(f"- {peft}: " + ", ".join(f"`{k}: {v}`" for k, v in shown.items() if k != "seed"))
-    if beside:
-        lines += ["", "## Time and memory beside TRL", "", *_beside(beside)]
+    lines += _beside()
     lines += ["", "## Samples", "", "Drawn at temperature 1 with equal random numbers for both, chosen by reading.", ""]
     for run in runs:
         for number in report["shown"].get(f"{run['data']}-{run['peft']}", []) if run["seed"] == 0 else []:
@@ -227,38 +205,28 @@ def _over_seeds(runs: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _beside(cells: list[dict[str, Any]]) -> list[str]:
+def _beside() -> list[str]:
+    """Time and memory of both libraries on the same data, of the speed benchmark's file."""
+    if not SPEED.is_file():
+        return []
+    report = json.loads(SPEED.read_text(encoding="utf-8"))
+    names = ("contender", "pairs/s", "x TRL", "memory growth", "memory / TRL")
+    wanted = [summary.HEADERS.index(name) for name in names]
     lines = [
-        f"{STEPS} optimizer steps of {SHARED['per_device_train_batch_size']} pairs each, bf16, {REPETITIONS} "
-        "repetitions in fresh processes; building the trainer included, loading the model not. Median, range in "
-        "brackets. Memory is growth over the loaded model.",
         "",
-        "| data | weights | | pairs/s | memory, GB | pairs/s over TRL as shipped |",
-        "|---|---|---|---|---|---|",
+        "## Time and memory beside TRL",
+        "",
+        f"From `benchmarks/results/{SPEED.name}`; how it is measured, and more columns, are in "
+        "[benchmarks.md](benchmarks.md). *x TRL*: times the speed of TRL as shipped.",
+        "",
+        "| data, precision, weights, batch | " + " | ".join(names) + " |",
+        "|---|---|" + "---:|" * (len(names) - 1),
     ]
-    names = {"trl": "TRL as shipped", "trl-precompute": "TRL, precomputed reference", "packed": "preftune"}
-    for data, peft in dict.fromkeys((cell["data"], cell["peft"]) for cell in cells):
-        own = [cell for cell in cells if (cell["data"], cell["peft"]) == (data, peft) and "error" not in cell]
-        rates: dict[str, dict[int, float]] = {}
-        for cell in own:
-            rates.setdefault(cell["variant"], {})[cell["repetition"]] = cell["num_pairs"] / cell["seconds"]
-        for variant, name in names.items():
-            if variant not in rates:
-                lines.append(f"| {data} | {peft} | {name} | failed | | |")
-                continue
-            memory = [cell["memory_growth"] / 1e9 for cell in own if cell["variant"] == variant]
-            ratios = [
-                rate / rates["trl"][number] for number, rate in rates[variant].items() if number in rates.get("trl", {})
-            ]
-            lines.append(
-                f"| {data} | {peft} | {name} | {_spread([*rates[variant].values()])} | {_spread(memory)} "
-                f"| {_spread(ratios) if ratios else '-'} |"
-            )
+    for setting, rows in summary.rows_of(report).items():
+        _, data, dtype, peft, _, batch, *_ = setting
+        for row in rows:
+            lines.append(f"| {data}, {dtype}, {peft}, {batch} | " + " | ".join(row[each] for each in wanted) + " |")
     return lines
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -270,17 +238,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", nargs=2, type=int, metavar=("TRAIN", "HELDOUT"), help="other sizes, to try it out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file; the page is of the default one")
     parser.add_argument("--work", type=Path, required=False, help="folder for runs (default: benchmarks/real-work)")
-    parser.add_argument("--no-trl", action="store_true", help="leave the comparison of time and memory out")
     parser.add_argument("--render", action="store_true", help="write the page from the results and stop")
     args = parser.parse_args(argv)
     work = (args.work or HERE / "real-work").resolve()
-    report: dict[str, Any] = {"runs": [], "beside": [], "shown": {}}
+    report: dict[str, Any] = {"runs": [], "shown": {}}
     if args.pairs:
         SIZES.update(dict.fromkeys(SIZES, tuple(args.pairs)))
     if args.out.is_file():
-        report = json.loads(args.out.read_text())
+        earlier = json.loads(args.out.read_text())
+        if args.render or stale.why_stale(earlier) is None:
+            report = earlier
     if not args.render:
         work.mkdir(parents=True, exist_ok=True)
+        report[stale.KEY] = stale.stamp(*SOURCES)
         report["machine"] = run_cell({"task": "machine", "threads": None}, 600)
         report["date"] = time.strftime("%Y-%m-%d")
         for data in args.data:
@@ -292,10 +262,6 @@ def main(argv: list[str] | None = None) -> int:
                     report["runs"].append(learn(data, peft, seed, work))
                     _save(report, args.out)
                     print(data, peft, seed, interval(report["runs"][-1]["metrics"]["rewards/accuracies"]), flush=True)
-                done = any((cell["data"], cell["peft"]) == (data, peft) for cell in report["beside"])
-                if not args.no_trl and not done:
-                    report["beside"] += compare(data, peft, work)
-                    _save(report, args.out)
     page = PAGE if args.out == RESULTS else args.out.with_suffix(".md")
     page.write_text(render(report), encoding="utf-8")
     return 0

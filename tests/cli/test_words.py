@@ -19,6 +19,7 @@ from preftune.cli.verbs import SYNONYMS, VERBS
         ("exprot", "export"),
         ("simpo", "cpo --loss_type simpo"),
         ("audit", "data audit"),
+        ("filter", "data select"),
     ],
 )
 def test_a_verb_is_guessed(capsys: pytest.CaptureFixture[str], word: str, meant: str) -> None:

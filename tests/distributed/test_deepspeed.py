@@ -73,9 +73,7 @@ def launched(cases: dict[str, given.Case], world: worlds.World, folder: Path, en
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_zero_ends_with_one_processs_weights(
-    engine: str, world: worlds.World, alone: Path, tmp_path: Path
-) -> None:
+def test_zero_ends_with_one_processs_weights(engine: str, world: worlds.World, alone: Path, tmp_path: Path) -> None:
     cases = {name: CASES[name] for name in ENGINES[engine][2]}
     launched(cases, world, tmp_path / "two", engine)
     for name, case in cases.items():

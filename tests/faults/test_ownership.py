@@ -94,6 +94,10 @@ SETTINGS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "audit": ({"--out": "folder", "--quarantine_path": "file"}, {"--dataset_name": "data"}),
     "convert": ({"--out": "file"}, {"--dataset_name": "data"}),
+    "select": (
+        {"--out": "folder", "--quarantine_path": "file"},
+        {"--model_name_or_path": "model", "--dataset_name": "data"},
+    ),
     "advise": ({"--out": "folder", "--write": "file"}, {"--model_name_or_path": "model", "--dataset_name": "data"}),
     "sweep": ({"--out": "folder", "PREFTUNE_CACHE": "folder"}, {"--model_name_or_path": "model"}),
     "run": ({"--out": "folder", "PREFTUNE_CACHE": "folder"}, {"--model": "model", "{world}/pairs.jsonl": "data"}),

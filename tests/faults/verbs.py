@@ -31,6 +31,10 @@ VERBS: dict[str, tuple[str, ...]] = {
     "report": ("report", "{world}/run", "--out", "{out}/report.html"),
     "recipes": ("recipes", "copy", "zephyr-7b-dpo-full", "{out}/README.md"),
     "convert": ("data", "convert", *_PAIRS, "--out", "{out}/log.jsonl"),
+    "select": (
+        *("data", "select", *_PAIRS, "--model_name_or_path", "{world}/model", "--out", "{out}", "--use_cpu", "true"),
+        *("--bf16", "false", "--max_steps", "2", "--per_device_train_batch_size", "2"),
+    ),
     "run": (
         *("run", "{world}/pairs.jsonl", "--model", "{world}/model", "--out", "{out}", "--use_cpu", "true"),
         *("--bf16", "false", "--report_to", "none", "--max_steps", "2", "--num_prompts", "0", "--disable_tqdm", "true"),

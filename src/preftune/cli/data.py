@@ -15,7 +15,7 @@ from preftune.verbs import ROWS
 if TYPE_CHECKING:
     from rich.console import Console
 
-ACTIONS = ("show", "audit", "convert")
+ACTIONS = ("show", "audit", "convert", "select")
 VERBS = tuple(ROWS)
 _HELP = """usage: preftune data show --dataset_name D --model_name_or_path M [--config FILE.yaml] [--name value ...]
 
@@ -24,7 +24,7 @@ Print prepared rows: prompt, chosen, rejected; which tokens are trained on, and 
 {flags}
 
 `preftune data audit --help` is about what is wrong with a data set, `preftune data convert --help` about writing it
-in another form.
+in another form, `preftune data select --help` about leaving pairs out that a model does not learn.
 
 Settings of that verb that concern data, tokenizer and truncation count as they do there."""
 
@@ -96,10 +96,10 @@ def main(argv: Sequence[str]) -> int:
             allowed=", ".join(ACTIONS),
             remedy=f"did you mean `preftune data {close[0]}`?" if close else None,
         )
-    if action == "audit":
-        from preftune.cli import audit
+    if action in ("audit", "select"):
+        from preftune.cli import audit, select
 
-        return audit.main(argv[1:])
+        return (audit if action == "audit" else select).main(argv[1:])
     line = split_command_line(argv[1:])
     if line.help:
         print(_help(action))

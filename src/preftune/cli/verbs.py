@@ -38,6 +38,7 @@ SYNONYMS: dict[str, str] = {
     **dict.fromkeys(("audit", "check", "validate"), "data audit"),
     **dict.fromkeys(("show", "view", "inspect", "tokenize"), "data show"),
     "convert": "data convert",
+    **dict.fromkeys(("select", "filter", "curate"), "data select"),
     **dict.fromkeys(("dashboard", "serve-ui", "web"), "ui"),
     **dict.fromkeys(("plot", "compare", "html"), "report"),
     **dict.fromkeys(("search", "grid", "hpo"), "sweep"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from preftune.data.audit import AuditReport
+    from preftune.data.audit.rows import Rows
 
 
 def audit_data(
@@ -128,6 +129,28 @@ def reference_margins(
         model_init_kwargs=kwargs,
         with_reference=False,
     ).model
+    store = ReferenceStore() if getattr(settings.trainer, "reference_store", False) else None
+    return pair_margins(model, rows, tokenizer, options, store=store, quiet=quiet)
+
+
+def pair_margins(
+    model: Any, rows: Rows, tokenizer: Any, options: Any, *, store: Any = None, bf16: bool = False, quiet: bool = False
+) -> Any:
+    """How much likelier a model finds the chosen answer than the rejected one.
+
+    Args:
+        model: Any causal model.
+        rows: Pairs.
+        tokenizer: The model's.
+        options: Data options; answers are truncated as training would.
+        store: Where log-probs are looked up and kept.
+        bf16: Compute in bfloat16 by autocast.
+        quiet: Draw no bar.
+
+    Returns:
+        ``(rows, 2)``: difference of the sums of log-probs, in nats, and of their means per token; NaN where truncation
+        leaves nothing to compare.
+    """
     found = tokenise(rows, tokenizer, options, lambda items, title: items)
     items, numbers, lengths = [], [], []
     for pair, i in zip(found.pairs, found.numbers, strict=True):
@@ -139,9 +162,9 @@ def reference_margins(
         items.append([(np.asarray(prompt, dtype=np.int64), np.asarray(ids, dtype=np.int64)) for prompt, ids in parts])
         numbers.append(i)
         lengths.append((len(kept.chosen), len(kept.rejected)))
-    store = ReferenceStore() if getattr(settings.trainer, "reference_store", False) else None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    sums = Scorer(model, store=store, pad_token_id=pad, show_progress=not quiet).sums(items, "Reference")
+    scorer = Scorer(model, store=store, bf16=bf16, pad_token_id=pad, show_progress=not quiet)
+    sums = scorer.sums(items, "Scoring")
     out = np.full((len(rows), 2), np.nan)
     if items:
         out[numbers, 0] = sums[:, 0] - sums[:, 1]
