@@ -22,7 +22,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import stale
+from benchmarks import seeded, stale
 from preftune.stats.intervals import (
     Interval,
     bootstrap_mean,
@@ -34,7 +34,6 @@ from preftune.stats.intervals import (
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "evaluation" / "coverage.json"
 DOCUMENT = HERE.parent / "docs" / "evaluation.md"
-MARKS = ("<!-- coverage: begin -->", "<!-- coverage: end -->")
 GROUPS = (10, 20, 30, 50, 100, 200)
 PROMISE = (0.93, 0.97)
 
@@ -168,11 +167,8 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def render(result: dict[str, Any], document: Path) -> None:
     """Put the table between its marks in the document."""
-    text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
     note = f"Per cent of {result['simulations']:,} simulations each (standard error {result['error']:.1f} points)."
-    document.write_text(f"{before}{MARKS[0]}\n{note}\n\n{table(result['cells'])}\n{MARKS[1]}{after}", encoding="utf-8")
+    seeded.place(document, "coverage", f"{note}\n\n{table(result['cells'])}")
 
 
 def main(argv: list[str] | None = None) -> int:

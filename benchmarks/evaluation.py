@@ -27,10 +27,11 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import seeded
+
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "evaluation" / "speed.json"
 DOCUMENT = HERE.parent / "docs" / "evaluation.md"
-MARKS = ("<!-- speed: begin -->", "<!-- speed: end -->")
 VARIANTS = ("trl", "preftune")
 WORKLOAD, MODEL, BETA = "hh", "llama-19m", 0.1
 
@@ -203,9 +204,6 @@ def table(report: dict[str, Any]) -> str:
 
 def render(report: dict[str, Any], document: Path) -> None:
     """Put the table between its marks in the document."""
-    text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
     about = report["machine"]
     pairs = report["cells"][0]["num_pairs"]
     note = (
@@ -216,7 +214,7 @@ def render(report: dict[str, Any], document: Path) -> None:
     load = (about.get("load_average") or [0.0])[0]
     if load > 0.5 * about["num_cores"]:
         note += f" The machine was busy (load {load:.1f}): take the figures as provisional."
-    document.write_text(f"{before}{MARKS[0]}\n{note}\n\n{table(report)}\n{MARKS[1]}{after}", encoding="utf-8")
+    seeded.place(document, "speed", f"{note}\n\n{table(report)}")
 
 
 def main(argv: list[str] | None = None) -> int:

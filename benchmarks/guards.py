@@ -24,7 +24,6 @@ from preftune.demo.training import DemoSettings
 
 OUT = toy.RESULTS.parent / "guards.json"
 DOCUMENT = toy.DOCS / "guards.md"
-BEGIN, END = "<!-- table: made by benchmarks/guards.py -->", "<!-- end of table -->"
 # Worlds from this number on: thresholds were chosen on those before.
 _FIRST_WORLD, _NUM_WORLDS, _NUM_HEALTHY = 10, 4, 20
 Row = dict[str, Any]
@@ -349,9 +348,7 @@ def _mean(cells: list[dict[str, Any]], name: str) -> str:
 
 def write_document(report: dict[str, Any], path: Path) -> None:
     """Puts the tables between the marks of the document."""
-    text = path.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    path.write_text(f"{head}{BEGIN}\n\n{render(report)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    seeded.place(path, "guards", render(report))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,12 +22,11 @@ from typing import Any
 
 from benchmarks.render import machine_text
 
-from benchmarks import cell, workloads
+from benchmarks import cell, seeded, workloads
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "preparing.json"
 DOCUMENT = HERE.parent / "docs" / "performance.md"
-MARKS = ("<!-- preparing: begin -->", "<!-- preparing: end -->")
 LIBRARIES, WORKLOADS, MODEL = ("trl", "preftune"), ("hh", "dpo_en"), "llama-1m"
 
 
@@ -108,10 +107,8 @@ def table(report: dict[str, Any]) -> str:
 
 def render(report: dict[str, Any], document: Path) -> None:
     """Put the table between its marks in the document."""
-    before, _, rest = document.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
     note = f"{machine_text(report['machine'])} {report['date'][:10]}."
-    document.write_text(f"{before}{MARKS[0]}\n{table(report)}\n\n{note}\n{MARKS[1]}{after}", encoding="utf-8")
+    seeded.place(document, "preparing", f"{table(report)}\n\n{note}")
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +182,7 @@ def select_pairs(
         for half in (0, 1):
             others = np.flatnonzero(halves != half)
             this = _run(verb, line, console, Path(folder, str(half)), rows.select(np.flatnonzero(halves == half)))
-            margins[others] = _judged(this, rows.select(others), lambda trainer, half=half: watch(half, trainer))
+            margins[others] = _judged(this, rows.select(others), partial(watch, half))
     known = ~np.isnan(margins)
     accuracy = proportion_interval(
         (margins[known] > 0).astype(float), groups=[key for key, is_known in zip(keys, known, strict=True) if is_known]
