@@ -118,7 +118,8 @@ gpu: setup  ## kernels against fp64, then training beside TRL on a GPU, 8 minute
 learning: setup  ## true reward before and after for every method, on a toy; writes docs/learning.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning
 
-real-page: setup real  ## the pretrained model tuned on real pairs, beside TRL, hours; writes docs/real.md
+real-page: setup real  ## the pretrained model: packed in every precision, tuned on real pairs, hours; writes docs/real.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.probing --go_on
 	@$(BIN)/python -m benchmarks.real
 
 noise: setup  ## true reward against flipped labels for DPO, cDPO, robust, IPO; writes docs/noise.md

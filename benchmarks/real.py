@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.run import run_cell
 
-from benchmarks import pretrained, stale, summary, workloads
+from benchmarks import pretrained, probing, stale, summary, workloads
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "real.json"
@@ -175,7 +175,7 @@ def render(report: dict[str, Any]) -> str:
     for peft in dict.fromkeys(run["peft"] for run in runs):
         shown = next(run["settings"] for run in runs if run["peft"] == peft)
         lines.append(f"- {peft}: " + ", ".join(f"`{k}: {v}`" for k, v in shown.items() if k != "seed"))
-    lines += _beside()
+    lines += [*_beside(), *_probed()]
     lines += ["", "## Samples", "", "Drawn at temperature 1 with equal random numbers for both, chosen by reading.", ""]
     for run in runs:
         for number in report["shown"].get(f"{run['data']}-{run['peft']}", []) if run["seed"] == 0 else []:
@@ -227,6 +227,19 @@ def _beside() -> list[str]:
         for row in rows:
             lines.append(f"| {data}, {dtype}, {peft}, {batch} | " + " | ".join(row[each] for each in wanted) + " |")
     return lines
+
+
+def _probed() -> list[str]:
+    """How often the start-up probe refused these weights."""
+    if not probing.OUT.is_file():
+        return []
+    report = json.loads(probing.OUT.read_text(encoding="utf-8"))
+    head = (
+        "Before training a packed row is tried against separate sequences ([how](design.md#which-models-are-packed)). "
+        f"The same weights in six architectures, with {report['num_seeds']} draws of tokens each "
+        f"(`benchmarks/results/{probing.OUT.name}`, by `python -m benchmarks.probing`):"
+    )
+    return ["", "## Packed, whatever the rounding", "", head, "", *probing.table(report)]
 
 
 def main(argv: list[str] | None = None) -> int:
