@@ -301,3 +301,6 @@ if __name__ == "__main__":
         let_deepspeed_in()
     for case_name, each in json.loads(cases).items():
         run(tuple(each), model, Path(folder, case_name), **extra)
+    # Threads that still serve the group when Python ends abort the process.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
