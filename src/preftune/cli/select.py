@@ -37,12 +37,12 @@ class _Own:
 
     Attributes:
         out: Folder for the pairs that are kept, and those that are not.
-        keep: Share of the pairs to keep; one half is that of arXiv 2502.09650.
+        keep: Share of the pairs to keep; arXiv 2502.09650 keeps one half.
         verb: Train as this verb would.
     """
 
     out: str = ""
-    keep: float = 0.5
+    keep: float = 0.75
     verb: str = field(default="dpo", metadata={"choices": PAIR_VERBS})
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 from accelerate import Accelerator
@@ -41,6 +42,23 @@ def settle_engine(args: PackedConfig, accelerator: Accelerator, model: nn.Module
     check_agreed(args)
     fsdp.settle(accelerator, model)
     gather_zero3(accelerator)
+    _keep_order_of_sums(args, accelerator)
+
+
+def _keep_order_of_sums(args: PackedConfig, accelerator: Accelerator) -> None:
+    """Let DDP add gradients up in one order from the first step on: a run that goes on then gives the same bits.
+
+    DDP lays its buckets out anew after the first backward, unless it looks for unused parameters, and with more than
+    two processes the order of sums depends on the layout. Reentrant checkpointing does not allow it to look.
+    """
+    handler = accelerator.ddp_handler
+    given = args.gradient_checkpointing_kwargs
+    reentrant = isinstance(given, dict) and given.get("use_reentrant")
+    if handler is None or accelerator.num_processes < 3 or handler.static_graph or reentrant:
+        return
+    if args.ddp_find_unused_parameters is None:
+        handler.find_unused_parameters = True
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
 
 
 def shard_as(policy: nn.Module, model: nn.Module, accelerator: Accelerator) -> None:
