@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedDataParallelKwargs
 
 from preftune import DPOConfig
 from preftune.errors import ConfigError, ModelError, SetupError
 from preftune.training.checkpoints.manifest import Manifest
 from preftune.training.checkpoints.resume import check_same_shards
-from preftune.training.engines import check_engine
+from preftune.training.engines import _keep_order_of_sums, check_engine
 from preftune.training.fsdp import settle
 from preftune.training.zero import check_agreed, check_deepspeed, check_zero_model
 
@@ -224,3 +226,23 @@ def test_what_trains_right_is_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, value in _FSDP.items():
         monkeypatch.setenv(name, value)
     check_engine(given(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "looks"),
+    [
+        (2, {}, False),
+        (3, {}, True),
+        (8, {}, True),
+        (8, {"ddp_find_unused_parameters": False}, False),
+        (8, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, False),
+    ],
+)
+def test_more_than_two_processes_add_gradients_up_in_one_order(
+    processes: int, more: dict[str, Any], looks: bool, tmp_path: Path
+) -> None:
+    """DDP does not lay its buckets out anew after the first step; two numbers have one sum in either order."""
+    accelerator: Any = SimpleNamespace(num_processes=processes, ddp_handler=DistributedDataParallelKwargs())
+    with warnings.catch_warnings():
+        _keep_order_of_sums(given(tmp_path, **more), accelerator)
+    assert accelerator.ddp_handler.find_unused_parameters is looks
