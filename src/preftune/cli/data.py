@@ -99,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
     if action in ("audit", "select"):
         from preftune.cli import audit, select
 
-        return (audit if action == "audit" else select).main(argv[1:])
+        verb = audit.main if action == "audit" else select.main
+        return verb(argv[1:])
     line = split_command_line(argv[1:])
     if line.help:
         print(_help(action))
