@@ -69,8 +69,12 @@ def main(argv: Sequence[str]) -> int:
 
     console = Console()
     with plain_warnings(console):
+        from transformers.utils.logging import disable_progress_bar
+
         from preftune.runs.selection import select_pairs
 
+        # Bars for files that are read in a blink bury those that tell something.
+        disable_progress_bar()
         folder = claim_files(own.out, "select", (KEPT, LEFT_OUT, FOUND, BAD), "--out")
         os.makedirs(own.out, exist_ok=True)
         folder.remove_file(BAD)
