@@ -109,7 +109,8 @@ def test_the_verb_writes_what_it_kept_and_left_out(
     assert main([*command, *flags(model, written(tmp_path, rows), lora_target_modules="all-linear")]) == 0
     said = capsys.readouterr().out
     assert "half 1 of 2" in said
-    assert "next: preftune" in said
+    followed = f"--dataset_name {out}/selected.jsonl --use_peft --lora_r 4 --model_name_or_path {model}"
+    assert f"next: preftune {verb} {followed}" in said
     kept, left = (
         [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
         for name in ("selected.jsonl", "left_out.jsonl")
@@ -167,11 +168,15 @@ def test_what_a_file_of_settings_brings_along_is_named(
 ) -> None:
     given = flags(model, written(tmp_path, ruled(20, set())), num_train_epochs=1)
     settings = dict(zip([name[2:] for name in given[::2]], given[1::2], strict=True))
-    settings |= {"output_dir": "elsewhere", "eval_strategy": "steps"}
+    settings |= {"output_dir": "elsewhere", "eval_strategy": "steps", "save_strategy": "steps"}
+    settings |= {"eval_on_start": "true", "load_best_model_at_end": "true"}
     config = tmp_path / "run.yaml"
     config.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()), encoding="utf-8")
     assert main(["data", "select", "--out", str(tmp_path / "out"), "--config", str(config)]) == 0
-    assert "without effect here: output_dir, eval_strategy" in capsys.readouterr().out
+    assert (
+        "without effect here: output_dir, eval_strategy, eval_on_start, load_best_model_at_end"
+        in capsys.readouterr().out
+    )
     assert not Path("elsewhere").exists()
 
 

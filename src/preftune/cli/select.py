@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preftune.config import split_command_line
+from preftune.config import CommandLine, split_command_line
 from preftune.config.own import take_own
 from preftune.errors import ConfigError
 from preftune.verbs import PAIR_VERBS
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         for name, kept in ((KEPT, True), (LEFT_OUT, False)):
             folder.put_text(name, _lines(found, kept=kept))
         folder.put_text(FOUND, json_text({"keep": own.keep, "verb": own.verb, **found.as_dict()}))
-    for text in _told(found, own):
+    for text in [*_told(found, own), _next(own, rest)]:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -117,8 +117,6 @@ def _lines(found: Selection, *, kept: bool) -> str:
 
 
 def _told(found: Selection, own: _Own) -> list[str]:
-    import shlex
-
     from preftune.terminal.units import plural
 
     share = found.accuracy
@@ -132,7 +130,18 @@ def _told(found: Selection, own: _Own) -> list[str]:
             "! they do no better than chance on pairs they have not seen, so that the order tells nothing: keep all "
             "pairs, or train longer (num_train_epochs, learning_rate)"
         )
-    kept = shlex.quote(str(Path(own.out) / KEPT))
     out.append(f"wrote {own.out}: {KEPT}, {LEFT_OUT}, {FOUND}")
-    out.append(f"next: preftune {own.verb} --dataset_name {kept} and the same on all pairs; then preftune eval of both")
     return out
+
+
+def _next(own: _Own, line: CommandLine) -> str:
+    """The training on what was kept, with the settings of the trainings that judged."""
+    from preftune.config import redact_argv
+    from preftune.runs.next_steps import command
+
+    given = [text for config in line.configs for text in ("--config", config)]
+    for name, values, _ in line.flags:
+        # How the source was read does not fit the rows that were written.
+        given += [] if name.startswith("dataset_") else [f"--{name}", *values]
+    kept = ("--dataset_name", Path(own.out, KEPT))
+    return f"next: {command(*redact_argv([own.verb, *map(str, kept), *given]))}; judge it beside one on all pairs"

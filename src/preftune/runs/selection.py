@@ -1,6 +1,6 @@
 """Which pairs a model can learn: each is judged by a model that was trained on the other half of them.
 
-Pairs that stay wrong for a model trained on others are too hard for it, or turned round: training without the hardest
+Pairs that stay wrong for a model trained on others are too hard for it, or mislabelled: training without the hardest
 ones can be better than with all (Gao et al. 2025, arXiv 2502.09650). The paper ranks pairs by the loss under models
 that were trained on the other half, and keeps the easier half. The loss of DPO falls with the margin, so that the order
 by held-out margin is the paper's order.
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 #: Settings that have no place in trainings of halves that leave nothing behind.
 REFUSED = ("resume_from_checkpoint", "push_to_hub", "test_split_size", "generation_steps", "dry_run", "do_eval")
 #: What these trainings do without, whatever a file of settings says.
-WITHOUT = {"eval_strategy": "no", "save_strategy": "no", "report_to": "none", "advice": "false", "guards": "off"}
+WITHOUT = {
+    **{"eval_strategy": "no", "eval_on_start": "false", "load_best_model_at_end": "false", "save_strategy": "no"},
+    **{"report_to": "none", "advice": "false", "guards": "off"},
+}
 #: Pairs of each half below which a training tells nothing; heuristic.
 LEAST_PAIRS = 8
 
