@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from preftune.kernels import head
-from preftune.kernels.head import HeadTransform, token_scores
+from preftune.kernels.head import HeadTransform, scores_from_logits, token_scores
 
 TRANSFORMS = [HeadTransform(), HeadTransform(0.25), HeadTransform(1.0, 3.0), HeadTransform(0.5, 2.0)]
 
@@ -81,6 +81,32 @@ def test_bf16_gradient_of_a_confident_token_keeps_its_digits(keep: int) -> None:
     exact = 1 / (1 + torch.exp(torch.tensor(8.0)))
     assert hidden.grad is not None
     torch.testing.assert_close(hidden.grad[0, 0], exact, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("trainable", "keep"), [(False, 0), (True, 0), (True, 1 << 30)])
+def test_fp32_keeps_its_digits_in_a_large_vocabulary(trainable: bool, keep: int) -> None:
+    """A few likely tokens and thousands of unlikely ones: added up one after another, the unlikely ones get lost."""
+    torch.manual_seed(0)
+    hidden = torch.randn(48, 64, requires_grad=True)
+    # Embeddings of trained models have a part in common, which is what an error of the sum moves along.
+    weight = (0.4 * torch.randn(50_000, 64) + 0.1 * torch.randn(64)).requires_grad_(trainable)
+    bias = torch.zeros(50_000)
+    bias[:10] = 8.0
+    targets = torch.randint(0, 50_000, (48,))
+    inputs = (hidden, weight) if trainable else (hidden,)
+    expected = oracle(hidden, weight, bias, targets, HeadTransform())[0].gather(1, targets[:, None])[:, 0]
+    wanted = torch.autograd.grad(expected.sum(), inputs)
+    for got in (
+        token_scores(hidden, weight, bias, targets, keep_bytes=keep).logps,
+        scores_from_logits(hidden @ weight.T + bias, targets).logps,
+    ):
+        # What logits are rounded by has either sign; the mean shows what all tokens have in common.
+        assert abs(float((got.double() - expected).mean())) < 4e-7
+        for mine, its in zip(torch.autograd.grad(got.sum(), inputs), wanted, strict=True):
+            assert float((mine - its).norm() / its.norm()) < 1e-6
+    with torch.no_grad():
+        again = token_scores(hidden, weight, bias, targets).logps
+    assert torch.equal(again, token_scores(hidden, weight, bias, targets, keep_bytes=keep).logps)
 
 
 def test_log_softmax_is_fp32_for_half_hidden_states() -> None:

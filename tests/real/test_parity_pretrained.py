@@ -46,8 +46,8 @@ def train(
 @pytest.mark.parametrize(
     ("lora", "more"), [(False, {}), (True, {"reference_store": False})], ids=["full", "lora, live"]
 )
-@pytest.mark.parametrize("steps", [5, pytest.param(20, marks=pytest.mark.wide)])
-def test_steps_are_trls(smollm2: str, tmp_path: Path, steps: int, lora: bool, more: dict[str, Any]) -> None:
+def test_twenty_steps_are_trls(smollm2: str, tmp_path: Path, lora: bool, more: dict[str, Any]) -> None:
+    steps = 20
     theirs, expected = train("trl", smollm2, tmp_path / "trl", lora, steps)
     ours, got = train("preftune", smollm2, tmp_path / "preftune", lora, steps, packing_mode="packed", **more)
     assert len(got) == len(expected) == steps
@@ -66,9 +66,6 @@ def test_steps_are_trls(smollm2: str, tmp_path: Path, steps: int, lora: bool, mo
         if parameter.requires_grad
     }
     worst = max(differences, key=lambda name: differences[name])
-    if lora and differences[worst] > TOLERANCE:
-        # A shortfall that is known and not understood to its end: factors begin at zero, and Adam follows signs there.
-        pytest.xfail(f"{worst} differs by {differences[worst]:.1e}, {TOLERANCE:.0e} is asked for")
     assert differences[worst] <= TOLERANCE, worst
 
 

@@ -175,10 +175,15 @@ def scores_from_logits(
     with_tail: bool = False,
 ) -> TokenScores:
     """Scores from logits that a model insists on computing itself, ``(N, V)``; differentiable in ``logps``."""
-    logp = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    logps = logp.gather(1, targets.unsqueeze(1)).squeeze(1)
+    # Not log_softmax, which is less exact on a CPU (see _normalised).
+    values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse = values.logsumexp(-1, keepdim=True)
+    logps = (values.gather(1, targets.unsqueeze(1)) - lse).squeeze(1)
     wanted = _Wanted(with_stats, with_log_sum_sq, with_tail)
-    return TokenScores(logps, *_tile_stats(logits.detach(), logp.detach(), targets, wanted))
+    if not wanted:
+        return TokenScores(logps)
+    with torch.no_grad():
+        return TokenScores(logps, *_tile_stats(logits, values - lse, targets, wanted))
 
 
 @dataclass(frozen=True)
@@ -248,17 +253,16 @@ class _TokenScores(torch.autograd.Function):
         probs = torch.empty(num_tokens, vocab, dtype=dtype, device=h.device) if keep else None
         stats: list[tuple[Tensor | None, ...]] = []
         for part in budget.tiles(num_tokens, vocab):
-            logits, logp = _tile_logp(h[part], w, bias, transform, wide)
-            chosen = targets[part].unsqueeze(1)
-            logps[part] = logp.gather(1, chosen).squeeze(1)
-            lse[part] = (logits.gather(1, chosen).to(wide) - logp.gather(1, chosen)).squeeze(1)
+            logits = transform.apply(_linear(h[part], w, bias))
+            own = probs[part] if probs is not None and dtype == wide else None
+            logps[part], lse[part], found = _normalised(logits, targets[part], own, probs is not None or frozen_grad)
             if wanted:
-                stats.append(_tile_stats(logits, logp, targets[part], wanted))
-            if probs is not None:
-                torch.exp(logp, out=probs[part]) if probs.dtype == wide else probs[part].copy_(logp.exp_())
+                stats.append(_tile_stats(logits, logits - lse[part].unsqueeze(1), targets[part], wanted))
+            if probs is not None and own is None:
+                probs[part] = found
             if direction is not None:
-                grad = logp.exp_().neg_()
-                grad.scatter_(1, chosen, -torch.expm1(logps[part]).unsqueeze(1))
+                grad = found.neg_()
+                grad.scatter_(1, targets[part].unsqueeze(1), -torch.expm1(logps[part]).unsqueeze(1))
                 direction[part] = transform.backward_(grad, logits).to(dtype) @ w
         ctx.save_for_backward(h, w, bias, targets, logps, lse, direction)
         # Not among the saved tensors: the backward writes over them, and what moves those to the host would move these.
@@ -353,8 +357,33 @@ def _linear(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(h, w, None if bias is None else bias.to(h.dtype))
 
 
-def _tile_logp(
-    h: Tensor, w: Tensor, bias: Tensor | None, transform: HeadTransform, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    logits = transform.apply(_linear(h, w, bias))
-    return logits, torch.log_softmax(logits, -1, dtype=wide)
+def _normalised(
+    logits: Tensor, targets: Tensor, out: Tensor | None, with_probs: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the targets and logs of the sums of exponentials, ``(n,)``, and probabilities, ``(n, V)``.
+
+    Args:
+        logits: One tile, ``(n, V)``; left as it is.
+        targets: Token ids, ``(n,)``.
+        out: Where to put the probabilities, in the dtype of the results.
+        with_probs: Whether they are needed; else what stands for them is anything.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    chosen = targets.unsqueeze(1)
+    if logits.device.type != "cpu":
+        logp = torch.log_softmax(logits, -1, dtype=wide)
+        logps = logp.gather(1, chosen)
+        lse = logits.gather(1, chosen).to(wide) - logps
+        probs = torch.exp(logp, out=logp if out is None else out) if with_probs else logp
+    else:
+        # On a CPU log_softmax adds the exponentials of a row up one after another, which loses two digits of fp32 in a
+        # vocabulary of 49,152, the same way for every token: weights of LoRA's follow. `sum` adds them in pairs.
+        peak = logits.amax(-1, keepdim=True).to(wide)
+        values = logits.to(wide)
+        probs = torch.sub(values, peak, out=out if values is logits else values).exp_()
+        total = probs.sum(-1, keepdim=True)
+        lse = peak + total.log()
+        logps = logits.gather(1, chosen).to(wide) - lse
+        if with_probs:
+            probs.div_(total)
+    return logps.squeeze(1), lse.squeeze(1), probs
