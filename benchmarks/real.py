@@ -266,9 +266,9 @@ def main(argv: list[str] | None = None) -> int:
         report[stale.KEY] = stale.stamp(*SOURCES)
         report["machine"] = run_cell({"task": "machine", "threads": None}, 600)
         report["date"] = time.strftime("%Y-%m-%d")
-        for data in args.data:
-            for peft in args.peft:
-                for seed in args.seeds:
+        for seed in args.seeds:  # outermost, so that hours that are cut short leave a whole table of fewer seeds
+            for data in args.data:
+                for peft in args.peft:
                     wanted = {"data": data, "peft": peft, "seed": seed}
                     if any(wanted.items() <= run.items() for run in report["runs"]):
                         continue

@@ -58,7 +58,7 @@ def pytest_unconfigure() -> None:
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
 _SOURCES = [
     "own",
-    *([pytest.param("published", marks=[pytest.mark.slow, pytest.mark.wide])] if PUBLISHED.is_dir() else []),
+    *([pytest.param("published", marks=pytest.mark.slow)] if PUBLISHED.is_dir() else []),
 ]
 
 

@@ -204,7 +204,10 @@ def test_nothing_is_lost_in_some_combinations(template: str, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("template", FAMILIES)
 def test_nothing_is_lost_in_all_combinations(template: str, tmp_path: Path) -> None:
-    run(template, list(combinations()), tmp_path)
+    """Every combination, dealt out twice among the templates."""
+    shuffled = list(combinations())
+    random.Random(0).shuffle(shuffled)
+    run(template, shuffled[list(FAMILIES).index(template) % 3 :: 3], tmp_path)
 
 
 def test_the_checker_finds_what_is_missing_and_what_is_printed() -> None:

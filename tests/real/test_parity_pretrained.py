@@ -1,4 +1,4 @@
-"""Steps on trained weights, by TRL and by preftune, in fp32: logs and weights; a few, or twenty."""
+"""Steps on trained weights, by TRL and by preftune, in fp32: logs and weights."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ REWARD_FLOOR = 2e-5
 
 
 def train(
-    library: str, folder: str, out: Path, lora: bool, steps: int, **more: Any
+    library: str, folder: str, out: Path, lora: bool, steps: int, *, dtype: torch.dtype = torch.float32, **more: Any
 ) -> tuple[Any, list[dict[str, float]]]:
     torch.manual_seed(0)
     module = importlib.import_module(library)
     args = module.DPOConfig(
         output_dir=str(out), per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=1e-4 if lora else 1e-6,
-        bf16=False, use_cpu=True, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **more,
+        use_cpu=True, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        **({"bf16": False} | more),
     )  # fmt: skip
     config = peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear") if lora else None
     trainer = module.DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
         args=args,
         train_dataset=Dataset.from_list(pair_rows(steps * BATCH)),
         processing_class=AutoTokenizer.from_pretrained(folder),
@@ -69,7 +70,17 @@ def test_twenty_steps_are_trls(smollm2: str, tmp_path: Path, lora: bool, more: d
     assert differences[worst] <= TOLERANCE, worst
 
 
-@pytest.mark.wide
+def test_half_precision_starts_at_ln_2_or_says_why(smollm2: str, tmp_path: Path) -> None:
+    """What a sequence is padded to depends on those beside it, and the pass of the reference has others."""
+    for precision in ({"bf16": True}, {"dtype": torch.bfloat16}):
+        _, lines = train("preftune", smollm2, tmp_path / "packed", False, 1, **precision, packing_mode="packed")
+        assert lines[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+        assert lines[0]["rewards/margins"] == 0.0
+        with pytest.warns(UserWarning, match="before the first update, which is rounding"):
+            _, lines = train("preftune", smollm2, tmp_path / "padded", False, 1, **precision, packing_mode="padded")
+        assert 0 < abs(lines[0]["rewards/margins"]) < 0.05
+
+
 def test_compiled_layers_train_the_same(smollm2: str, tmp_path: Path) -> None:
     """Of trained weights: packed all the same, from ln 2 on, to what fusing rounds otherwise."""
     plain, expected = train("preftune", smollm2, tmp_path / "plain", False, 3, packing_mode="packed")

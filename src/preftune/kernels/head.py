@@ -357,9 +357,7 @@ def _linear(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(h, w, None if bias is None else bias.to(h.dtype))
 
 
-def _normalised(
-    logits: Tensor, targets: Tensor, out: Tensor | None, with_probs: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _normalised(logits: Tensor, targets: Tensor, out: Tensor | None, with_probs: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of the targets and logs of the sums of exponentials, ``(n,)``, and probabilities, ``(n, V)``.
 
     Args:

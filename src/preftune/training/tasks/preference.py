@@ -19,6 +19,9 @@ from preftune.training.preference_config import PreferenceConfig, ReferenceConfi
 from preftune.training.setup import data_options
 from preftune.training.task import Scoring, Task
 
+#: Nats per token from which a difference of policy and reference can be seen in what is logged.
+_VISIBLE = 1e-4
+
 
 class PreferenceTask(Task):
     """Base of the tasks with an objective.
@@ -70,6 +73,14 @@ class PreferenceTask(Task):
                 f"policy and reference differ by {worst:.2g} nats per token before the first update, so that the loss "
                 "does not start where it should; likely causes: dropout is on (disable_dropout: true), the reference "
                 "is not the model that training starts from, or an adapter was merged or switched in between",
+                UserWarning,
+                stacklevel=2,
+            )
+        elif worst > _VISIBLE:
+            warnings.warn(
+                f"policy and reference differ by {worst:.1g} nats per token before the first update, which is "
+                "rounding: in half precision a sequence is computed otherwise beside others, so that margins start "
+                "near 0, not at it; with reference_store: false or in fp32 they start at 0",
                 UserWarning,
                 stacklevel=2,
             )
