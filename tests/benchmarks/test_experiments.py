@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import advice, corner, detection, grid, guards, stale, toy
+from benchmarks import advice, corner, detection, flips, grid, guards, stale, toy
 from preftune.sweep.scores import ACCURACY, KL, PER_TOKEN, TAIL, HeldOut
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -253,6 +253,30 @@ def test_a_tiny_grid_on_rows_of_hh(tmp_path: Path) -> None:
     assert sum(cell["sweet_spot"] for cell in report["cells"]) == 1
     assert report["cells"][0]["interaction"] is not None
     assert "llama-1m, random" in place.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_tiny_turned_labels_on_rows_of_hh(tmp_path: Path) -> None:
+    out, place = tmp_path / "flips.json", page(tmp_path, "flips")
+    line = ["--out", str(out), "--document", str(place), "--quick"]
+    assert flips.main([*line, "--gain_seeds"]) == 0
+    cells = json.loads(out.read_text())["cells"]
+    assert len(cells) == len(flips.JUDGES) * len(flips.LEVELS) * len(flips.ESTIMATE_SEEDS)
+    assert {len(cell["judges"]) for cell in cells if cell["name"] != "words"} == {3}
+    assert "What methods gain" not in place.read_text()
+    assert flips.main([*line, "--go_on", "--gain_seeds", "0"]) == 0
+    assert json.loads(out.read_text())["cells"][: len(cells)] == cells
+    assert "nothing is concluded from 1 seed" in place.read_text()
+
+
+def test_turning_labels_turns_a_share_and_nothing_else() -> None:
+    rows = [{"prompt": n, "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(10)]
+    got, which = flips.turned(rows, 0.3, 1)
+    assert which.sum() == 3
+    for row, own, new in zip(rows, which, got, strict=True):
+        assert new == ({**row, "chosen": row["rejected"], "rejected": row["chosen"]} if own else row)
+    assert flips.turned(rows, 0.0, 1)[0] == rows
 
 
 @pytest.mark.slow
