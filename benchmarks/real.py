@@ -43,8 +43,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SHARED: dict[str, Any] = {
     "beta": 0.1, "per_device_train_batch_size": 8, "num_train_epochs": 1, "warmup_ratio": 0.1, "bf16": True,
-    "lr_scheduler_type": "cosine", "max_length": 1024, "use_cpu": True, "save_strategy": "no", "report_to": "none",
+    "lr_scheduler_type": "cosine", "use_cpu": True, "save_strategy": "no", "report_to": "none",
 }  # fmt: skip
+#: An eighth of dpo_en's prompts is longer than 1,024 tokens.
+OF_DATA: dict[str, dict[str, Any]] = {"hh": {"max_length": 1024}, "dpo_en": {"max_length": 2048}}
 EVAL = {"num_prompts": 48, "max_new_tokens": 96, "bf16": True}
 
 
@@ -112,7 +114,7 @@ def learn(data: str, peft: str, seed: int, work: Path) -> dict[str, Any]:
     for folder in (run, evaluated):
         shutil.rmtree(folder, ignore_errors=True)
     model = ["--model_name_or_path", str(pretrained.folder_of())]
-    settings = SHARED | SETTINGS[peft] | {"seed": seed}
+    settings = SHARED | SETTINGS[peft] | OF_DATA[data] | {"seed": seed}
     where = ["--dataset_name", str(train), "--output_dir", str(run)]
     training = preftune("dpo", *model, *where, *flags(settings), work=work)
     reference = [] if peft == "lora" else ["--ref_model", str(pretrained.folder_of())]
@@ -174,7 +176,10 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", *_over_seeds(runs), "", "Settings, the same for all seeds:", ""]
     for peft in dict.fromkeys(run["peft"] for run in runs):
         shown = next(run["settings"] for run in runs if run["peft"] == peft)
-        lines.append(f"- {peft}: " + ", ".join(f"`{k}: {v}`" for k, v in shown.items() if k != "seed"))
+        kept = {k: v for k, v in shown.items() if k not in ("seed", *OF_DATA["hh"])}
+        lines.append(f"- {peft}: " + ", ".join(f"`{k}: {v}`" for k, v in kept.items()))
+    for data in dict.fromkeys(run["data"] for run in runs):
+        lines.append(f"- {data}: " + ", ".join(f"`{k}: {v}`" for k, v in OF_DATA[data].items()))
     lines += [*_beside(), *_probed()]
     lines += ["", "## Samples", "", "Drawn at temperature 1 with equal random numbers for both, chosen by reading.", ""]
     for run in runs:
