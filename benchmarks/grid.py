@@ -1,8 +1,9 @@
 """Beta against learning rate on a pretrained model and real pairs: ``python -m benchmarks.grid``.
 
-A 3x3 sweep of ``preftune dpo`` on SmolLM2-135M-Instruct (``make real``) and Anthropic HH pairs, once per seed, which
-draws rows, held-out prompts and the order of training. Recorded are training loss, held-out accuracy and margin per
-token with intervals over prompts, KL and tails of samples, the sweet spot, and the interaction of the two settings.
+A 3x3 sweep of ``preftune dpo`` with LoRA on SmolLM2-135M-Instruct (``make real``) and Anthropic HH pairs, once per
+seed, which draws rows, held-out prompts and the order of training. Recorded are training loss, held-out accuracy and
+margin per token with intervals over prompts, KL and tails of samples, the sweet spot, and the interaction of the two
+settings.
 
 The sweep's folder is kept under ``--work``, so that with ``--go_on`` a sweep that was cut short goes on with the trial
 that it was in. Cells go from there into the result, and from that into ``docs/sweep.md``. The rule for words, laid down
@@ -32,7 +33,7 @@ OUT = sweep.RESULTS / "grid.json"
 DOCUMENT = toy.DOCS / "sweep.md"
 KEYS = ("beta", "learning_rate", "seed")
 SEEDS = (0, 1, 2)
-GRID: dict[str, tuple[float, ...]] = {"beta": (0.05, 0.1, 0.3), "learning_rate": (1e-6, 5e-6, 2.5e-5)}
+GRID: dict[str, tuple[float, ...]] = {"beta": (0.05, 0.1, 0.3), "learning_rate": (5e-5, 2e-4, 8e-4)}
 PATTERNS = (*stale.ENGINE, "src/preftune/sweep/*.py", "benchmarks/grid.py")
 NUM_PAIRS, NUM_HELD_OUT, NUM_SAMPLES = 256, 128, 64
 BASE: dict[str, Any] = {
@@ -42,7 +43,11 @@ BASE: dict[str, Any] = {
     "transcripts": "messages",
     "lr_scheduler_type": "cosine",
     "warmup_steps": 4,
-    "bf16": False,
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_modules": "all-linear",
+    "bf16": True,
     "use_cpu": True,
     "save_strategy": "no",
     "logging_steps": 4,
@@ -139,7 +144,7 @@ def run(out: Path, seeds: Sequence[int], threads: int, go_on: bool, quick: bool,
         "machine": sweep.machine_of(threads),
         "grid": {name: list(values) for name, values in GRID.items()},
         "settings": BASE,
-        "model": "llama-1m, random" if quick else "SmolLM2-135M-Instruct",
+        "model": "llama-1m, random" if quick else "SmolLM2-135M-Instruct, LoRA",
         "rows": workloads.source_of("hh"),
         "num_pairs": num_pairs,
         "num_held_out": num_held_out,
