@@ -224,38 +224,27 @@ def seeds_with(report: dict[str, Any], level: float, *contenders: str) -> list[i
     return sorted(seed for seed, names in found.items() if names >= set(contenders))
 
 
-def difference(report: dict[str, Any], level: float, against: str) -> dict[str, Any]:
-    """Advised minus another contender: mean over seeds of the paired difference.
+def difference(report: dict[str, Any], level: float, against: str) -> seeded.Difference:
+    """Advised minus another contender, paired by seed.
 
-    The interval is Student's over the seeds' mean differences, which vary with data, SFT model, training and prompts
-    alike; an interval over prompts alone would leave out what differs from one training to the next.
+    What differs over seeds is data, SFT model, training and prompts alike; an interval over prompts alone would leave
+    out what differs from one training to the next.
 
     Args:
         report: The result file.
         level: Share of flipped labels.
         against: The other contender.
-
-    Returns:
-        ``mean``, ``low``, ``high``, ``n`` and the difference ``by_seed``.
     """
-    from scipy import stats
-
-    by_seed = []
-    for seed in seeds_with(report, level, ADVISED, against):
-        cells = {c["contender"]: c for c in report["cells"] if c["seed"] == seed and c["noise"] == level}
-        pairs = zip(cells[ADVISED]["rewards"], cells[against]["rewards"], strict=True)
-        gaps = [ours - theirs for ours, theirs in pairs]
-        by_seed.append(math.fsum(gaps) / len(gaps))
-    n = len(by_seed)
-    mean = math.fsum(by_seed) / n
-    spread = math.sqrt(math.fsum((each - mean) ** 2 for each in by_seed) / (n - 1)) if n > 1 else math.nan
-    reach = float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n) if n > 1 else math.nan
-    return {"mean": mean, "low": mean - reach, "high": mean + reach, "n": n, "by_seed": by_seed}
+    ours, theirs = (
+        seeded.by_seed(c for c in report["cells"] if (c["contender"], c["noise"]) == (name, level))
+        for name in (ADVISED, against)
+    )
+    return seeded.difference(f"{level:.0%} flipped labels, against {against}", ours, theirs)
 
 
 def summary(report: dict[str, Any]) -> str:
     """Tables and sentences for ``docs/advice.md``."""
-    rows, settings, verdicts = [], [], []
+    rows, settings, gaps = [], [], []
     for level in LEVELS:
         for contender in CONTENDERS:
             cells = [c for c in report["cells"] if c["contender"] == contender and c["noise"] == level]
@@ -273,8 +262,8 @@ def summary(report: dict[str, Any]) -> str:
                 row += ["", ""]
             else:
                 gap = difference(report, level, contender)
-                row += [f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]", str(gap["n"])]
-                verdicts.append((level, contender, gap))
+                row += [gap.text(4), str(gap.num)]
+                gaps.append(gap)
             rows.append(row)
             settings.append([f"{level:.0%}", contender, _told(cells)])
     before = toy.pooled(list(report["references"].values()))
@@ -293,7 +282,8 @@ def summary(report: dict[str, Any]) -> str:
             "differs from one training to the next.",
             toy.markdown_table(head, rows),
             toy.markdown_table(["flipped", "settings", "what they were"], settings),
-            "\n".join(_verdict(*each) for each in verdicts),
+            "What may be said, by Student's t test over seeds at 5 %, after Holm's correction over these comparisons:",
+            "\n".join(map(_verdict, gaps, seeded.verdicts(gaps))),
             toy.conditions(report).split("\n\n")[0] + "\n\n" + toy.conditions(report).split("\n\n")[-1],
         ]
     )
@@ -310,15 +300,9 @@ def _told(cells: Sequence[dict[str, Any]]) -> str:
     return ", ".join(told)
 
 
-def _verdict(level: float, against: str, gap: dict[str, Any]) -> str:
-    if gap["low"] > 0:
-        word = "the advised settings are better beyond the interval"
-    elif gap["high"] < 0:
-        word = "the advised settings are **worse** beyond the interval"
-    else:
-        word = "no difference can be told"
-    wins = sum(each > 0 for each in gap["by_seed"])
-    return f"- At {level:.0%} flipped labels, against {against}: {word} ({wins} of {gap['n']} seeds above)."
+def _verdict(gap: seeded.Difference, word: str) -> str:
+    told = f"the advised settings are {word}" if word in ("better", "worse") else word
+    return f"- At {gap.name}: {told} ({gap.num_above} of {gap.num} seeds above)."
 
 
 def main(argv: list[str] | None = None) -> int:

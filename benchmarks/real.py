@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.run import run_cell
 
 from benchmarks import pretrained, probing, stale, summary, workloads
+from preftune.terminal.units import plural
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "real.json"
@@ -154,7 +155,7 @@ def render(report: dict[str, Any]) -> str:
         "",
         f"Measured on {report['date']}: {machine['processor']}, {machine['num_cores']} cores, "
         f"torch {machine['versions']['torch']}, transformers {machine['versions']['transformers']}, "
-        f"TRL {machine['versions'].get('trl', '-')}, commit {machine['commit']}.",
+        f"TRL {machine['versions'].get('trl', '-')}, commit {machine['commit'][:7]}. {report.get('note', '')}".strip(),
         "",
         "## What was learned",
         "",
@@ -204,7 +205,7 @@ def _over_seeds(runs: list[dict[str, Any]]) -> list[str]:
         shares = [run["metrics"]["rewards/accuracies"]["mean"] for run in own]
         clear = sum(run["metrics"]["rewards/margins"]["low"] > 0 for run in own)
         lines.append(
-            f"- {data}, {peft}: accuracy {statistics.mean(shares):.3f} over {len(own)} seeds "
+            f"- {data}, {peft}: accuracy {statistics.mean(shares):.3f} over {plural(len(own), 'seed')} "
             f"({min(shares):.3f} to {max(shares):.3f}); the margin's interval lies above 0 in {clear} of {len(own)}."
         )
     return lines
