@@ -15,7 +15,7 @@ TEST_ARGS ?=
 PROCESSES ?= 4
 OUT ?= demo-out
 
-.PHONY: help setup demo real test test-all test-extras distributed setup-low test-low setup-zero test-zero docs check format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
+.PHONY: help setup demo real test test-ci test-all test-extras distributed setup-low test-low setup-zero test-zero docs check format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -41,7 +41,11 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TE
 test: setup  ## the tests that take minutes (TEST_ARGS is handed to pytest)
 	@$(PYTEST) -m "not slow and not extras" $(TEST_ARGS)
 
-test-all: setup real  ## what continuous integration runs: every test but those of optional extras
+test-ci: setup real  ## what continuous integration runs: all of these, then the pretrained model and several processes
+	@$(PYTEST) -m "not slow and not extras" $(TEST_ARGS)
+	@$(PYTEST) -m "slow and not extras" tests/real tests/distributed $(TEST_ARGS)
+
+test-all: setup real  ## every test but those of optional extras
 	@$(PYTEST) -m "not extras" $(TEST_ARGS)
 
 # Built against the torch that is installed, in a folder of its own: other tests run as they do without it.
