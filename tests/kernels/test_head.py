@@ -109,6 +109,19 @@ def test_fp32_keeps_its_digits_in_a_large_vocabulary(trainable: bool, keep: int)
     assert torch.equal(again, token_scores(hidden, weight, bias, targets, keep_bytes=keep).logps)
 
 
+def test_fp32_keeps_the_digits_of_a_nearly_certain_token() -> None:
+    """Its log-prob is far smaller than the logits it comes from."""
+    hidden = torch.tensor([[1.0, 0.0]])
+    weight = torch.tensor([[30.0, 0.0], [18.0, 0.0], [17.0, 0.0]])
+    exact = -torch.log1p(torch.exp(torch.tensor([-12.0, -13.0], dtype=torch.float64)).sum())
+    for trainable in (False, True):
+        got = token_scores(hidden, weight.clone().requires_grad_(trainable), None, torch.tensor([0])).logps
+        torch.testing.assert_close(got[0].double(), exact, rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        scores_from_logits(hidden @ weight.T, torch.tensor([0])).logps[0].double(), exact, rtol=1e-2, atol=0
+    )
+
+
 def test_log_softmax_is_fp32_for_half_hidden_states() -> None:
     hidden, weight, _, targets = case(9, torch.float32, False)
     half = token_scores(hidden.to(torch.bfloat16), weight.to(torch.bfloat16), None, targets)

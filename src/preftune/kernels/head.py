@@ -30,7 +30,7 @@ TILE_ELEMENTS = 1 << 22
 MOST_TILE_ELEMENTS = 1 << 28
 #: The same on an accelerator that does not say how much memory is free, and where runs are to be repeated bit by bit.
 PLAIN_TILE_ELEMENTS = 1 << 26
-#: Memory of one tile at its peak, per element: logits and probabilities, in half precision and in fp32.
+#: Memory of one tile at its peak on an accelerator, per element: logits and probabilities, in half precision and fp32.
 _BYTES_PER_ELEMENT = 12
 #: Probabilities of a trainable head are kept for the backward up to this many bytes per row, else recomputed. On an
 #: accelerator up to a quarter of the free memory.
@@ -177,6 +177,7 @@ def scores_from_logits(
     """Scores from logits that a model insists on computing itself, ``(N, V)``; differentiable in ``logps``."""
     # Not log_softmax, which is less exact on a CPU (see _normalised).
     values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values = values - values.detach().amax(-1, keepdim=True)
     lse = values.logsumexp(-1, keepdim=True)
     logps = (values.gather(1, targets.unsqueeze(1)) - lse).squeeze(1)
     wanted = _Wanted(with_stats, with_log_sum_sq, with_tail)
@@ -348,9 +349,14 @@ def working_bytes(
     Returns:
         Bytes.
     """
-    tiles = _BYTES_PER_ELEMENT * min(tile_elements(device, free), max(num_tokens, 1) * vocab)
     kept = itemsize * num_tokens * vocab if trained_elements else 0
-    return tiles + (kept if kept <= keep_bytes_on(device, free) else 0) + 4 * trained_elements
+    kept = kept if kept <= keep_bytes_on(device, free) else 0
+    per_element = _BYTES_PER_ELEMENT
+    if device.type == "cpu":
+        # Logits and probabilities in fp32, written where they are kept; of half precision a rounded copy too.
+        per_element = itemsize if kept and itemsize >= 4 else 8
+    tiles = per_element * min(tile_elements(device, free), max(num_tokens, 1) * vocab)
+    return tiles + kept + 4 * trained_elements
 
 
 def _linear(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -380,8 +386,9 @@ def _normalised(logits: Tensor, targets: Tensor, out: Tensor | None, with_probs:
         values = logits.to(wide)
         probs = torch.sub(values, peak, out=out if values is logits else values).exp_()
         total = probs.sum(-1, keepdim=True)
+        # Not chosen - lse: where a token is nearly certain, what is left of its log-prob would be rounding.
+        logps = logits.gather(1, chosen).to(wide) - peak - total.log()
         lse = peak + total.log()
-        logps = logits.gather(1, chosen).to(wide) - lse
         if with_probs:
             probs.div_(total)
     return logps.squeeze(1), lse.squeeze(1), probs
