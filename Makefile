@@ -125,8 +125,8 @@ real-page: setup real  ## the pretrained model: packed in every precision, tuned
 noise: setup  ## true reward against flipped labels for DPO, cDPO, robust, IPO; writes docs/noise.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.noise
 
-experiments: setup real  ## noise, guards, sweeps, advice, methods over seeds: 15 hours of one core; goes on where it was cut short
-	@for each in noise detection corner advice learning selection grid; do \
+experiments: setup real  ## noise, guards, sweeps, advice, methods over seeds: about 17 hours of one core; goes on where it was cut short
+	@for each in noise detection corner advice learning selection grid flips; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$each --go_on || exit 1; done
 
 parity: setup  ## every loss and option against TRL in training; writes docs/parity.md

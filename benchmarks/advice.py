@@ -215,15 +215,6 @@ def measure(bench: toy.Bench, rows: Sequence[dict[str, Any]], fields: dict[str, 
 # ---- what it comes to ------------------------------------------------------------------------------------------------
 
 
-def seeds_with(report: dict[str, Any], level: float, *contenders: str) -> list[int]:
-    """Seeds on which all these contenders were trained at a level."""
-    found: dict[int, set[str]] = {}
-    for cell in report["cells"]:
-        if cell["noise"] == level:
-            found.setdefault(cell["seed"], set()).add(cell["contender"])
-    return sorted(seed for seed, names in found.items() if names >= set(contenders))
-
-
 def difference(report: dict[str, Any], level: float, against: str) -> seeded.Difference:
     """Advised minus another contender, paired by seed.
 
@@ -258,10 +249,10 @@ def summary(report: dict[str, Any]) -> str:
                 f"{pooled['kl']['mean']:.2f}",
                 str(len(cells)),
             ]
-            if contender == ADVISED or len(seeds_with(report, level, ADVISED, contender)) < 2:
+            gap = difference(report, level, contender)
+            if contender == ADVISED or gap.num < 2:
                 row += ["", ""]
             else:
-                gap = difference(report, level, contender)
                 row += [gap.text(4), str(gap.num)]
                 gaps.append(gap)
             rows.append(row)

@@ -75,16 +75,16 @@ class Bench:
 
     Args:
         folder: The model's.
+        tokenizer: The model's.
         rows: Pairs with a prompt; those of a prompt that is held out are left out elsewhere.
         sizes: As :data:`SIZES`.
         work: For trainers.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[dict[str, Any]], sizes: dict[str, int], work: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self.folder, self.sizes, self.work = folder, sizes, work
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+    def __init__(
+        self, folder: Path, tokenizer: Any, rows: Sequence[dict[str, Any]], sizes: dict[str, int], work: Path
+    ) -> None:
+        self.folder, self.tokenizer, self.sizes, self.work = folder, tokenizer, sizes, work
         self.held_out = list(rows[: sizes["held out"]])
         seen = {str(row["prompt"]) for row in self.held_out}
         others = [row for row in rows[sizes["held out"] :] if str(row["prompt"]) not in seen]
@@ -96,14 +96,12 @@ class Bench:
         """The model with an adapter that DPO has tuned."""
         from datasets import Dataset
         from peft import LoraConfig
-        from transformers import AutoModelForCausalLM
 
         from preftune import DPOConfig, DPOTrainer
 
         args = DPOConfig(output_dir=str(self.work / "trainer"), seed=seed, **{**SETTINGS, **more})
-        model = AutoModelForCausalLM.from_pretrained(self.folder)
         trainer = DPOTrainer(
-            model=model,
+            model=self.untuned(),
             args=args,
             train_dataset=Dataset.from_list(list(rows)),
             processing_class=self.tokenizer,
@@ -183,13 +181,7 @@ def run(out: Path, gain_seeds: Sequence[int], threads: int, go_on: bool, quick: 
     torch.set_num_threads(threads)
     sizes = QUICK if quick else SIZES
     with toy.workplace() as work:
-        if quick:
-            tokenizer = workloads.load_tokenizer(work)
-            folder = workloads.model_folder(work, "llama-1m", tokenizer)
-            tokenizer.save_pretrained(folder)
-        else:
-            folder = pretrained.folder_of()
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+        folder = pretrained.folder_for(work, quick)
         head = {
             "machine": sweep.machine_of(threads),
             "model": "llama-1m, random" if quick else "SmolLM2-135M-Instruct, LoRA",
@@ -200,7 +192,9 @@ def run(out: Path, gain_seeds: Sequence[int], threads: int, go_on: bool, quick: 
         cells = seeded.Cells(out, head, PATTERNS, KEYS, go_on)
         # A few more than are needed, for those that share a prompt with one that is held out.
         needed = sizes["held out"] + sizes["audited"] + sizes["judge"]
-        bench = Bench(folder, workloads.make_rows("hh", needed + needed // 20, tokenizer), sizes, work)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        rows = workloads.make_rows("hh", needed + needed // 20, tokenizer)
+        bench = Bench(folder, tokenizer, rows, sizes, work)
         clock = toy.Clock()
         for judge in JUDGES:
             for level in LEVELS:
@@ -255,14 +249,16 @@ def _gains(report: dict[str, Any]) -> list[str]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The tables of ``docs/flips.md``."""
+    """The page."""
     cells, sizes = report["cells"], report["sizes"]
     of_judges = [cell for cell in cells if cell["name"] in JUDGES]
-    return "\n\n".join(
+    text = "\n\n".join(
         [
-            f"`benchmarks/results/audit/flips.json`, `python -m benchmarks.flips`: {sizes['audited']:,} pairs of "
-            f"{report['rows']}; {report['model']}; the tuned model is trained on {sizes['judge']} other pairs. Means "
-            f"over {len({cell['seed'] for cell in of_judges})} draws of which labels are turned.",
+            "# Turned labels on real pairs",
+            f"Written by `python -m benchmarks.flips` from `benchmarks/results/audit/flips.json`: {sizes['audited']:,} "
+            f"pairs of {report['rows']}, of which a share is turned round on top of what annotators disagree on; "
+            f"{report['model']}; the tuned model is trained on {sizes['judge']} other pairs. Means over "
+            f"{len({cell['seed'] for cell in of_judges})} draws of which labels are turned.",
             toy.markdown_table(
                 ["the audit sees", "turned besides", "agrees", "mean interval", "told", "estimate, where told"],
                 _estimates(cells),
@@ -272,6 +268,7 @@ def render(report: dict[str, Any]) -> str:
             seeded.spent(report),
         ]
     )
+    return text.rstrip() + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         report = toy.read_report(options.out)
     else:
         report = run(options.out, options.gain_seeds, options.threads, options.go_on, options.quick)
-    seeded.place(options.document, "flips", render(report))
+    options.document.write_text(render(report), encoding="utf-8")
     print(f"wrote {options.document}")
     return 0
 

@@ -125,20 +125,14 @@ def run(out: Path, seeds: Sequence[int], threads: int, go_on: bool, quick: bool,
         The report.
     """
     import torch
+    from transformers import AutoTokenizer
 
     from benchmarks import pretrained, workloads
 
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
-    if quick:
-        tokenizer = workloads.load_tokenizer(work)
-        model = workloads.model_folder(work, "llama-1m", tokenizer)
-        tokenizer.save_pretrained(model)
-    else:
-        from transformers import AutoTokenizer
-
-        model = pretrained.folder_of()
-        tokenizer = AutoTokenizer.from_pretrained(model)
+    model = pretrained.folder_for(work, quick)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     num_pairs, num_held_out = (16, 8) if quick else (NUM_PAIRS, NUM_HELD_OUT)
     head = {
         "machine": sweep.machine_of(threads),

@@ -62,6 +62,18 @@ def folder_of(name: str = "smollm2") -> Path:
     return folder
 
 
+def folder_for(work: Path, quick: bool) -> Path:
+    """SmolLM2's folder, or that of a tiny random model with a tokenizer, to see that everything works."""
+    if not quick:
+        return folder_of()
+    from benchmarks import workloads
+
+    tokenizer = workloads.load_tokenizer(work)
+    folder = workloads.model_folder(work, "llama-1m", tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _weights() -> Path:
     # Looked up, not imported: the package wants to be a plug-in of a program that is not needed here.
     spec = importlib.util.find_spec(PACKAGE)

@@ -8,6 +8,9 @@ and memory beside TRL are those of ``benchmarks/run.py --preset pretrained``.
     python -m benchmarks.real                         # everything: hours on two cores
     python -m benchmarks.real --data hh --seeds 0     # a part of it
     python -m benchmarks.real --render                # the page alone
+
+Which samples the page shows is chosen by reading, in the result's ``shown``; ``--render`` drops the others, since they
+quote the data.
 """
 
 from __future__ import annotations
@@ -126,8 +129,8 @@ def learn(data: str, peft: str, seed: int, work: Path) -> dict[str, Any]:
     return {
         "data": data, "peft": peft, "seed": seed, "settings": settings, "source": workloads.source_of(data),
         "training": training, "train_loss": results.get("train_loss"), "evaluation": evaluation,
-        **{key: found[key] for key in ("num_pairs", "metrics", "calibration", "kl", "lengths", "notes", "seconds")},
-        "samples": [_without_system(sample) for sample in found["samples"]] if seed == 0 else [],
+        **{key: found[key] for key in ("num_pairs", "metrics", "calibration", "kl", "lengths", "seconds")},
+        "samples": {str(n): _without_system(each) for n, each in enumerate(found["samples"])} if seed == 0 else {},
     }  # fmt: skip
 
 
@@ -185,7 +188,7 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", "## Samples", "", "Drawn at temperature 1 with equal random numbers for both, chosen by reading.", ""]
     for run in runs:
         for number in report["shown"].get(f"{run['data']}-{run['peft']}", []) if run["seed"] == 0 else []:
-            sample = run["samples"][number]
+            sample = run["samples"][str(number)]
             lines += [f"**{run['data']}, {run['peft']}:** {_quoted(sample['prompt'])}", ""]
             lines += [f"> *before:* {_quoted(sample['before'])}", ">", f"> *after:* {_quoted(sample['after'])}", ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -267,7 +270,12 @@ def main(argv: list[str] | None = None) -> int:
         earlier = json.loads(args.out.read_text())
         if args.render or stale.why_stale(earlier) is None:
             report = earlier
-    if not args.render:
+    if args.render:
+        for run in report["runs"]:
+            shown = report["shown"].get(f"{run['data']}-{run['peft']}", [])
+            run["samples"] = {number: each for number, each in run["samples"].items() if int(number) in shown}
+        _save(report, args.out)
+    else:
         work.mkdir(parents=True, exist_ok=True)
         report[stale.KEY] = stale.stamp(*SOURCES)
         report["machine"] = run_cell({"task": "machine", "threads": None}, 600)

@@ -258,7 +258,7 @@ def test_a_tiny_grid_on_rows_of_hh(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_tiny_turned_labels_on_rows_of_hh(tmp_path: Path) -> None:
-    out, place = tmp_path / "flips.json", page(tmp_path, "flips")
+    out, place = tmp_path / "flips.json", tmp_path / "flips.md"
     line = ["--out", str(out), "--document", str(place), "--quick"]
     assert flips.main([*line, "--gain_seeds"]) == 0
     cells = json.loads(out.read_text())["cells"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import datasets
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from preftune import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -167,3 +172,38 @@ def test_a_wrong_reference_is_noticed_at_the_first_step(world: World, tmp_path: 
             parameter.add_(torch.randn_like(parameter) * 0.05)
     with pytest.warns(UserWarning, match="policy and reference differ"):
         trainer.train()
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_one_processs_weights(world: World, tmp_path: Path) -> None:
+    """Over gloo, with rows of uneven number and length on the two processes."""
+    flags = (
+        f"--model_name_or_path {world.model} --dataset_name {world.file} --gradient_accumulation_steps 2 --max_steps 4 "
+        "--learning_rate 1e-3 --bf16 false --use_cpu true --report_to none --save_strategy no --logging_steps 1 "
+        "--max_tokens_per_row 80"
+    ).split()
+    launcher = [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "preftune",
+    ]  # fmt: skip
+    runs = {"two": [*launcher, "dpo", "--per_device_train_batch_size", "2"]}
+    runs["one"] = ["preftune", "dpo", "--per_device_train_batch_size", "4"]
+    logs: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    for name, command in runs.items():
+        out = tmp_path / name
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PREFTUNE_CACHE": str(tmp_path / f"{name}-cache")}
+        done = subprocess.run(
+            [sys.executable, "-m", *command, *flags, "--output_dir", str(out)],
+            env=environment, capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        history = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        logs[name] = [line for line in history if "loss" in line]
+        weights[name] = load_file(out / "model.safetensors")
+    for name, one in weights["one"].items():
+        assert float((weights["two"][name] - one).norm()) <= TOLERANCE * float(one.norm()), name
+    for a, b in zip(logs["two"], logs["one"], strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=TOLERANCE)
+        assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=TOLERANCE)
+        assert a["num_tokens"] == b["num_tokens"]

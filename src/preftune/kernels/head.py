@@ -380,8 +380,8 @@ def _normalised(logits: Tensor, targets: Tensor, out: Tensor | None, with_probs:
         lse = logits.gather(1, chosen).to(wide) - logps
         probs = torch.exp(logp, out=logp if out is None else out) if with_probs else logp
     else:
-        # On a CPU log_softmax adds the exponentials of a row up one after another, which loses two digits of fp32 in a
-        # vocabulary of 49,152, the same way for every token: weights of LoRA's follow. `sum` adds them in pairs.
+        # On a CPU log_softmax adds the exponentials of a row up one after another, which loses digits of fp32 in a
+        # vocabulary of 49,152, the same way for every token, and gradients follow. `sum` adds them in pairs.
         peak = logits.amax(-1, keepdim=True).to(wide)
         values = logits.to(wide)
         probs = torch.sub(values, peak, out=out if values is logits else values).exp_()

@@ -32,8 +32,7 @@ from preftune.references import names
 if TYPE_CHECKING:
     import torch
 
-# Part of every key: raise it when the stored numbers change, their last digits included, so that older entries stop
-# matching. 2: log-softmax of a CPU is exact to fp32 in large vocabularies.
+# Part of every key: raise it when the stored numbers change, last digits included, so that older entries stop matching.
 SCHEME = "preftune-reference-2"
 _PERSON = b"preftune-seq-1"
 _CHUNK_BYTES = 64 << 20
