@@ -29,6 +29,35 @@ def test_a_result_is_stale_when_what_it_depends_on_changes(tmp_path: Path, monke
     assert stale.why_stale(result) is None
 
 
+BEFORE = '''"""What it is."""
+
+
+def double(value: str) -> str:
+    """Twice."""
+    text = "# not a comment"  # a comment
+    return text + value * 2
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("What it is.", "What it is,\nat length.", False),
+        ("Twice.", "Two times.", False),
+        ("  # a comment", "", False),
+        ("    return", "\n    # why\n    return", False),
+        ("# not a comment", "# nor this one", True),
+        ("* 2", "* 3", True),
+        ("    return", "    if text:\n        return", True),
+        ('    """Twice."""\n', '    value = """Twice."""\n', True),
+    ],
+)
+def test_words_do_not_count_and_code_does(old: str, new: str, changed: bool) -> None:
+    after = BEFORE.replace(old, new)
+    assert after != BEFORE
+    assert (stale.code_of(after) != stale.code_of(BEFORE)) is changed
+
+
 @pytest.mark.parametrize("change", ["new", "gone", "renamed"])
 def test_files_that_come_and_go_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     root = repository(tmp_path, monkeypatch)

@@ -19,6 +19,7 @@ from datasets import Dataset
 from preftune.kernels.head import TokenScores
 from preftune.packing import PackedRow, plan_rows
 from preftune.references.store import ReferenceStore
+from preftune.terminal.progress import Progress
 from preftune.training.lengths import pair_lengths
 from preftune.training.reference import Reference
 
@@ -114,6 +115,26 @@ def test_chunks_follow_one_another(in_step: bool, monkeypatch: pytest.MonkeyPatc
     expected = Rank().sums(pairs, range(49), max_tokens=400)
     for found in passed([Rank() for _ in range(3)], pairs, in_step=in_step):
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_bar_moves_with_every_row_and_ends_full(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single chunk may take an hour."""
+    moves: list[list[int]] = []
+
+    class Watched(Progress):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            moves.append([])
+            monkeypatch.setattr(self._bar, "update", moves[-1].append)
+
+    monkeypatch.setattr("preftune.training.reference.Progress", Watched)
+    passed([Rank() for _ in range(number)], pairs_of(49), in_step=False)
+    assert len(moves) == number
+    for own in moves:
+        assert sum(own) == 49
+        assert min(own) >= 0
+        assert max(own) < 49 / 2
 
 
 def test_a_process_without_a_pair_stays_in_step() -> None:

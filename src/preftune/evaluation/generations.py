@@ -20,13 +20,13 @@ import numpy as np
 from preftune.evaluation.files import append
 from preftune.evaluation.metrics import Summary
 from preftune.evaluation.pairs import EvalPairs, Ids
-from preftune.evaluation.progress import Progress
 from preftune.evaluation.sampling import TAIL_LEVEL, Sample, continue_prompts
 from preftune.evaluation.scoring import Scorer
 from preftune.files import parse_json
 from preftune.models.decoding import BASE, rows_at_once, switchable
 from preftune.stats.intervals import bootstrap_ratio
 from preftune.stats.rows import Array
+from preftune.terminal.progress import Progress
 
 FILE_NAME = "generations.jsonl"
 

@@ -14,6 +14,7 @@ from preftune.config import ModelConfig, redact
 from preftune.data import DataOptions
 from preftune.errors import ConfigError
 from preftune.evaluation import comparison, generations, metrics, rewardbench, tracking
+from preftune.evaluation.announcement import announce
 from preftune.evaluation.config import EvalConfig
 from preftune.evaluation.endpoint import JUDGE, SERVER, key_from
 from preftune.evaluation.judge import Judge
@@ -21,7 +22,6 @@ from preftune.evaluation.labels import Label, read_labels, write_to_label
 from preftune.evaluation.metrics import Metric, Summary
 from preftune.evaluation.pairs import EvalPairs, prepare_pairs, read_table
 from preftune.evaluation.players import Players, beta_of, load_players, name_of
-from preftune.evaluation.progress import announce
 from preftune.evaluation.result import EvalResult
 from preftune.evaluation.sampling import Sample, has_left
 from preftune.evaluation.scoring import Scorer

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 
 from preftune.errors import ModelError
-from preftune.evaluation.progress import Progress
 from preftune.models.forward import RowForward
 from preftune.models.gate import Verdict
 from preftune.models.head import base_model
@@ -19,6 +18,7 @@ from preftune.models.path import PathChoice
 from preftune.references.fingerprint import model_weights_key, trained_adapter
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
+from preftune.terminal.progress import Progress
 
 #: Longer rows do not run faster.
 _MOST_TOKENS = {"cpu": 4096, "cuda": 16384}

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from preftune.errors import TrainingError
 from preftune.kernels.device import put
@@ -40,6 +39,7 @@ from preftune.references.live import (
 )
 from preftune.references.scoring import ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
+from preftune.terminal.progress import Progress
 from preftune.training.batch import Example, Examples, as_arrays
 from preftune.training.sequences import sequence_sums
 
@@ -154,9 +154,7 @@ class Reference:
             ``(len(dataset), 2)``: chosen and rejected; NaN in rows that were not asked for.
         """
         out = np.full((len(dataset), 2), np.nan)
-        # Unset, a bar is drawn where there is a terminal: in a file it would be one long line.
-        hidden = True if share[0] != 0 or not self._show_progress else None
-        with tqdm(total=len(indices), desc=description, unit="pair", disable=hidden) as bar:
+        with Progress(len(indices), description, self._show_progress and share[0] == 0, unit="pair") as progress:
             size = ITEMS_PER_CHUNK * share[1]
             for start in range(0, len(indices), size):
                 chunk = indices[start : start + size]
@@ -166,12 +164,19 @@ class Reference:
                     mine = share_out(costs[chunk].tolist(), share[1])[share[0]]
                 rows = _rows(dataset, [chunk[place] for place in mine or [0]])
                 items = [_sequences(as_arrays(example)) for example in rows]
-                values = self._scorer.values(items[: len(mine)], max_tokens, in_step=in_step, stand_in=items[0])
+                values = self._scorer.values(
+                    items[: len(mine)],
+                    max_tokens,
+                    in_step=in_step,
+                    stand_in=items[0],
+                    # What this process has done stands for the others.
+                    progress=lambda number: progress.add(number * share[1]),
+                )
                 found = np.zeros((len(chunk), 2))
                 for place, each in zip(mine, values, strict=True):
                     found[place] = self._weighted_sums(each[0], each[-1])
                 out[chunk] = joined(found)
-                bar.update(len(chunk))
+                progress.reach(start + len(chunk))
         return out
 
     @property

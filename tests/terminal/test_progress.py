@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from preftune.evaluation.progress import Progress
+from preftune.terminal.progress import Progress
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_the_rest_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds_per_step: float, show: bool, said: str
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("preftune.evaluation.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("preftune.terminal.progress.time.monotonic", lambda: now[0])
     with Progress(1000, "Sampling", show) as found:
         for _ in range(100):
             now[0] += seconds_per_step
@@ -38,7 +38,7 @@ def test_what_was_known_does_not_count_for_the_pace(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("preftune.evaluation.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("preftune.terminal.progress.time.monotonic", lambda: now[0])
     with Progress(1000, "Sampling", True) as found:
         found.skip(900)
         for _ in range(10):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
-
-if TYPE_CHECKING:
-    from preftune.evaluation.pairs import EvalPairs
 
 #: Seconds of work after which the rest can be told, and the least rest that is worth a line.
 _SECONDS_SEEN, _SECONDS_WORTH = 2.0, 10.0
@@ -46,8 +43,13 @@ class Progress:
         self._skipped += number
         self._bar.update(number)
 
+    def reach(self, number: int) -> None:
+        """Count what others did, up to a number in all."""
+        self.add(max(number - self._done - self._skipped, 0))
+
     def add(self, number: int) -> None:
         """Count what was done, or what is not needed any more."""
+        number = min(number, self._total - self._done - self._skipped)
         self._bar.update(number)
         now = time.monotonic()
         if self._started is None:
@@ -71,24 +73,3 @@ class Progress:
 def _round(seconds: float) -> str:
     """Seconds as ``40 s`` or ``3 min``: an estimate has no more digits."""
     return f"{round(seconds, -1):.0f} s" if seconds < 95 else f"{seconds / 60:.0f} min"
-
-
-def announce(pairs: EvalPairs, *, scored: int, answers: int, max_new_tokens: int, drawn: int) -> None:
-    """Say what an evaluation is going to do.
-
-    Args:
-        pairs: What is scored.
-        scored: By how many models.
-        answers: Answers that are drawn of a model.
-        max_new_tokens: Longest of them.
-        drawn: Of how many models.
-    """
-    tokens = sum(len(ids) for pair in pairs.pairs for _, ids in pair.item)
-    text = f"scoring {len(pairs.pairs):,} pairs ({tokens:,} answer tokens) with {_models(scored)}"
-    if answers:
-        text += f"; then {answers:,} answers of up to {max_new_tokens} tokens of {_models(drawn)}"
-    print(text, file=sys.stderr, flush=True)
-
-
-def _models(number: int) -> str:
-    return f"{number} models" if number > 1 else "1 model"
