@@ -12,6 +12,7 @@ import pytest
 
 import preftune
 from preftune.cli.main import VERBS, main
+from preftune.errors import SetupError
 
 
 def shell(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -47,6 +48,29 @@ def test_wrong_verbs_and_actions(argv: list[str], says: str, capsys: pytest.Capt
     captured = capsys.readouterr()
     assert says in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        (["run", "pairs.jsonl"], "accelerate launch -m preftune dpo"),
+        (["sweep", "--out", "x"], "--workers N"),
+        (["data", "select", "--out", "x"], "unset WORLD_SIZE"),
+        (["data", "audit"], "without torchrun"),
+        (["eval"], "without torchrun"),
+        (["export", "x"], "without torchrun"),
+    ],
+)
+def test_verbs_that_do_not_divide_their_work_say_so(
+    argv: list[str], remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(argv) == SetupError.exit_code
+    said = capsys.readouterr().err
+    assert f"preftune {argv[0]} runs in one process" in said
+    assert remedy in said
+    assert said.count("\n") == 1
+    assert main([argv[0], "--help"]) == 0
 
 
 def test_letters_that_the_output_does_not_know_do_not_end_the_program() -> None:

@@ -18,7 +18,12 @@ from preftune.version import __version__
 
 # These read their arguments themselves: settings are the fields of classes whose import takes seconds.
 _READ_THEMSELVES = frozenset({"advise", "data", "demo", "sweep", "eval", "run"})
-
+# Several processes of these would do the same work and write the same files.
+_ONE_PROCESS = frozenset({"run", "sweep", "data", "demo", "eval", "export", "chat", "ui"})
+_INSTEAD = {
+    "run": "write the settings with preftune advise --write FILE, then accelerate launch -m preftune dpo",
+    "sweep": "start it without torchrun or accelerate launch, with --workers N",
+}
 
 __all__ = ["VERBS", "build_parser", "main"]
 
@@ -153,6 +158,14 @@ def _dispatch(arguments: list[str]) -> int:
         from preftune.cli import train
 
         return train.main(verb, rest)
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if verb in _ONE_PROCESS and processes not in ("", "1") and not {"-h", "--help"} & set(rest):
+        raise SetupError(
+            f"preftune {verb} runs in one process, and a launcher has started several",
+            where="WORLD_SIZE",
+            value=processes,
+            remedy=_INSTEAD.get(verb, "start it without torchrun or accelerate launch, or unset WORLD_SIZE"),
+        )
     module = import_module(f"preftune.cli.{verb}")
     if verb in _READ_THEMSELVES:
         code: int | None = module.main(rest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from preftune.config import CommandLine, split_command_line
 from preftune.config.own import take_own
-from preftune.errors import ConfigError, SetupError
+from preftune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,13 +75,6 @@ def main(argv: Sequence[str]) -> int:
     if line.help:
         print(help_text())
         return 0
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SetupError(
-            "the whole path runs in one process",
-            where="WORLD_SIZE",
-            value=os.environ["WORLD_SIZE"],
-            remedy="write the settings with preftune advise --write FILE, then accelerate launch -m preftune dpo",
-        )
     own, line = take_own(line, _Own)
     line = _with(line, dataset_name=data, model_name_or_path=own.model, output_dir=own.out)
     from rich.console import Console

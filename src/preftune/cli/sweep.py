@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,13 +27,6 @@ def main(argv: Sequence[str]) -> int:
     options, rest = read_options(line)
     if options.out is None:
         raise ConfigError("no folder for the sweep", where="--out", remedy="set --out DIR")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SetupError(
-            "a sweep's trials run in one process each",
-            where="WORLD_SIZE",
-            value=os.environ["WORLD_SIZE"],
-            remedy="start it without torchrun or accelerate launch, with --workers N",
-        )
     from rich.console import Console
 
     from preftune.bars import hidden_bars
