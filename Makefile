@@ -15,7 +15,7 @@ TEST_ARGS ?=
 PROCESSES ?= 4
 OUT ?= demo-out
 
-.PHONY: help setup demo real test test-ci test-all test-extras distributed setup-low test-low setup-zero test-zero docs check format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
+.PHONY: help setup demo real test test-ci test-all test-extras distributed setup-low test-low setup-zero test-zero docs check lint types format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -93,13 +93,18 @@ test-low: setup-low  ## a short tier with the lowest versions
 docs: setup  ## build the pages into build/docs; a warning is an error
 	@$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
-check: setup docs  ## lint, format, types, import layers, documentation coverage, pages
+check: setup  ## lint, format, types, import layers, documentation coverage, pages
+	@$(MAKE) --no-print-directory -j2 types lint docs
+
+lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy src tests benchmarks
 	@$(BIN)/lint-imports
 	@$(BIN)/interrogate --config pyproject.toml src/preftune
 	@$(BIN)/python -m benchmarks.stale --docs
+
+types: setup
+	@$(BIN)/mypy src tests benchmarks
 
 stale: setup  ## results that were made by code that has changed since
 	@$(BIN)/python -m benchmarks.stale

@@ -202,7 +202,7 @@ def test_ranked_and_unpaired_files(tmp_path: Path) -> None:
     ranked = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 2, 3]}])
     assert len(load(ranked)["train"]) == 1
     assert len(load(ranked, pairing="all")["train"]) == 3
-    with pytest.raises(ConfigError, match="cannot be used unpaired"):
+    with pytest.raises(ConfigError, match="nothing says which of them are desirable"):
         load(ranked, pairing="none")
     rows = [{"prompt": "p", "completion": c, "label": c == "a"} for c in "abc"]
     labelled = write_jsonl(tmp_path / "b.jsonl", rows)

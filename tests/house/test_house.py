@@ -102,7 +102,7 @@ def test_ci_runs_what_contributors_run() -> None:
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text
     commands = [line.split()[-1] for line in text.splitlines() if line.strip().startswith("make")]
-    assert commands == ["check", "test-low", "test-zero", "test-ci"]
+    assert commands == ["setup", "check", "test-low", "test-zero", "test-ci"]
 
 
 def test_readme_names_the_two_commands() -> None:

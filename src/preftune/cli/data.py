@@ -15,6 +15,8 @@ from preftune.verbs import ROWS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from preftune.data import LoadReport
+
 ACTIONS = ("show", "audit", "convert", "select")
 VERBS = tuple(ROWS)
 _HELP = """usage: preftune data show --dataset_name D --model_name_or_path M [--config FILE.yaml] [--name value ...]
@@ -129,19 +131,48 @@ def _convert(line: CommandLine) -> None:
         offline = go_offline_if_unreachable(dataset_names(settings.script))
         rows = load_splits(settings, with_test=False)["train"]
         report = load_report(rows)
+        _check_kind(own.verb, rows, report)
         number = export.write(rows, target, as_messages=settings.trainer.transcripts == "messages")
     told = [offline] if offline else []
     if report is not None:
         told.append(f"format: {', '.join(dict.fromkeys(report.formats.values()))}")
-        told += export.columns_told(report.columns)
-        left_out = ", ".join(f"{count} {reason}" for reason, count in report.bad_rows.items())
-        told += [*report.notes, *([f"left out: {left_out}"] if left_out else [])]
+        told += [*_about(report), *report.notes]
     told += [
         f"wrote {number} rows to {target}: {', '.join(rows.column_names)}",
         f"next: preftune data show --dataset_name {target} --verb {own.verb} --model_name_or_path MODEL",
     ]
     for text in told:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_kind(verb: str, rows: Any, report: Any) -> None:
+    """Refuse to write rows that the verb could not learn from.
+
+    Raises:
+        DataError: They hold no pairs or no labels.
+    """
+    wanted = {"pairs": ("chosen", "rejected"), "labelled": ("completion", "label"), "sft": ()}[ROWS[verb]]
+    if wanted and not set(wanted) <= set(rows.column_names) and not {"chosen", "rejected"} <= set(rows.column_names):
+        raise DataError(
+            f"preftune {verb} learns from {'pairs' if ROWS[verb] == 'pairs' else 'labelled answers'}, and the rows are "
+            f"examples of one answer ({', '.join(dict.fromkeys(report.formats.values()))})",
+            where="--verb",
+            value=verb,
+            remedy="set --verb sft, or name the columns of the answers with `dataset_columns: {theirs: ours}`",
+        )
+
+
+def _about(report: LoadReport) -> list[str]:
+    """What was done with columns, and what was left out."""
+    from preftune.data.export import columns_told
+    from preftune.data.rows import shorten
+
+    told = columns_told(report.columns)
+    if report.overlooked:
+        told.append(f"not used, although they hold a part of the conversation: {', '.join(report.overlooked)}")
+    if report.bad_rows:
+        told.append(f"left out: {shorten(report.bad_rows)}; the first is {report.first}")
+    return told
 
 
 def _show(line: CommandLine) -> None:
@@ -173,8 +204,6 @@ def _rows_to_show(settings: Resolved[Any]) -> Any:
 
 def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
     from preftune.data import load_report, show
-    from preftune.data.export import columns_told
-    from preftune.data.rows import shorten
     from preftune.data.token_view import ENCLOSING, REMARKS
     from preftune.models.loading import load_tokenizer
     from preftune.runs.data import dataset_names
@@ -195,12 +224,7 @@ def _print_rows(console: Console, settings: Resolved[Any], own: _Own) -> None:
         console.print(REMARKS[verb], highlight=False)
     rows = _rows_to_show(settings)
     report = load_report(rows)
-    told = columns_told(report.columns) if report is not None else []
-    if report is not None and report.overlooked:
-        told.append(f"not used, although they hold a part of the conversation: {', '.join(report.overlooked)}")
-    if report is not None and report.bad_rows:
-        told.append(f"left out: {shorten(report.bad_rows)}; the first is {report.first}")
-    for text in told:
+    for text in _about(report) if report is not None else []:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     show(
         rows,

@@ -144,7 +144,7 @@ def _all(pipeline: Pipeline, console: Console) -> int:
         code = _settings_and_training(pipeline, console, Path(scratch))
         if code or pipeline.dry:
             if pipeline.dry:
-                words = [word for word in pipeline.argv if word not in ("--dry_run", "--dry-run")]
+                words = next_steps.without_flag(pipeline.argv, "dry_run")
                 _say(console, f"next: {next_steps.command('run', *words)}")
             return code
         _evaluation(pipeline, console)

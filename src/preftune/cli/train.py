@@ -60,10 +60,10 @@ def _leave_the_others() -> None:
 def _how_to_go_on(this: Run) -> None:
     """The command that comes next."""
     from preftune.config import redact_argv
-    from preftune.runs.next_steps import after_training
+    from preftune.runs.next_steps import after_training, without_flag
 
     if this.settings.script.dry_run:
-        words = [word for word in this.argv if word not in ("--dry_run", "--dry-run", "--dry_run=true")]
+        words = without_flag(this.argv, "dry_run")
         lines = [f"next: {shlex.join(redact_argv(['preftune', this.verb, *words]))}"]
     else:
         streamed = this.settings.script.dataset_streaming

@@ -84,6 +84,8 @@ _URL_LOGIN = re.compile(
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 #: Shorter values, such as "1" or "true", are no secrets and occur everywhere.
 _SHORTEST = 8
+#: Variables of every shell: the working directory, not a password.
+_OF_SHELLS = frozenset(["PWD", "OLDPWD"])
 
 _REMEMBERED: set[str] = set()
 
@@ -152,8 +154,10 @@ def variable_name(text: str) -> str | None:
 
 def _known() -> list[str]:
     """Values that are secret wherever they occur, the longest first: one may be a part of another."""
-    held = {value.strip() for name, value in os.environ.items() if is_secret(name)}
-    return sorted((value for value in held | _REMEMBERED if len(value) >= _SHORTEST), key=len, reverse=True)
+    named = ((name, value.strip()) for name, value in os.environ.items() if is_secret(name) and name not in _OF_SHELLS)
+    # A folder's path is part of every path below it, and opens nothing.
+    held = {value for _, value in named if len(value) >= _SHORTEST and not os.path.isdir(value)}
+    return sorted(held | _REMEMBERED, key=len, reverse=True)
 
 
 def _redact(value: Any, name: str, known: Iterable[str]) -> Any:

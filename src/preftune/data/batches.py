@@ -26,6 +26,7 @@ BATCH_SIZE = 1000
 MIN_ROWS_FOR_PROCESSES = 2000
 
 TRUNCATED, MERGED, DOUBLED_BOS, EOS_MISSING, EOS_APPENDED, ENVIRONMENT, TRANSCRIPT, MARKED = 1, 2, 4, 8, 16, 32, 64, 128
+REPEATED = 256
 
 #: Status of a row that was left out because it is bad; any other text is the reason why it was dropped.
 BAD = "bad"
@@ -88,6 +89,7 @@ class Tally:
     num_environment: int
     num_transcripts: int
     num_marked: int
+    num_repeated: int
     example: str | None
     first: str = ""
 
@@ -206,6 +208,7 @@ def _tally(table: pa.Table) -> Tally:
         num_environment=count(ENVIRONMENT),
         num_transcripts=count(TRANSCRIPT),
         num_marked=count(MARKED),
+        num_repeated=count(REPEATED),
         example=examples[0].as_py() if len(examples) else None,
         first=problems[0].as_py() if len(problems) else "",
     )
@@ -264,13 +267,15 @@ def refuse_images(columns: Collection[str], rows: Iterable[Any], where: str) -> 
     named = [name for name in _MEDIA if name in columns]
     if not named:
         return
-    found = {name for row in rows if isinstance(row, Mapping) for name in named if row.get(name) not in (None, "", [])}
+    given = ((name, row.get(name)) for row in rows if isinstance(row, Mapping) for name in named)
+    # Tables of numbers write NaN, the one value that differs from itself, where there is none.
+    found = {name for name, value in given if value not in (None, "", []) and value == value}
     if found:
         raise DataError(
             "vision-language data are not supported",
             where=where,
             value=sorted(found),
-            remedy="remove the image column (or select others with `columns`) to train on the text alone",
+            remedy="remove the image column (or select others with `dataset_columns`) to train on the text alone",
         )
 
 

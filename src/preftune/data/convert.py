@@ -35,7 +35,10 @@ def canonical_rows(
     """
     if spec.kind in ("ranked", "rated") and pairing == "none":
         raise ConfigError(
-            "rated responses cannot be used unpaired", where="pairing", value=pairing, allowed="best_worst, all"
+            f"the answers are rated ({spec.name}), and nothing says which of them are desirable",
+            where="pairing",
+            value=pairing,
+            remedy="set pairing: best_worst or all to make pairs of them, or add a column `label` of true and false",
         )
     rows: list[Row] = []
     for place, raw in numbered:

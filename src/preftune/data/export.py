@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preftune.data.transcripts import as_conversation
-from preftune.errors import ConfigError, SetupError
+from preftune.errors import ConfigError, DataError, SetupError
 from preftune.files import replacing
 
 if TYPE_CHECKING:
@@ -61,9 +61,18 @@ def write(dataset: Dataset, path: str | Path, *, as_messages: bool = False) -> i
     Raises:
         ConfigError: A kind of file that is not written.
         SetupError: The file cannot be written.
+        DataError: Some rows become conversations and others stay text.
     """
     target = check_target(path)
     rows = list(rows_of_columns(dataset, as_messages=as_messages))
+    texts = [n for n, row in enumerate(rows) if isinstance(row.get("prompt", row.get("text")), str)]
+    if as_messages and 0 < len(texts) < len(rows):
+        raise DataError(
+            f"{len(texts)} of {len(rows)} rows cannot be made conversations as the others are, and would stay text",
+            where=f"row {texts[0]} (the first is 0)",
+            value=str(rows[texts[0]].get("prompt", rows[texts[0]].get("text")))[-60:],
+            remedy="set transcripts: text, or correct these rows (an empty line before each `Human:` and `Assistant:`)",
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as beside:

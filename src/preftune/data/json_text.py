@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune.data.formats.base import BadRow
-from preftune.data.formats.turns import is_messages, parsed
+from preftune.data.formats.turns import is_messages, is_turn, parsed
 from preftune.data.tables import RawTable
 from preftune.errors import DataError
 
@@ -100,7 +100,7 @@ def _rows_within(whole: Mapping[str, Any], path: Path, one_line: bool) -> list[A
     alone = len(tables) == 1 and sum(isinstance(value, list) for value in whole.values()) == 1
     if alone and (tables[0].lower() in _TABLES or len(whole) == 1) and not _is_ranked(whole, tables[0]):
         return list(whole[tables[0]])
-    if len(tables) > 1 and len(tables) == len(whole):
+    if len(tables) > 1 and len(tables) == len(whole) and any(name.lower() in _TABLES for name in tables):
         raise DataError(
             f"the file holds several tables: {', '.join(tables)}",
             where=str(path),
@@ -123,6 +123,9 @@ def _columns_within(whole: Mapping[str, Any]) -> list[Any] | None:
     if columns and (chats or (texts and not any(is_messages(value) for value in values))):
         return [dict(zip(whole, cells, strict=True)) for cells in zip(*values, strict=True)]
     alike = all(isinstance(value, Mapping) and set(value) == set(values[0]) for value in values)
+    if alike and all(map(is_turn, values)):
+        # A row of one turn a column.
+        return None
     if alike and values[0] and all(str(key).isdigit() for key in values[0]):
         return [{column: whole[column][key] for column in whole} for key in values[0]]
     return values if alike and len(values[0]) > 1 else None

@@ -101,7 +101,7 @@ class Loader:
         self.formats[table.name] = spec.name
         uses = column_uses(spec, columns, for_sft=self.for_sft)
         self.columns |= uses
-        self.overlooked += [name for name in overlooked(uses, example) if name not in self.overlooked]
+        self.overlooked += [name for name in overlooked(spec, uses, example) if name not in self.overlooked]
         self.example = self.example or example
         self.notes += [f"{table.name}: {note}" for note in notes]
         return rows

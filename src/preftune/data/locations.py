@@ -14,6 +14,10 @@ from preftune.errors import ConfigError, DataError
 __all__ = ["SUFFIXES", "Origin", "RawTable", "find", "from_dataset", "hub_splits", "read_file", "suffix_of"]
 
 
+#: Files beside data that say something about them.
+_ABOUT = frozenset(["dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"])
+
+
 @dataclass(frozen=True)
 class Origin:
     """A data set that can be read split by split.
@@ -123,7 +127,7 @@ def files_by_split(name: str, path: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for item in sorted(path.iterdir()):
         suffix = suffix_of(item)
-        if suffix and item.is_file():
+        if suffix and item.is_file() and item.name not in _ABOUT:
             files.setdefault(item.name[: -len(suffix)].split("-0")[0], []).append(item)
     if not files and (path / "data").is_dir():
         # As repositories of the Hub lie on a disk.
@@ -135,6 +139,14 @@ def files_by_split(name: str, path: Path) -> dict[str, list[Path]]:
             allowed=f"a save_to_disk folder, or files such as train.jsonl and test.jsonl ({SUFFIXES_TOLD})",
         )
 
+    for split, found in files.items():
+        if len({suffix_of(item) for item in found}) > 1:
+            raise DataError(
+                f"several files of different kinds are the split {split!r}",
+                where=name,
+                value=[item.name for item in found],
+                remedy="keep one of them, or name the file itself",
+            )
     if len(files) == 1 and "train" not in files:
         # A single file is what there is to train on, whatever it is called.
         files["train"] = next(iter(files.values()))

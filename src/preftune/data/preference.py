@@ -245,7 +245,7 @@ def pair_format(dataset: Dataset, options: DataOptions, name: str) -> FormatSpec
             f"preference tuning needs chosen and rejected answers, and this is SFT data ({spec.name})",
             where=f"{name} data set",
             value=dataset.column_names,
-            remedy="use `preftune sft`, or rename columns with `columns: {theirs: ours}`",
+            remedy="use `preftune sft`, or rename columns with `dataset_columns: {theirs: ours}`",
         )
     return spec
 

@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from preftune.data.formats.base import BadRow
 from preftune.data.json_text import read_json
@@ -115,7 +115,20 @@ def read_file(path: Path) -> RawTable:
         table = read_json(path, text, lines=not suffix.startswith(".json.") and suffix != ".json")
     if not table.rows:
         raise DataError("the file holds no rows", where=str(path), remedy="check that it was written completely")
+    if isinstance(table.rows, list) and not any(isinstance(row, Mapping) for row in table.rows):
+        raise _no_row(table)
     return table
+
+
+def _no_row(table: RawTable) -> DataError:
+    """The error of a file of which nothing is a row, by its first entry."""
+    first = table.rows[0]
+    if isinstance(first, BadRow):
+        value = {} if first.value is None else {"value": first.value}
+        return DataError(f"no row can be read: {first.what}", where=table.place(0), remedy=first.remedy, **value)
+    return DataError(
+        "the rows have no columns", where=table.place(0), value=first, remedy="write every row as {column: value}"
+    )
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -148,7 +161,9 @@ def _decode(data: bytes) -> str:
 def _delimiter(text: str) -> str:
     """What divides the fields of a header; where nothing does, a mark that no text has, as a line is one field then."""
     header = text.partition("\n")[0]
-    return next((mark for mark in (",", ";", "\t", "|") if mark in header), "\x1f")
+    # The one that occurs most: a comma may be a part of a name.
+    mark = max((",", ";", "\t", "|"), key=header.count)
+    return mark if mark in header else "\x1f"
 
 
 def _read_csv(path: Path, text: str, delimiter: str | None) -> RawTable:
@@ -160,7 +175,22 @@ def _read_csv(path: Path, text: str, delimiter: str | None) -> RawTable:
         text, delimiter = text[told.end() :], told.group(1)
     if "\n" not in text:
         text = text.replace("\r", "\n")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter or _delimiter(text))
+    mark = delimiter or _delimiter(text)
+    try:
+        return _table_of(path, text, mark, before, csv.QUOTE_MINIMAL)
+    except csv.Error as error:
+        if mark == "\t":
+            # Tools that write tabs between fields often quote nothing.
+            return _table_of(path, text, mark, before, csv.QUOTE_NONE)
+        raise DataError(
+            f"malformed CSV: {error}",
+            where=f"{path}:{error.args[-1]}",
+            remedy="quote fields with commas or line ends, and write quotes in them twice",
+        ) from error
+
+
+def _table_of(path: Path, text: str, mark: str, before: int, quoting: Literal[0, 3]) -> RawTable:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=mark, quoting=quoting)
     rows: list[Any] = []
     numbers: list[int] = []
     try:
@@ -169,15 +199,20 @@ def _read_csv(path: Path, text: str, delimiter: str | None) -> RawTable:
         for cells in reader:
             if cells:
                 numbers.append(start + before)
-                short = len(cells) < len(names)
-                wrong = len(cells) != len(names)
-                rows.append(_wrong_width(more=not short) if wrong else dict(zip(names, cells, strict=True)))
+                rows.append(_row_of(names, cells))
             start = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(
-            f"malformed CSV: {error}", where=f"{path}:{reader.line_num}", remedy="quote fields with commas or line ends"
-        ) from error
+        raise csv.Error(str(error), reader.line_num) from error
     return RawTable(str(path), rows, lambda index: f"{path}:{numbers[index]}")
+
+
+def _row_of(names: list[str], cells: list[str]) -> dict[str, str] | BadRow:
+    if len(cells) != len(names):
+        return _wrong_width(len(cells), len(names))
+    if [cell.strip() for cell in cells] == names:
+        what = "the header once more, as files that were put together have it"
+        return BadRow("header_repeated", "row", what, remedy="remove the line, or set on_bad_rows: skip")
+    return dict(zip(names, cells, strict=True))
 
 
 def _header(path: Path, cells: list[str]) -> list[str]:
@@ -190,11 +225,12 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     return names
 
 
-def _wrong_width(*, more: bool) -> BadRow:
+def _wrong_width(number: int, wanted: int) -> BadRow:
+    more = "more" if number > wanted else "fewer"
     return BadRow(
         "wrong_number_of_fields",
         "row",
-        "more fields than the header has" if more else "fewer fields than the header has",
+        f"{more} fields than the header has ({number}, not {wanted})",
         remedy="quote fields with commas, or set on_bad_rows: skip",
     )
 

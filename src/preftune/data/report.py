@@ -45,6 +45,7 @@ class PrepareReport:
         num_environment: Rows whose answers hold turns that the model does not write.
         num_transcripts: Rows of ``Human:``/``Assistant:`` transcripts, where the tokenizer has a chat template.
         num_marked: Rows with turns that are marked as not to be trained on (``weight: 0``, ``train: false``).
+        num_repeated: Rows of text whose answers begin with their whole prompt.
         columns: Column of the data -> what is done with it.
         findings: What a user should know before trusting the run, one finding a line.
         warnings: The findings, after notes on what was done.
@@ -69,6 +70,7 @@ class PrepareReport:
     num_environment: int = 0
     num_transcripts: int = 0
     num_marked: int = 0
+    num_repeated: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -178,6 +180,7 @@ def _of_tally(tally: Tally) -> dict[str, Any]:
         "num_environment": tally.num_environment,
         "num_transcripts": tally.num_transcripts,
         "num_marked": tally.num_marked,
+        "num_repeated": tally.num_repeated,
     }
 
 
@@ -218,6 +221,12 @@ def _of_turns(report: PrepareReport, options: DataOptions) -> tuple[list[str], l
         found.append(
             f"{report.num_marked} rows mark turns as not to be trained on (weight: 0, train: false, loss: false): the"
             " marks are not read, as in TRL; make the answers to learn completions of their own"
+        )
+    if 2 * report.num_repeated > report.rows_read:
+        found.append(
+            f"answers of {report.num_repeated} rows begin with their whole prompt, which is trained on as a part of the"
+            " answer, as in TRL: remove it from the answers, or leave the prompt's column out"
+            " (`dataset_columns: [chosen, rejected]`)"
         )
     if report.num_transcripts:
         if options.transcripts == "messages":

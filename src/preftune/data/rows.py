@@ -207,7 +207,8 @@ class BadRowHandler:
         self.reason = bad.reason
         if self.policy == "skip" or (self.policy == "warn" and bad.reason in NEUTRAL):
             self.counts[bad.reason] += 1
-            self.first = self.first or f"{place}, field {bad.field!r}: {bad.what}"
+            got = "" if bad.value is None else f"; got {_short(bad.value)}"
+            self.first = self.first or f"{place}, field {bad.field!r}: {bad.what}{got}"
             self.quarantine([entry(bad, place, row)])
             return False
         if self.policy == "warn" and converted and bad.reason in _TRL_GOES_ON:
@@ -232,6 +233,11 @@ class BadRowHandler:
                 where=self.quarantine_path,
                 remedy="choose another quarantine_path",
             ) from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def left_out(counts: Mapping[str, int], policy: str) -> dict[str, int]:

@@ -315,7 +315,7 @@ def sft_format(dataset: Dataset, options: DataOptions, name: str, text_field: st
             f"rows of the format {spec.name} do not say which answer to learn",
             where=f"{name} data set",
             value=columns,
-            remedy="load them with a pairing, or name the answer with `columns: {theirs: completion}`",
+            remedy="load them with a pairing, or name the answer with `dataset_columns: {theirs: completion}`",
         )
     return spec
 

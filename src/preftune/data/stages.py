@@ -70,7 +70,7 @@ class Stages:
             self.columns, self.overlooked = dict(self.loaded.columns), list(self.loaded.overlooked)
             return
         self.columns = column_uses(spec, self.dataset.column_names, for_sft=for_sft)
-        self.overlooked = overlooked(self.columns, from_dataset(self.name, self.dataset).example())
+        self.overlooked = overlooked(spec, self.columns, from_dataset(self.name, self.dataset).example())
 
     def became(self, dataset: Dataset, bad: Mapping[str, int], notes: Sequence[str], first: str = "") -> None:
         """Go on with other rows, such as pairs that were made of the given ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -9,10 +10,11 @@ from typing import Any
 
 from preftune.data.arrow import rows_of
 from preftune.data.formats.base import BadRow
+from preftune.data.formats.openings import SYSTEMS
 from preftune.data.formats.turns import parsed
 
 _BATCH = 1000
-_OPENING = ("system", "system_prompt", "history")
+_OPENING = (*SYSTEMS, "history")
 
 
 @dataclass
@@ -89,16 +91,24 @@ class RawTable:
         }
 
     def example(self) -> dict[str, Any]:
-        """A row to recognise the format by: an early one without nulls, or else the first that can be read."""
+        """A row to recognise the format by: of the first ones the most ordinary, with the fewest nulls."""
         columns = self.columns()
-        fallback: dict[str, Any] = {}
-        for _, row in islice(self, 100):
-            if isinstance(row, Mapping):
-                full = {**dict.fromkeys(columns), **row}
-                if all(value is not None for value in full.values()):
-                    return full
-                fallback = fallback or full
-        return fallback
+        rows = [{**dict.fromkeys(columns), **row} for _, row in islice(self, 100) if isinstance(row, Mapping)]
+        if not rows:
+            return {}
+        kinds = {name: Counter(type(row[name]) for row in rows) for name in rows[0]}
+        usual = {name: found.most_common(2) for name, found in kinds.items()}
+
+        def ordinary(row: Mapping[str, Any]) -> tuple[int, int]:
+            alike = sum(type(row[name]) is _kind(usual[name]) for name in kinds)
+            return alike, sum(row[name] is not None for name in kinds)
+
+        return max(rows, key=ordinary)
+
+
+def _kind(usual: list[tuple[type, int]]) -> type:
+    """The type of most values that are no nulls."""
+    return next((kind for kind, _ in usual if kind is not type(None)), type(None))
 
 
 def _row_or_bad(rows: Any, index: int) -> Any:

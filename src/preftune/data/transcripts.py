@@ -11,7 +11,8 @@ _ROLES = {"human": "user", "user": "user", "assistant": "assistant", "system": "
 _LABEL = r"(?:#{1,4}[ \t]*)?(Human|User|Assistant|System):"
 # Turns stand after empty lines; in files that have none, after line ends.
 _APART = re.compile(rf"(?:\A\s*|\n[ \t]*\n\s*){_LABEL}")
-_CLOSE = re.compile(rf"(?:\A\s*|\n\s*){_LABEL}")
+# Where a mark stands before the label (### Human:), even without a line end.
+_CLOSE = re.compile(rf"(?:\A\s*|\n\s*|(?=#)){_LABEL}")
 _BEGIN = re.compile(rf"\s*{_LABEL}")
 
 
@@ -58,7 +59,8 @@ def as_conversation(row: Mapping[str, object]) -> Row | None:
     for field in ("chosen", "rejected", "completion"):
         answer = row.get(field)
         if isinstance(answer, str):
-            turns = turns_of(prompt + answer)[len(before) :]
+            # An answer that holds the whole transcript once more.
+            turns = turns_of(prompt + answer.removeprefix(prompt))[len(before) :]
             if not turns or turns[0]["role"] != "assistant":
                 return None
             out[field] = joined(turns) or [{"role": "assistant", "content": ""}]

@@ -278,8 +278,8 @@ def _label_remedy(example: Mapping[str, Any]) -> str:
     likely = [name for name, value in example.items() if isinstance(value, bool)]
     likely += [name for name in example if "label" in name.lower() and name not in likely]
     if likely:
-        return f"`columns: {{{likely[0]}: label}}` reads the column {likely[0]!r} as the label"
-    return "name the column with `columns: {theirs: label}`, or use `preftune sft`"
+        return f"`dataset_columns: {{{likely[0]}: label}}` reads the column {likely[0]!r} as the label"
+    return "name the column with `dataset_columns: {theirs: label}`, or use `preftune sft`"
 
 
 def _taken_apart(pairs: Sequence[Row]) -> Iterable[Row]:

@@ -33,6 +33,15 @@ def sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:
     return out
 
 
+def repeats_prompt(row: Row) -> bool:
+    """Whether the answers of a row of text begin with its whole prompt. One word may well begin an answer as well."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or " " not in prompt.strip():
+        return False
+    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    return bool(answers) and all(isinstance(one, str) and one.startswith(prompt.rstrip()) for one in answers)
+
+
 class RowWorker:
     """Rows of one format to tokens; subclasses say to which.
 
@@ -95,7 +104,7 @@ class RowWorker:
             handler.reason = ""
             found.clear()
             converted = convert_row(row, place_of(self.name, index), spec, handler, then=then)
-            flags = batches.TRANSCRIPT * bool(found)
+            flags = batches.TRANSCRIPT * bool(found) + batches.REPEATED * any(map(repeats_prompt, converted))
             outcomes.append(Outcome(status="" if converted else batches.BAD, bad=handler.reason, flags=flags))
             if converted:
                 positions.append(position)

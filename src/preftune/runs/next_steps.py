@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 
 from preftune.verbs import PAIR_VERBS
 
@@ -54,3 +55,20 @@ def after_training(verb: str, folder: str | os.PathLike[str], *, held_out: bool,
             how = f"preftune eval --model {os.fspath(folder)} --dataset_name with other pairs can"
         lines.insert(0, f"nothing was held out, so that no figure can judge it; {how}")
     return lines
+
+
+def without_flag(argv: Sequence[str], name: str) -> list[str]:
+    """The words of a command line without a flag that is true or false, and without its value.
+
+    >>> without_flag(["--dry_run", "true", "--beta", "0.1"], "dry_run"), without_flag(["--dry-run", "--x"], "dry_run")
+    (['--beta', '0.1'], ['--x'])
+    """
+    out: list[str] = []
+    follows = False
+    for word in argv:
+        flag, equals, _ = word.partition("=")
+        own = flag.replace("-", "_") == f"__{name}"
+        if not own and not (follows and word.lower() in ("true", "false", "1", "0", "yes", "no")):
+            out.append(word)
+        follows = own and not equals
+    return out

@@ -127,10 +127,11 @@ _TELLING = (
 )
 
 
-def overlooked(uses: Mapping[str, str], row: Mapping[str, Any]) -> list[str]:
+def overlooked(spec: FormatSpec, uses: Mapping[str, str], row: Mapping[str, Any]) -> list[str]:
     """Columns that nothing reads although they hold a part of the conversation that no other column has.
 
     Args:
+        spec: Format of the rows. Where no column is the prompt, any text may be.
         uses: What is done with every column.
         row: An early row.
 
@@ -141,7 +142,9 @@ def overlooked(uses: Mapping[str, str], row: Mapping[str, Any]) -> list[str]:
     found = []
     for name, use in uses.items():
         value = row.get(name)
-        if use != NOT_USED or not (name.lower() in _TELLING or is_messages(decoded_or_same(value))):
+        telling = name.lower() in _TELLING or is_messages(decoded_or_same(value))
+        telling = telling or (spec is IMPLICIT_PREFERENCE and isinstance(value, str) and " " in value.strip())
+        if use != NOT_USED or not telling:
             continue
         if any(text.strip() and text.strip() not in said for text in _texts(decoded_or_same(value))):
             found.append(name)
@@ -227,17 +230,20 @@ def resolve(
                 f"the format {name!r} needs the columns {', '.join(spec.required)}; missing: {', '.join(missing)}",
                 where=where,
                 value=sorted(columns),
-                remedy="rename columns with `columns: {theirs: ours}`, or set dataset_format: auto",
+                remedy="rename columns with `dataset_columns: {theirs: ours}`, or set dataset_format: auto",
             )
         return spec
     found = detect(columns, first_row, for_sft=for_sft, implicit_prompt=implicit_prompt)
-    if found is None:
+    if found is None or found is IMPLICIT_PREFERENCE:
         lowered = {name.strip().lower(): name for name in columns}
-        if detect(lowered, {key.strip().lower(): value for key, value in first_row.items()}, for_sft=for_sft) is None:
-            lowered = {}
-        renamed = ", ".join(f"{theirs}: {ours}" for ours, theirs in lowered.items() if ours != theirs)
+        other = detect(lowered, {key.strip().lower(): value for key, value in first_row.items()}, for_sft=for_sft)
+        renamed = ", ".join(f"{theirs}: {ours}" for ours, theirs in lowered.items() if ours != theirs and other)
+        if found is not None and (not renamed or other is found):
+            return found
         raise DataError(
-            "the columns match no known data format",
+            "the columns match no known data format"
+            if found is None
+            else "no column is called as a prompt is, and one is but for its capitals",
             where=where,
             value=sorted(columns),
             allowed="prompt, chosen, rejected; messages; prompt, completion; and the formats of docs/compatibility.md",

@@ -38,7 +38,7 @@ def detect_preference(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     if not has(columns, "instruction"):
         return False
     if has(columns, "chosen", "rejected"):
-        return isinstance(row.get("chosen"), str)
+        return isinstance(row.get("chosen"), str | int | float)
     return is_two_texts(row.get("output"))
 
 

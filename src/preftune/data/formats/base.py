@@ -16,7 +16,7 @@ Kind: TypeAlias = Literal["preference", "sft", "ranked", "unpaired", "rated"]
 #: Numbers that travel with a pair untouched.
 FLOAT_EXTRAS = ("margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
 
-_RENAME = "give a number; a column of another meaning needs another name (`columns: {theirs: ours}`) or has to go"
+_RENAME = "give a number; a column of another meaning needs another name (`dataset_columns: {theirs: ours}`)"
 
 _SCORE_COLUMNS = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 
@@ -104,7 +104,7 @@ def need(row: Mapping[str, Any], field: str) -> Any:
             "missing_column",
             field,
             f"the field {field!r} is missing",
-            remedy="add it, or rename a column with `columns: {theirs: ours}`",
+            remedy="add it, or rename a column with `dataset_columns: {theirs: ours}`",
         )
     value = row[field]
     if value is None:
@@ -149,7 +149,7 @@ def not_text(field: str, value: Any) -> BadRow:
         field,
         f"{field!r} is neither text nor a list of messages",
         value=value,
-        remedy="convert it to text, or name the right column with `columns`",
+        remedy="convert it to text, or name the right column with `dataset_columns: {theirs: ours}`",
     )
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
+from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
 from preftune.data.formats.openings import opened
 from preftune.data.formats.turns import need_text_or_messages
+
+#: Names of two whole conversations, in the order in which they are looked for.
+ANSWERS = (
+    ("chosen", "rejected"),
+    ("chosen_conversations", "rejected_conversations"),
+    ("chosen_messages", "rejected_messages"),
+)
+
+
+def _names(columns: Collection[str]) -> tuple[str, str] | None:
+    return next((pair for pair in ANSWERS if has(columns, *pair)), None)
 
 
 def split_index(chosen: Any, rejected: Any) -> int:
@@ -26,15 +37,16 @@ def split_index(chosen: Any, rejected: Any) -> int:
 
 def convert(row: Mapping[str, Any]) -> Row:
     """Split the shared beginning off both answers, exactly where TRL does."""
-    chosen, rejected = (need_text_or_messages(row, field) for field in ("chosen", "rejected"))
-    for field, value in (("chosen", chosen), ("rejected", rejected)):
+    names = _names(row) or ANSWERS[0]
+    chosen, rejected = (need_text_or_messages(row, field) for field in names)
+    for field, value in zip(names, (chosen, rejected), strict=True):
         if len(value) == 0:
             raise BadRow(
                 "empty_completion", field, f"{field!r} is empty", remedy="remove the row or set on_bad_rows: skip"
             )
     if isinstance(chosen, str) is not isinstance(rejected, str):
         raise BadRow(
-            "mixed_types", "rejected", "one answer is text and the other messages", remedy="use one form for both"
+            "mixed_types", names[1], "one answer is text and the other messages", remedy="use one form for both"
         )
     index = split_index(chosen, rejected)
     if not isinstance(chosen, str):
@@ -47,9 +59,15 @@ def convert(row: Mapping[str, Any]) -> Row:
 IMPLICIT_PREFERENCE = FormatSpec(
     name="implicit_preference",
     kind="preference",
-    required=("chosen", "rejected"),
-    detect=lambda columns, row: has(columns, "chosen", "rejected"),
+    required=(),
+    detect=lambda columns, row: _names(columns) is not None,
     convert=convert,
-    summary="chosen, rejected; the prompt is their common beginning",
-    uses={**PAIR_USES, **OPENING_USES},
+    summary=f"{' or '.join(', '.join(pair) for pair in ANSWERS)}; the prompt is their common beginning",
+    uses={
+        **dict.fromkeys((pair[0] for pair in ANSWERS), "the prompt, and the preferred answer"),
+        **dict.fromkeys((pair[1] for pair in ANSWERS), "the prompt, and the other answer"),
+        **EXTRA_USES,
+        **OPENING_USES,
+    },
+    either=(tuple(pair[0] for pair in ANSWERS), tuple(pair[1] for pair in ANSWERS)),
 )

@@ -6,17 +6,17 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
-from preftune.data.formats.openings import answer, last_answer, opened
-from preftune.data.formats.turns import need_messages, need_text_or_messages
+from preftune.data.formats.openings import answer, last_answer, opened, unanswered
+from preftune.data.formats.turns import is_messages, message, need_messages, need_text_or_messages
 
-REJECTED = ("rejected_response", "rejected_messages")
+REJECTED = ("rejected_response", "rejected_messages", "rejected")
 
 
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     """Messages beside both answers, which are no whole conversations, or beside the rejected one alone."""
     if "messages" not in columns or "prompt" in columns:
         return False
-    if any(name in columns for name in REJECTED):
+    if any(name in columns for name in REJECTED) and "chosen" not in columns:
         return True
     messages, chosen = row.get("messages"), row.get("chosen")
     whole = isinstance(messages, list) and isinstance(chosen, list) and messages[:1] == chosen[:1]
@@ -28,13 +28,14 @@ def convert(row: Mapping[str, Any]) -> Row:
     messages = opened(row, need_messages(row, "messages"))
     if "chosen" in row and "rejected" in row:
         answers = [answer(need_text_or_messages(row, name)) for name in ("chosen", "rejected")]
-        return {"prompt": messages, "chosen": answers[0], "rejected": answers[1], **extras(row)}
+        prompt = unanswered(messages, "messages", *answers)
+        return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **extras(row)}
     field = next((name for name in REJECTED if row.get(name) is not None), REJECTED[0])
-    given = row.get(field)
+    given: Any = row.get(field)
     # ms-swift takes several rejected answers, of which the first is one like any other.
     if isinstance(given, list) and given and isinstance(given[0], str):
         row = {**row, field: given[0]}
-    if field == "rejected_messages":
+    if field == "rejected_messages" or (is_messages(given) and message(given[0], field)["role"] != "assistant"):
         other = opened(row, need_messages(row, field))
         shared = min(common_prefix(messages, other), len(messages) - 1, len(other) - 1)
         if not shared:
@@ -58,8 +59,8 @@ MESSAGES_PREFERENCE = FormatSpec(
     summary="messages with chosen and rejected, or with rejected_response or rejected_messages",
     uses={
         "messages": "the prompt, and the preferred answer where there is no other",
-        **dict.fromkeys(REJECTED, "the other answer"),
         **PAIR_USES,
+        **dict.fromkeys(REJECTED, "the other answer; of several the first"),
         **OPENING_USES,
     },
 )

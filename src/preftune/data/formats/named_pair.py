@@ -10,11 +10,18 @@ from preftune.data.formats.openings import answer, questioned
 from preftune.data.formats.turns import is_messages, is_turn, message, need_text_or_messages
 
 #: Names of the question and of the two answers, in the order in which they are looked for.
-QUESTIONS = ("prompt", "question", "instruction", "query", "input")
+QUESTIONS = (
+    *("prompt", "question", "instruction", "query", "input", "problem", "user_prompt", "user_input", "user_query"),
+    *("user_message", "input_text", "instructions", "context"),
+)
 ANSWERS = (
     ("chosen", "rejected"),
     ("chosen_response", "rejected_response"),
     ("response", "rejected_response"),
+    ("response", "rejected"),
+    ("answer", "rejected"),
+    ("output", "rejected"),
+    ("completion", "rejected"),
     ("chosen_answer", "rejected_answer"),
     ("preferred", "dispreferred"),
     ("preferred_response", "dispreferred_response"),
@@ -34,9 +41,10 @@ def names(columns: Collection[str]) -> tuple[str, str, str] | None:
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     """A question of text, or of messages, beside two answers that do not repeat it."""
     found = names(columns)
-    if found is None or not isinstance(row.get(found[0]), str | list):
+    if found is None or not isinstance(row.get(found[0]), str | list | int | float):
         return False
-    return all(isinstance(row.get(name), str) or _is_reply(row.get(name)) for name in found[1:])
+    # A number in place of an answer is told when the row is read.
+    return all(isinstance(row.get(name), str | int | float) or _is_reply(row.get(name)) for name in found[1:])
 
 
 def _is_reply(value: Any) -> bool:
@@ -67,5 +75,5 @@ NAMED_PAIR = FormatSpec(
         **OPENING_USES,
         **EXTRA_USES,
     },
-    either=(tuple(name for name in QUESTIONS if name != "input"),),
+    either=(tuple(name for name in QUESTIONS if name not in BELOW_USES),),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preftune.data.formats.base import BadRow, Message, optional_text
+from preftune.data.formats.base import BadRow, Message, common_prefix, optional_text
 from preftune.data.formats.turns import is_messages, need_messages, need_text_or_messages, parsed
 
 #: Columns of a system turn, in the order in which they are looked for.
@@ -27,9 +27,15 @@ def opening(row: Mapping[str, Any]) -> list[Message]:
 
 def system_turn(row: Mapping[str, Any]) -> list[Message]:
     """The ``system`` column (or one of another name) as a list of no or one message."""
-    name = next((name for name in SYSTEMS if row.get(name) is not None), SYSTEMS[0])
-    text = optional_text(row, name)
-    return [{"role": "system", "content": text}] if _says(text) else []
+    said = {name: text for name in SYSTEMS if _says(text := optional_text(row, name))}
+    if len(set(said.values())) > 1:
+        raise BadRow(
+            "two_system_turns",
+            list(said)[1],
+            f"the columns {' and '.join(said)} hold different system turns",
+            remedy="keep one of the columns",
+        )
+    return [{"role": "system", "content": text} for text in list(said.values())[:1]]
 
 
 def _says(text: str) -> bool:
@@ -50,13 +56,23 @@ def question(row: Mapping[str, Any], name: str) -> str | list[Message]:
         BadRow: They hold something else.
     """
     asks = need_text_or_messages(row, name)
-    if not isinstance(asks, str):
-        return asks
     below = [other for other in BELOW if other != name and row.get(other) is not None]
     before = [turn for other in below if is_messages(row[other]) for turn in need_messages(row, other)]
-    texts = [optional_text(row, other) for other in below if not is_messages(row[other])]
-    text = "\n".join(part for part in (asks, *filter(_says, texts)) if part)
+    texts = [text for other in below if not is_messages(row[other]) and _says(text := optional_text(row, other))]
+    if not isinstance(asks, str):
+        return [*before, *_with_below(asks, texts)]
+    text = "\n".join(part for part in (asks, *texts) if part)
     return [*before, *asked(text)] if before else text
+
+
+def _with_below(turns: list[Message], texts: list[str]) -> list[Message]:
+    """A question of messages, with text below its last turn, or as a turn of its own below an answer."""
+    last = turns[-1]
+    if not texts or (last.get("role") == "user" and not isinstance(last.get("content"), str)):
+        return [*turns, *asked("\n".join(texts))] if texts else turns
+    if last.get("role") != "user":
+        return [*turns, *asked("\n".join(texts))]
+    return [*turns[:-1], {**last, "content": "\n".join((last["content"], *texts))}]
 
 
 def questioned(row: Mapping[str, Any], name: str) -> list[Message]:
@@ -72,11 +88,11 @@ def questioned(row: Mapping[str, Any], name: str) -> list[Message]:
 def _history(row: Mapping[str, Any]) -> list[Message]:
     given = row.get("history") or []
     if isinstance(given, str):
-        given = parsed(given)
+        given = parsed(given) if _says(given) else []
     if is_messages(given):
         return need_messages({"history": given}, "history")
     turns: list[Message] = []
-    for turn in [given] if isinstance(given, str) else given:
+    for turn in given if isinstance(given, list | tuple) else [given]:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise BadRow(
                 "malformed_message",
@@ -135,21 +151,55 @@ def alike(prompt: Any, *answers: Any) -> tuple[Any, ...]:
 def prompted(row: Mapping[str, Any], prompt: str | list[Message], *answers: Any) -> tuple[Any, ...]:
     """Prompt and answers with ``system`` and ``history`` before them; a row that has those columns becomes messages.
 
-    Answers that begin with the whole prompt once more lose it.
+    Answers of messages that begin with the prompt once more, or that are whole conversations with the prompt in them,
+    lose it.
 
     Raises:
         BadRow: See :func:`opened`.
     """
     prompt, *rest = alike(prompt, *answers)
+    if not isinstance(prompt, str):
+        prompt, rest = _without_conversation(prompt, rest)
     if has_opening(row) and (not isinstance(prompt, str) or all(isinstance(one, str) for one in answers)):
         prompt, *rest = alike(opened(row, asked(prompt)), *rest)
-    if not isinstance(prompt, str) and all(_repeats(prompt, one) for one in rest):
-        rest = [one[len(prompt) :] for one in rest]
     return (prompt, *rest)
 
 
-def _repeats(prompt: list[Message], turns: Any) -> bool:
-    return isinstance(turns, list) and len(turns) > len(prompt) > 0 and turns[: len(prompt)] == prompt
+def _without_conversation(prompt: list[Message], answers: list[Any]) -> tuple[list[Message], list[Any]]:
+    """Prompt and answers where the answers are whole conversations: these up to the prompt, and what comes after it."""
+    lists = all(isinstance(one, list) and len(one) > 1 and one[0].get("role") != "assistant" for one in answers)
+    if not answers or not prompt or not lists:
+        return prompt, answers
+    first, asks = answers[0], _spoken(prompt)
+    most = min(min(len(one) - 1, common_prefix(first, one)) for one in answers)
+    end = next((n for n in range(1, most + 1) if asks and _spoken(first[:n])[-len(asks) :] == asks), 0)
+    if not end:
+        return prompt, answers
+    systems = [turn for turn in prompt if turn.get("role") == "system" and turn not in first[:end]]
+    return [*systems, *first[:end]], [one[end:] for one in answers]
+
+
+def _spoken(turns: list[Message]) -> list[Message]:
+    return [turn for turn in turns if turn.get("role") != "system"]
+
+
+def unanswered(turns: list[Message], field: str, *answers: list[Message]) -> list[Message]:
+    """A prompt that ends with one of its own answers, without it.
+
+    Raises:
+        BadRow: It ends with another answer, so that nothing is left to answer.
+    """
+    if turns[-1].get("role") != "assistant" or len(turns) == 1:
+        return turns
+    if any(len(one) == 1 and one[0].get("content") == turns[-1].get("content") for one in answers):
+        return turns[:-1]
+    raise BadRow(
+        "prompt_ends_with_answer",
+        field,
+        f"{field!r} ends with an answer that is neither the chosen nor the rejected one",
+        value=turns[-1].get("content"),
+        remedy="end it with the turn that is to be answered, or set on_bad_rows: skip",
+    )
 
 
 def last_answer(turns: list[Message], field: str) -> tuple[list[Message], list[Message]]:

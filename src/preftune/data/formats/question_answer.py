@@ -10,7 +10,7 @@ from preftune.data.formats.openings import answer, questioned
 from preftune.data.formats.turns import need_text_or_messages
 
 QUESTIONS = ("prompt", "question", "query", "instruction", "input", "problem")
-ANSWERS = ("response", "answer", "output", "solution")
+ANSWERS = ("response", "answer", "output", "solution", "completion")
 
 
 def names(columns: Collection[str]) -> tuple[str, str] | None:
@@ -23,7 +23,11 @@ def names(columns: Collection[str]) -> tuple[str, str] | None:
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     """A question of text or messages, and an answer of text or messages."""
     found = names(columns)
-    return found is not None and all(isinstance(row.get(name), str | list) for name in found)
+    if found is None or {"options", "accept"} <= set(columns):
+        # An annotator's choice among options: what is called answer says that it was accepted.
+        return False
+    # A number in place of an answer is told when the row is read.
+    return all(isinstance(row.get(name), str | list | int | float) for name in found)
 
 
 def convert(row: Mapping[str, Any]) -> Row:

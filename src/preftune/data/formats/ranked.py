@@ -19,8 +19,8 @@ from preftune.data.formats.base import (
 from preftune.data.formats.openings import answer, prompted, question
 from preftune.data.formats.turns import is_messages, need_text_or_messages, parsed
 
-PROMPTS = ("prompt", "question", "instruction", "query")
-RESPONSES = ("responses", "completions", "answers", "candidates")
+PROMPTS = ("prompt", "question", "instruction", "query", "context")
+RESPONSES = ("responses", "completions", "answers", "candidates", "generations")
 SCORES = ("scores", "ratings", "rewards")
 RANKS = ("ranks", "ranking", "rank")
 _TEXT_KEYS = ("response", "answer", "text", "content", "completion")
@@ -51,7 +51,6 @@ def convert(row: Mapping[str, Any]) -> Row:
     """``{prompt, responses, scores}`` with higher scores better; a rank counts from 1, the best, and is negated."""
     prompt_name = _first(PROMPTS, row) or "prompt"
     field = _first(RESPONSES, row) or "responses"
-    (prompt,) = prompted(row, question(row, prompt_name))
     items = _listed(need(row, field))
     if not isinstance(items, list) or len(items) < 2:
         raise BadRow(
@@ -64,8 +63,13 @@ def convert(row: Mapping[str, Any]) -> Row:
         responses, scores = zip(*(rated if len(rated) > 1 else map(_need_scored, read)), strict=True)
     else:
         responses, scores = tuple(items), _read_scores(row, len(items))
-    out: Row = {"prompt": prompt, "responses": [_response(text, prompt, field) for text in responses]}
-    return {**out, "scores": list(scores), **extras(row)}
+    texts = [need_text_or_messages({field: text}, field) for text in responses]
+    if any(isinstance(text, str) for text in texts):
+        (prompt,) = prompted(row, question(row, prompt_name))
+        texts = texts if isinstance(prompt, str) else list(map(answer, texts))
+    else:
+        prompt, *texts = prompted(row, question(row, prompt_name), *texts)
+    return {"prompt": prompt, "responses": texts, "scores": list(scores), **extras(row)}
 
 
 def _need_scored(item: tuple[Any, float | None]) -> tuple[Any, float]:
@@ -104,11 +108,6 @@ def _read_scores(row: Mapping[str, Any], count: int) -> tuple[float, ...]:
     return tuple(sign * need_number(value, field) for value in values)
 
 
-def _response(value: Any, prompt: Any, field: str) -> Any:
-    found = need_text_or_messages({field: value}, field)
-    return found if isinstance(prompt, str) else answer(found)
-
-
 RANKED = FormatSpec(
     name="ranked",
     kind="ranked",
@@ -124,5 +123,5 @@ RANKED = FormatSpec(
         **OPENING_USES,
         **EXTRA_USES,
     },
-    either=(PROMPTS, RESPONSES, (*SCORES, *RANKS)),
+    either=(tuple(name for name in PROMPTS if name not in BELOW_USES), RESPONSES, (*SCORES, *RANKS)),
 )

@@ -16,11 +16,11 @@ from preftune.data.formats.base import (
     has,
     template_extras,
 )
-from preftune.data.formats.openings import answer, opened
+from preftune.data.formats.openings import answer, opened, unanswered
 from preftune.data.formats.turns import is_exchanges, is_messages, message, need_messages, need_text_or_messages
 
 #: Columns of a conversation. Names of other meanings count only where they hold one.
-CONVERSATIONS = ("conversations", "conversation", "dialogue", "dialog", "turns")
+CONVERSATIONS = ("conversations", "conversation", "dialogue", "dialog", "turns", "trajectory")
 CONVERSATION_USES = dict.fromkeys(CONVERSATIONS, "the conversation")
 
 
@@ -47,7 +47,8 @@ def detect_preference(columns: Collection[str], row: Mapping[str, Any]) -> bool:
 def convert_preference(row: Mapping[str, Any]) -> Row:
     """The conversation is the prompt; ``chosen`` and ``rejected`` are one turn each (or lists of turns, or text)."""
     answers = {name: answer(need_text_or_messages(row, name)) for name in ("chosen", "rejected")}
-    return {"prompt": _turns(row), **answers, **extras(row)}
+    field = conversation_column(row, row) or CONVERSATIONS[0]
+    return {"prompt": unanswered(_turns(row), field, *answers.values()), **answers, **extras(row)}
 
 
 def convert_sft(row: Mapping[str, Any]) -> Row:

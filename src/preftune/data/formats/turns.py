@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from preftune.data.formats.base import BadRow, Message, need, not_text
+from preftune.data.formats.base import FLOAT_EXTRAS, BadRow, Message, need, not_text
 
 #: Roles that chat templates know. Other names are translated to these first.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -33,6 +34,8 @@ ROLE_NAMES: Mapping[str, str] = {
 #: Names of the two fields of a turn, the usual ones first.
 ROLE_KEYS = ("role", "from", "speaker")
 TEXT_KEYS = ("content", "value", "text")
+#: Columns of an answer, which may be JSON itself.
+_ANSWERS = ("chosen", "rejected", "completion", "response", "output", "answer", "text")
 #: Roles of a turn that is a tool call written as text.
 _CALLS = ("function_call", "tool_call")
 #: Types of a part of a turn that is text.
@@ -81,10 +84,10 @@ def decoded(value: Any, field: str) -> Any:
         return value
     found = parsed(value)
     found = parsed(found) if isinstance(found, str) and found != value else found
-    if is_messages(found) or is_turn(found):
+    if is_messages(found) or _is_lone_turn(found, field):
         return found
-    # JSON of another kind is an answer like any other, and so is what only begins as an object does.
-    if not isinstance(found, str) or value.lstrip().startswith("{"):
+    # JSON of another kind is an answer like any other, and so is what only begins as a structure does.
+    if not isinstance(found, str) or value.lstrip().startswith("{") or value.rstrip()[-1] not in "]})\"'":
         return value
     raise BadRow(
         "unreadable_structure",
@@ -93,6 +96,14 @@ def decoded(value: Any, field: str) -> Any:
         value=value[:60],
         remedy="store it as JSON, or set on_bad_rows: skip",
     )
+
+
+def _is_lone_turn(value: Any, field: str) -> bool:
+    """Whether a decoded object is a turn: what is asked may be anybody's, an answer only the model's."""
+    if not is_turn(value):
+        return False
+    role = ROLE_NAMES.get(str(next(value[key] for key in ROLE_KEYS if key in value)).strip().lower())
+    return role == "assistant" or (role is not None and field not in _ANSWERS)
 
 
 def parsed(text: str) -> Any:
@@ -117,13 +128,20 @@ def decode_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         BadRow: See :func:`decoded`.
     """
-    out = {field: decoded(value, field) if isinstance(value, str) else value for field, value in row.items()}
+    out = {field: _present(value, field) for field, value in row.items()}
     for field in ("prompt", "chosen", "rejected", "completion", "messages", "conversations"):
         whole = _conversation_within(out.get(field))
         if whole is not None:
             out[field] = whole["messages"]
             out |= {"tools": out.get("tools") or whole.get("tools")} if whole.get("tools") else {}
     return out
+
+
+def _present(value: Any, field: str) -> Any:
+    """A value as it was meant: a conversation in place of its text, null in place of the NaN of tables of numbers."""
+    if isinstance(value, str):
+        return decoded(value, field)
+    return None if isinstance(value, float) and math.isnan(value) and field not in FLOAT_EXTRAS else value
 
 
 def _conversation_within(value: Any) -> Mapping[str, Any] | None:

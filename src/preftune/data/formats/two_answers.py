@@ -20,12 +20,13 @@ from preftune.data.formats.base import (
 )
 from preftune.data.formats.openings import answer, asked, opened, question
 from preftune.data.formats.turns import is_messages, need_messages, need_text_or_messages, parsed
+from preftune.errors import DataError
 
-QUESTIONS = ("prompt", "question", "instruction", "query", "context", "history", "input")
+QUESTIONS = ("prompt", "question", "instruction", "query", "input", "context", "history")
 #: Names of the two answers, the first one's first.
 ANSWERS = (
     *((f"{word}{a}", f"{word}{b}")
-      for word in ("response", "answer", "completion", "output", "summary", "conversation")
+      for word in ("response", "answer", "completion", "output", "summary", "conversation", "conv")
       for a, b in (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("1", "2"), ("A", "B"))),
     ("human_ref_A", "human_ref_B"),
 )  # fmt: skip
@@ -55,7 +56,7 @@ def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     pair = _pair(columns)
     if pair is None or not _has_verdict(columns):
         return False
-    return pair[0].startswith("conversation") or any(name in columns for name in QUESTIONS)
+    return pair[0].startswith("conv") or any(name in columns for name in QUESTIONS)
 
 
 def convert(row: Mapping[str, Any]) -> Row:
@@ -65,7 +66,7 @@ def convert(row: Mapping[str, Any]) -> Row:
     if not gap:
         raise BadRow("no_preference", "verdict", "a tie: neither answer is preferred", remedy="set on_bad_rows: skip")
     better, worse = (first, second) if gap > 0 else (second, first)
-    if first.startswith("conversation"):
+    if first.startswith("conv"):
         prompt, chosen, rejected = _divided(row, better, worse)
     else:
         prompt, chosen, rejected = _asked(row, better, worse)
@@ -124,38 +125,59 @@ def _exchanges(
 def _verdict(row: Mapping[str, Any], pair: tuple[str, str]) -> float:
     """Above 0 where the first answer is better, below 0 where the second is, 0 for a tie."""
     if VOTES[0] in row:
-        return need_number(row[VOTES[0]], VOTES[0]) - need_number(row.get(VOTES[1], 0), VOTES[1])
+        return _vote(row, VOTES[0]) - _vote(row, VOTES[1])
+    unreadable: BadRow | None = None
+    # A named winner counts before a strength, which has a sign only where nothing else says whose it is.
+    for name in WINNERS:
+        if row.get(name) is not None:
+            try:
+                return _named(row, name, pair)
+            except BadRow as bad:
+                unreadable = unreadable or bad
     for name in STRENGTHS:
         if row.get(name) is not None:
             return -need_number(row[name], name)
-    for name in WINNERS:
-        if row.get(name) is not None:
-            return _named(row, name, pair)
     for a, b in SCORES:
         if row.get(a) is not None and row.get(b) is not None:
             return need_number(row[a], a) - need_number(row[b], b)
-    raise BadRow("null", "winner", "nothing says which answer is better", remedy="remove the row")
+    raise unreadable or BadRow("null", "winner", "nothing says which answer is better", remedy="remove the row")
+
+
+def _vote(row: Mapping[str, Any], name: str) -> float:
+    value = row.get(name)
+    return need_number(int(value) if isinstance(value, bool) else value or 0, name)
 
 
 def _named(row: Mapping[str, Any], field: str, pair: tuple[str, str]) -> float:
     value = row[field]
     word = str(value).strip().lower()
-    if word in _FIRST or word == pair[0].lower():
-        return 1.0
-    if word in _SECOND or word == pair[1].lower():
-        return -1.0
+    names = [name.lower() for name in pair]
+    if word in names or word in _FIRST | _SECOND:
+        return 1.0 if word == names[0] or (word != names[1] and word in _FIRST) else -1.0
     if "tie" in word or word.startswith("both") or word in ("neither", "none", "equal", "same", "draw"):
         return 0.0
     models = [str(row.get(name)).strip().lower() for name in ("model_a", "model_b")]
     if word in models and models[0] != models[1]:
         return 1.0 if word == models[0] else -1.0
     # SHP says 1 where A is better; elsewhere the number is that of the answer, as it is in the columns' names.
-    if field == "labels" and word in ("0", "1", "0.0", "1.0"):
+    if pair[0] == "human_ref_A" and word in ("0", "1", "0.0", "1.0"):
         return 1.0 if float(word) else -1.0
     ends = [name[-1] for name in pair]
     number = word.removesuffix(".0")
     if number in ends:
         return 1.0 if number == ends[0] else -1.0
+    if ends == ["1", "2"] and number == "0":
+        # Rows that say 1 would mean the other answer, so that leaving this one out would not do.
+        raise DataError(
+            f"{field!r} counts the answers from 0, and their names from 1",
+            where=f"field {field!r}",
+            value=value,
+            remedy="rename the answers to response_0 and response_1 (dataset_columns: {response_1: response_0, "
+            "response_2: response_1})",
+        )
+    between = _between(word, ends) if field == "preference" else None
+    if between is not None:
+        return between
     raise BadRow(
         "not_a_label",
         field,
@@ -163,6 +185,15 @@ def _named(row: Mapping[str, Any], field: str, pair: tuple[str, str]) -> float:
         value=value,
         remedy="write model_a, model_b or tie, or set on_bad_rows: skip",
     )
+
+
+def _between(word: str, ends: list[str]) -> float | None:
+    """A judge's mean vote between the two numbers of the answers, such as AlpacaEval's 1.97: the nearer one wins."""
+    try:
+        first, second, vote = float(ends[0]), float(ends[1]), float(word)
+    except ValueError:
+        return None
+    return (first + second) / 2 - vote if first <= vote <= second else None
 
 
 TWO_ANSWERS = FormatSpec(

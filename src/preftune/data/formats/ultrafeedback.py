@@ -27,16 +27,16 @@ def convert(row: Mapping[str, Any]) -> Row:
     chosen, rejected = need_messages(row, "chosen"), need_messages(row, "rejected")
     shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     prompt = chosen[:shared]
-    if not prompt:
+    if all(turn["role"] == "system" for turn in prompt):
         text = row.get("prompt")
-        if not isinstance(text, str) or chosen[0]["role"] != "assistant":
+        if not isinstance(text, str) or chosen[shared]["role"] != "assistant":
             raise BadRow(
                 "no_shared_prompt",
                 "rejected",
                 "the two conversations do not begin with the same turn",
                 remedy="remove the row or set on_bad_rows: skip",
             )
-        prompt = [{"role": "user", "content": text}]
+        prompt = [*prompt, {"role": "user", "content": text}]
     return {"prompt": opened(row, prompt), "chosen": chosen[shared:], "rejected": rejected[shared:], **extras(row)}
 
 

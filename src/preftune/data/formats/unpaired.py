@@ -32,7 +32,7 @@ def label_of(row: Mapping[str, Any]) -> bool:
     Raises:
         BadRow: It is none of these.
     """
-    name = next((name for name in LABELS if name in row), "label")
+    name = label_column(row, row) or next((name for name in LABELS if name in row), "label")
     value = need(row, name)
     label = _truth(value)
     if label is None:
