@@ -174,7 +174,6 @@ def test_arguments_without_effect_are_refused(
     ("config", "settings", "says"),
     [
         (ORPOConfig, {"beta": 0.0}, "beta: the value is not allowed"),
-        (ORPOConfig, {"max_completion_length": 5}, "max_completion_length"),
         (ORPOConfig, {"generate_during_eval": True}, "generate_during_eval"),
         (ORPOConfig, {"is_encoder_decoder": True}, "is_encoder_decoder"),
         (ORPOConfig, {"implicit_prompt": "x"}, "implicit_prompt"),

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
-from preftune.errors import SetupError
+from preftune.errors import SetupError, StoreError
 from preftune.kernels.head import TokenScores
 from preftune.packing import Branch, PackedRow, Tree, build_row
 from preftune.references.fingerprint import sequence_keys
@@ -33,6 +33,8 @@ Item = Sequence[tuple[Any, ...]]
 _Keys = tuple[bytes, ...]
 
 ITEMS_PER_CHUNK = 512
+#: Nats per token that a model and itself may differ by, computed twice: with half precision somewhere, or without.
+AGREEMENT = {True: 5e-2, False: 2e-3}
 #: What an interrupted pass loses at most, in seconds.
 _SECONDS_BETWEEN_WRITES = 5.0
 
@@ -62,6 +64,8 @@ class SequenceScorer:
         weights_key: Gives the content key of the model.
         around: Makes the region that a pass over several rows runs in.
         name: What it is called in messages.
+        tolerance: Nats per token that the store's values may differ by from what the model says of one item now;
+            ``None`` where it cannot be asked.
 
     Attributes:
         num_scored: Items computed so far.
@@ -77,6 +81,7 @@ class SequenceScorer:
         weights_key: Callable[[], str] = str,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
         name: str = "scoring",
+        tolerance: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.num_scored = 0
         self.num_found = 0
@@ -86,6 +91,8 @@ class SequenceScorer:
         self._weights_key = weights_key
         self._around = around
         self._name = name
+        self._tolerance = tolerance
+        self._compared = False
         #: Token budget of rows since memory has run out, or ``None``.
         self._most_tokens: int | None = None
 
@@ -120,6 +127,8 @@ class SequenceScorer:
         known: dict[bytes, Floats] = {}
         if self._store is not None:
             known.update(self._store.get_many(self._weights_key(), [key for each in keys for key in each]))
+            if not (self._compared or tail or in_step) and not self._agrees(items, keys, known):
+                known = {}
         # Equal items are scored once.
         missing = {each: n for n, each in enumerate(keys) if any(key not in known for key in each)}
         self.num_found += len(items) - len(missing)
@@ -129,6 +138,36 @@ class SequenceScorer:
             for values in self._computed(chosen, max_tokens, tail, progress, in_step, stand_in):
                 known |= values
         return [[known[key] for key in each] for each in keys]
+
+    def _agrees(self, items: Sequence[Item], keys: Sequence[_Keys], known: dict[bytes, Floats]) -> bool:
+        """Whether the model says of one item what the store does; a store that does not is emptied of this model.
+
+        Hooks, patched layers and other versions of a library change what a model computes, and leave its weights and
+        configuration as they are.
+        """
+        whole = [n for n, each in enumerate(keys) if all(key in known and len(known[key]) for key in each)]
+        tolerance = self._tolerance() if whole else None
+        if tolerance is None or self._store is None:
+            return True
+        self._compared = True
+        number = min(whole, key=lambda n: _num_tokens(items[n]))
+        self._packing()
+        with self._around():
+            fresh = self._row([items[number]], False)
+        apart = max(float(np.abs(fresh[key] - known[key]).mean()) for key in keys[number])
+        if apart <= tolerance:
+            return True
+        warnings.warn(
+            f"the log-probs stored for this model differ by {apart:.2g} nats per token from what it computes now, as "
+            "after a hook, a patched layer or an update of a library; they are forgotten and computed again",
+            UserWarning,
+            stacklevel=3,
+        )
+        try:
+            self._store.clear(self._weights_key())
+        except StoreError:
+            self._store = None
+        return False
 
     def _computed(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,18 +27,31 @@ _NEVER_CALLED = {
     **dict.fromkeys(("concatenated_forward", "concatenated_inputs", "get_batch_logps"), _LOSS),
     **dict.fromkeys(("_prepare_dataset", "tokenize_row", "build_tokenized_answer"), _DATA),
     **dict.fromkeys(("compute_ref_log_probs", "_precompute_ref_logps", "_compute_kl_logps"), "pass ref_model"),
+    **dict.fromkeys(("compute_loss_context_manager", "autocast_smart_context_manager"), "set bf16 or fp16"),
+    **dict.fromkeys(("_prepare_inputs", "_get_num_items_in_batch"), _LOSS),
+    "_get_eval_sampler": "order the evaluation data before they are passed",
 }
 
 
-def refuse_overrides(trainer: type[Any]) -> None:
-    """A subclass with a loss of its own would be trained on another one, in silence."""
-    for each in trainer.__mro__:
-        if each.__module__.partition(".")[0] == "preftune":
-            return
+def refuse_overrides(trainer: Any) -> None:
+    """A subclass, an object or a patched class with a loss of its own would be trained on another one, in silence.
+
+    Args:
+        trainer: A trainer, or its class.
+    """
+    kind = trainer if isinstance(trainer, type) else type(trainer)
+    own = {} if kind is trainer else vars(trainer)
+    for where, found in ((kind.__name__, own), *((each.__name__, vars(each)) for each in kind.__mro__)):
         for name, remedy in _NEVER_CALLED.items():
-            if name in vars(each):
+            if name in found and not _is_known(found[name]):
                 what = f"{name} is overridden, and never called: losses are computed row by row"
-                raise ConfigError(what, where=each.__name__, remedy=remedy)
+                raise ConfigError(what, where=where, remedy=remedy)
+
+
+def _is_known(method: Any) -> bool:
+    """Whether a method is one of the libraries', rather than a script's."""
+    module = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__module__", None) or ""
+    return module.partition(".")[0] in ("preftune", "transformers")
 
 
 def check_arguments(model: Any, ref_model: Any, data_collator: Any, train_dataset: Any) -> None:

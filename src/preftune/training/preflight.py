@@ -10,7 +10,7 @@ import datasets
 import torch
 
 from preftune.errors import ConfigError
-from preftune.training.checks import check_trainable
+from preftune.training.checks import check_trainable, refuse_overrides
 from preftune.training.config import PackedConfig
 from preftune.training.run_figures import evaluate
 
@@ -63,6 +63,7 @@ def check_start(trainer: Any, trial: Any = None) -> None:
                 value=now,
                 remedy="make another trainer with it, or compare values with preftune sweep",
             )
+    refuse_overrides(trainer)
     check_trainable(trainer.model)
     _check_best_metric(trainer)
 
@@ -72,6 +73,8 @@ def _check_best_metric(trainer: Any) -> None:
     args, wanted = trainer.args, trainer.args.metric_for_best_model
     evaluated = trainer._evaluated()
     if wanted is None or str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no" or not evaluated:
+        return
+    if _adds_figures(trainer):
         return
     wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     several = isinstance(trainer.eval_dataset, dict)
@@ -98,6 +101,14 @@ def _check_best_metric(trainer: Any) -> None:
         allowed=", ".join(sorted(set(known) - {name for name in known if name.endswith(_SPEED)})),
         remedy=f"did you mean {near[0]}?" if near else None,
     )
+
+
+def _adds_figures(trainer: Any) -> bool:
+    """Whether a script's own code may add to the figures of an evaluation."""
+    kind, libraries = type(trainer), ("preftune", "transformers", "trl")
+    methods = [getattr(kind, name) for name in ("evaluate", "evaluation_loop", "log")]
+    methods += [type(each).on_evaluate for each in trainer.callback_handler.callbacks]
+    return any(method.__module__.partition(".")[0] not in libraries for method in methods)
 
 
 def _figures(trainer: Any, dataset: Any) -> set[str] | None:

@@ -68,6 +68,7 @@ class Reference:
         spread: Shards a model where the policy is sharded.
         show_progress: Draw a progress bar over the reference pass.
         follows: Whether it follows the policy, so that it is part of a checkpoint.
+        tolerance: Nats per token by which stored values may differ from what the reference says of one pair.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Reference:
         spread: Callable[[Any], None] = lambda model: None,
         show_progress: bool = True,
         follows: bool = False,
+        tolerance: float | None = None,
     ) -> None:
         self.policy = forward
         self.separate = model
@@ -107,6 +109,7 @@ class Reference:
             store=store,
             weights_key=lambda: self._store_key,
             name="the reference pass",
+            tolerance=lambda: None if self.policy_moved else tolerance,
         )
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -23,8 +23,8 @@ class ReferenceFreeConfig(PreferenceConfig):
     """What ORPO and CPO share.
 
     Attributes:
-        max_completion_length: Accepted from TRL, where it only concerns encoder-decoder models; refused otherwise than
-            unset.
+        max_completion_length: Accepted from TRL, where it only concerns encoder-decoder models; without
+            effect here as there.
         beta: Weight of ORPO's odds-ratio term, or CPO's scale of the rewards.
         padding_value: Accepted from TRL; packed rows carry no padding.
         generate_during_eval: Accepted from TRL; refused where true: generate with the saved model.
@@ -39,13 +39,15 @@ class ReferenceFreeConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         refused = {
-            "max_completion_length": (self.max_completion_length is not None, "use max_length, which bounds the sum"),
             "generate_during_eval": (self.generate_during_eval, "generate with the saved model afterwards"),
             "is_encoder_decoder": (bool(self.is_encoder_decoder), "only decoder models are trained"),
         }
         for name, (asked, remedy) in refused.items():
             if asked:
                 raise ConfigError("not supported", where=name, value=getattr(self, name), remedy=remedy)
+        if self.max_completion_length is not None:
+            said = "max_completion_length has no effect, as in TRL: it is about models with an encoder; see max_length"
+            warnings.warn(said, UserWarning, stacklevel=3)
         if self.padding_value is not None:
             warnings.warn("padding_value has no effect: packed rows are not padded", UserWarning, stacklevel=3)
         super().__post_init__()

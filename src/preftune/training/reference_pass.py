@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from preftune.models.forward import RowForward
+from preftune.references.scoring import AGREEMENT
 from preftune.references.store import ReferenceStore
 from preftune.training import fsdp, memory
 from preftune.training.engines import shard_as
@@ -22,14 +23,11 @@ from preftune.training.preference_config import ReferenceConfig
 from preftune.training.reference import COLUMNS, Reference
 from preftune.training.step import Step
 
-#: Difference of policy and reference in nats per token that rounding can explain, by half-precision or not.
-_AGREEMENT = {True: 5e-2, False: 2e-3}
-
 
 def agreement(accelerator: Accelerator, model: nn.Module) -> float:
     """Nats per token that a policy and itself may differ by, computed twice."""
     half = accelerator.mixed_precision != "no" or next(model.parameters()).dtype != torch.float32
-    return _AGREEMENT[half]
+    return AGREEMENT[half]
 
 
 def make_reference(
@@ -68,6 +66,7 @@ def make_reference(
         spread=lambda model: shard_as(step.forward.model, model, step.accelerator),
         show_progress=not args.disable_tqdm,
         follows=args.sync_ref_model,
+        tolerance=agreement(step.accelerator, step.forward.model if given is None else given),
     )
 
 

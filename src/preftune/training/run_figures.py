@@ -30,7 +30,8 @@ def completed(logs: dict[str, float], step: Step, history: Sequence[Mapping[str,
     elif "train_loss" in logs:
         # The last steps of a run, where no line of their own was due.
         step.processes.agree_on_names(step.sums)
-        logs = {**logs, **step.sums.pop(step.processes.reduce)}
+        # In place: what train() returns is this very mapping.
+        logs.update(step.sums.pop(step.processes.reduce))
         tokens = tokens_trained(step)
         if all(line.get("num_tokens") != tokens for line in history):
             logs["num_tokens"] = tokens

@@ -111,7 +111,8 @@ def use_template_and_eos(tokenizer: Any, chat_template_path: str | None, eos_tok
 
     Args:
         tokenizer: The tokenizer.
-        chat_template_path: File with a chat template, or a tokenizer folder to take it from.
+        chat_template_path: File with a chat template, or a tokenizer folder to take it from, with the tokens that it
+            is made of and its end of sequence.
         eos_token: A token of the vocabulary.
 
     Raises:
@@ -126,7 +127,11 @@ def use_template_and_eos(tokenizer: Any, chat_template_path: str | None, eos_tok
                 raise ConfigError("no such file", where="chat_template_path", value=str(path))
             tokenizer.chat_template = path.read_text()
         else:
-            tokenizer.chat_template = _template_of(path)
+            source = _tokenizer_at(path)
+            tokenizer.chat_template = source.chat_template
+            known = tokenizer.get_vocab()
+            tokenizer.add_tokens([each for each in source.added_tokens_decoder.values() if each.content not in known])
+            tokenizer.eos_token = source.eos_token
     if eos_token is not None:
         tokenizer.eos_token = eos_token
 
@@ -138,11 +143,28 @@ def align_tokens(model: Any, tokenizer: Any) -> None:
     align_special_tokens(model, tokenizer)
 
 
-def _template_of(folder: Path) -> Any:
+def make_room(model: Any, tokenizer: Any) -> None:
+    """Give a model embeddings for tokens that its tokenizer has got, in multiples of 64 as TRL does.
+
+    Raises:
+        ConfigError: They would have to be trained beside an adapter.
+    """
+    if len(tokenizer) <= model.get_input_embeddings().weight.shape[0]:
+        return
+    if hasattr(model, "peft_config"):
+        raise ConfigError(
+            "brings tokens that the model has no embeddings for, which an adapter does not train",
+            where="chat_template_path",
+            remedy="extend the model first (model.resize_token_embeddings), or name a .jinja file of its own tokens",
+        )
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+
+
+def _tokenizer_at(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder)).chat_template
+        return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise ConfigError(
             "no tokenizer to take a chat template from", where="chat_template_path", value=str(folder)

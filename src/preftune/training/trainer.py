@@ -8,6 +8,7 @@ over examples divided by their global number, so that no split of the batch chan
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -94,6 +95,9 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         **kwargs: Any,
     ) -> None:
         checks.refuse_overrides(type(self))
+        if isinstance(train_dataset, datasets.IterableDataset):
+            # Streams are visited in their own order, which is entered into the settings: not into the caller's.
+            args = copy.copy(args)
         check_engine(args, model)
         checks.check_arguments(model, ref_model, data_collator, train_dataset)
         self.task = task
@@ -130,7 +134,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         for name, each in {"train": self.train_dataset, **self._evaluated()}.items():
             checks.check_token_ids(self.model, each, task.columns, name)
         self._make_step()
-        setup.add_tags(self.model, ("preftune", task.name))
+        setup.add_tags(self.model, ("preftune", task.name, *getattr(self, "_tag_names", ())))
         self.ref_model = ref_model
         self.made_with = MadeWith(self.model, method_settings(self.args))
         if task.needs_reference and isinstance(args, ReferenceConfig):
@@ -213,6 +217,13 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         kept = reference.store is None or hasattr(self.step.forward.model, "peft_config")
         if kept and not reference.policy_moved:
             reference.keep_shadow()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of this process's share of the training data, with what the reference makes of them."""
+        if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # A loop of the caller's own.
+            self.keep_beginning()
+        return super().get_train_dataloader()
 
     def keep_beginning(self) -> None:
         """Know what is compared with, before the policy moves."""

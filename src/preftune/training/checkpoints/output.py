@@ -29,6 +29,9 @@ _RESULTS = re.compile(
 )
 
 
+_WEIGHTS = re.compile(r"(model|adapter_model|pytorch_model)([-.].*)?\.(safetensors|bin)(\.index\.json)?")
+
+
 def is_result(name: str) -> bool:
     """Whether a training run, whichever, leaves a file or folder of this name in its output folder."""
     return _RESULTS.fullmatch(name) is not None
@@ -213,6 +216,13 @@ class Output:
             with holding(self.folder):
                 claim(self.folder, self.run_id, self._args.existing_output, manifest=manifest)
 
+    def would_touch(self, source: Path) -> bool:
+        """Whether a folder is the output folder, or lies in what an earlier run has left in it."""
+        folder, source = self.folder.resolve(), source.resolve()
+        if source == folder:
+            return True
+        return source.is_relative_to(folder) and is_result(source.relative_to(folder).parts[0])
+
     def _agreed(self, run_id: str) -> str:
         if self._args.world_size == 1:
             return run_id
@@ -250,6 +260,17 @@ class Output:
         if names and not _changed(target, run, names):
             _move(target, run, names)
         return run
+
+    def make_room(self, run: RunFolder, staging: Path) -> None:
+        """Move a model that somebody else has left in a folder that a script names for its own, if it is in the way.
+
+        Left in its place, it would be what the next one to load that folder gets.
+        """
+        new = [each.name for each in staging.iterdir()]
+        strange = {name for name in new if not run.may_put(name)}
+        if strange and self._args.existing_output != "refuse":
+            weights = {name for name in others_in(run.folder, run) if _WEIGHTS.fullmatch(name)}
+            _move(run.folder, run, sorted(strange | weights))
 
     def put_files(self, run: RunFolder, staging: Path) -> None:
         """Let finished files take their names; see :meth:`preftune.ownership.RunFolder.put_files`."""

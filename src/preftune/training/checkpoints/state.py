@@ -92,7 +92,11 @@ def restore_callbacks(trainer: SavedTrainer) -> None:
             if type(callback).__name__ == name and not isinstance(callback, TrainerControl)
         ]
         for callback, state in zip(mine, states if isinstance(states, list) else [states], strict=False):
-            for attribute, value in state.get("attributes", {}).items():
+            wanted = dict(state.get("attributes", {}))
+            if trainer.args.restore_callback_states_from_checkpoint:
+                # What a callback was made with is kept under the same names by those that can be made again.
+                wanted |= {key: value for key, value in state.get("args", {}).items() if hasattr(callback, key)}
+            for attribute, value in wanted.items():
                 setattr(callback, attribute, value)
 
 

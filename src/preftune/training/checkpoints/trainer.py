@@ -93,13 +93,13 @@ class CheckpointedTrainer(SavedTrainer):
         return manifest
 
     def _check_models(self) -> None:
-        """Refuse to train into the folder that a model has come from: its weights would be lost."""
+        """Refuse to train into the folder that a model has come from: its weights would be lost or moved away."""
         # Not `ref_model`, which makes a model of a reference that follows the policy.
         for name, model in (("model", self.model), ("ref_model", getattr(self, "_given_reference", None))):
             source = getattr(getattr(model, "config", None), "_name_or_path", None)
-            if source and Path(source).exists() and Path(source).resolve() == self.output.folder.resolve():
+            if source and Path(source).exists() and self.output.would_touch(Path(source)):
                 raise ConfigError(
-                    f"the {name} was loaded from this folder, which must not be written into",
+                    f"the {name} was loaded from {source}, and what is there would make room for this run's results",
                     where="output_dir",
                     value=str(self.args.output_dir),
                     remedy="set another output_dir",
@@ -311,6 +311,8 @@ class CheckpointedTrainer(SavedTrainer):
             shutil.rmtree(staging, ignore_errors=True)
             try:
                 self._write_result(staging, state_dict)
+                if not own:
+                    self.output.make_room(run, staging)
                 self.output.put_files(run, staging)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)

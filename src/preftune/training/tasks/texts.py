@@ -54,7 +54,9 @@ class TextTask(Task):
     def prepare_model(self, model: Any, tokenizer: Any) -> None:
         """Give the tokenizer the template and the end of text that the settings name."""
         setup.use_template_and_eos(tokenizer, self._args.chat_template_path, self._args.eos_token)
-        if self._args.eos_token is not None:
+        if self._args.chat_template_path is not None:
+            setup.make_room(model, tokenizer)
+        if self._args.eos_token is not None or self._args.chat_template_path is not None:
             setup.align_tokens(model, tokenizer)
 
     def prepare(self, dataset: Any, tokenizer: Any, name: str) -> tuple[Any, PrepareReport | None]:
