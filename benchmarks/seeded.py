@@ -3,6 +3,8 @@
 An experiment is a set of cells, each with a key (a method, a level, a seed). A cell goes into a file beside the result
 as soon as it is measured; with ``--go_on`` a run that was cut short keeps the cells that the same code measured with
 the same settings. When all are there the file takes the result's place, so that the result of before stays until then.
+Where code has changed that does not bear on a finished result, ``--renew 3`` measures three of its cells again, spread
+over the file: if all come out to the digit, the result is that of the code as it is now, and says so.
 
 The rule for words, stated before anything is measured: a contender is *better* or *worse* than another where the mean
 over seeds of their paired difference is told from 0 by Student's t test at 5 %, after Holm's correction over all
@@ -36,6 +38,17 @@ LEVEL = 0.05
 Cell = dict[str, Any]
 
 
+@dataclass
+class Renewal:
+    """How many cells of a finished result are to be measured again; 0 measures what is missing instead."""
+
+    number: int = 0
+
+
+#: What ``--renew`` asks for: of the whole process, like a log level.
+renewal = Renewal()
+
+
 def processor_seconds() -> float:
     """Processor time of this process and of those that it has waited for."""
     times = os.times()
@@ -62,6 +75,13 @@ class Cells:
         self.out, self.keys = out, tuple(keys)
         self.part = out.with_suffix(".part")
         self.report: dict[str, Any] = {**head, stale.KEY: stale.stamp(*patterns), "cells": []}
+        self._started = processor_seconds()
+        #: Cells that have to come out as they did.
+        self._expected: list[Cell] = []
+        self._order: dict[str, int] = {}
+        if renewal.number:
+            self._renew(renewal.number)
+            return
         kept = self.part if self.part.is_file() else out
         if go_on and kept.is_file():
             old = json.loads(kept.read_text(encoding="utf-8"))
@@ -76,7 +96,22 @@ class Cells:
                     value=str(self.part),
                     remedy="leave --go_on out to begin anew",
                 )
-        self._started = processor_seconds()
+
+    def _renew(self, number: int) -> None:
+        """Take a finished result, but for some cells spread over it."""
+        old = json.loads(self.out.read_text(encoding="utf-8"))
+        new = {name: value for name, value in self.report.items() if name not in ("machine", "cells")}
+        for name, value in new.items():
+            if name != stale.KEY and _plain(old.get(name)) != _plain(value):
+                raise ConfigError("the result was measured with other settings", where="--renew", value=name)
+        cells = old["cells"]
+        self._order = {self._key(cell): place for place, cell in enumerate(cells)}
+        places = {round(place) for place in np.linspace(0, len(cells) - 1, number)}
+        self._expected = [cells[place] for place in sorted(places)]
+        kept = [cell for place, cell in enumerate(cells) if place not in places]
+        stamp = {**self.report[stale.KEY], "date": old[stale.KEY]["date"]}
+        renewed = {"date": self.report[stale.KEY]["date"], "cells": len(places)}
+        self.report = {**old, stale.KEY: stamp, "renewed": renewed, "cells": kept}
 
     def has(self, **key: Any) -> bool:
         """Whether a cell has been measured."""
@@ -89,9 +124,26 @@ class Cells:
     def enter(self, cell: Cell) -> None:
         """Keep a cell, with the processor time since :meth:`start` or the last cell."""
         cell["processor_seconds"] = round(processor_seconds() - self._started, 1)
+        if self._expected:
+            cell = self._as_before(cell)
         self.report["cells"].append(cell)
         self.save()
         self.start()
+
+    def _key(self, cell: Cell) -> str:
+        return json.dumps(_plain([cell[name] for name in self.keys]))
+
+    def _as_before(self, cell: Cell) -> Cell:
+        before = next(old for old in self._expected if self._key(old) == self._key(cell))
+        if _figures(before) != _figures(cell):
+            self.part.unlink(missing_ok=True)
+            raise ConfigError(
+                "a cell does not come out as it did, so that all of them have to be measured again",
+                where="--renew",
+                value={name: cell[name] for name in self.keys},
+                remedy="run without --renew",
+            )
+        return before
 
     def save(self) -> None:
         """Write what there is, in one step."""
@@ -102,9 +154,15 @@ class Cells:
 
     def finish(self) -> dict[str, Any]:
         """All cells are there: the file takes the result's place."""
+        self.report["cells"].sort(key=lambda cell: self._order.get(self._key(cell), len(self._order)))
         self.save()
         os.replace(self.part, self.out)
         return self.report
+
+
+def _figures(cell: Cell) -> Any:
+    """What is the same for the same code and seed: all but times."""
+    return _plain({name: value for name, value in cell.items() if "seconds" not in name})
 
 
 def _plain(value: Any) -> Any:
@@ -126,8 +184,14 @@ def arguments(parser: argparse.ArgumentParser, out: Path, document: Path) -> Non
     parser.add_argument("--out", type=Path, default=out, help="result file")
     parser.add_argument("--document", type=Path, default=document, help="page that is written from it")
     parser.add_argument("--go_on", action="store_true", help="keep the cells of a run that was cut short")
+    parser.add_argument("--renew", type=_renews, metavar="N", help="measure N cells of a finished result again")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")
     parser.add_argument("--render", action="store_true", help="measure nothing; write the page from the file")
+
+
+def _renews(text: str) -> int:
+    renewal.number = int(text)
+    return renewal.number
 
 
 def spent(report: Mapping[str, Any]) -> str:
@@ -135,9 +199,11 @@ def spent(report: Mapping[str, Any]) -> str:
     times = [cell["processor_seconds"] for cell in report["cells"] if cell.get("processor_seconds") is not None]
     if not times:
         return ""
+    again = report.get("renewed")
+    renewed = f" {again['cells']} of them came out to the digit once more on {again['date']}." if again else ""
     return (
         f"{len(report['cells'])} cells, {float(np.median(times)):.0f} s of one core in the median, "
-        f"{sum(times) / 3600:.1f} hours in all. Measured {report[stale.KEY]['date']}."
+        f"{sum(times) / 3600:.1f} hours in all. Measured {report[stale.KEY]['date']}.{renewed}"
     )
 
 

@@ -53,6 +53,47 @@ def test_cells_of_other_code_or_settings_are_not_gone_on_with(
         cells_of(out, go_on=True, rate=2.0 if change == "settings" else 1.0)
 
 
+def finished(tmp_path: Path) -> Path:
+    out = tmp_path / "x.json"
+    cells = cells_of(out, rate=1.0)
+    for seed in range(5):
+        cells.enter({"name": "a", "seed": seed, "reward": seed / 3, "seconds": 1.0})
+    cells.finish()
+    return out
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 4])
+def test_a_result_is_renewed_where_some_cells_come_out_as_they_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int | None
+) -> None:
+    out = finished(tmp_path)
+    before = out.read_text()
+    monkeypatch.setattr("benchmarks.stale.digest", lambda patterns: "another")
+    monkeypatch.setattr(seeded.renewal, "number", 3)
+    cells = cells_of(out, rate=1.0)
+    missing = [seed for seed in range(5) if not cells.has(name="a", seed=seed)]
+    assert missing == [0, 2, 4]
+    for seed in missing:
+        cell = {"name": "a", "seed": seed, "reward": seed / 3 + 1e-9 * (seed == wrong), "seconds": 2.0}
+        if seed == wrong:
+            with pytest.raises(ConfigError, match="does not come out as it did"):
+                cells.enter(cell)
+            assert out.read_text() == before
+            return
+        cells.enter(cell)
+    report = cells.finish()
+    assert report["sources"]["digest"] == "another"
+    assert report["renewed"]["cells"] == 3
+    assert [cell["reward"] for cell in report["cells"]] == [seed / 3 for seed in range(5)]
+
+
+def test_other_settings_are_not_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = finished(tmp_path)
+    monkeypatch.setattr(seeded.renewal, "number", 3)
+    with pytest.raises(ConfigError, match="other settings"):
+        cells_of(out, rate=2.0)
+
+
 def test_differences_are_paired_and_agree_with_scipy() -> None:
     rng = np.random.default_rng(0)
     ours = {seed: float(rng.normal(0.5, 0.1)) for seed in range(10)}
