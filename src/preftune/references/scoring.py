@@ -153,7 +153,7 @@ class SequenceScorer:
         number = min(whole, key=lambda n: _num_tokens(items[n]))
         self._packing()
         with self._around():
-            fresh = self._row([items[number]], False)
+            fresh = self._scored([items[number]], False)
         apart = max(float(np.abs(fresh[key] - known[key]).mean()) for key in keys[number])
         if apart <= tolerance:
             return True
@@ -263,6 +263,10 @@ class SequenceScorer:
         fresh.clear()
 
     def _row(self, items: Sequence[Item], tail: bool) -> dict[bytes, Floats]:
+        """What is not known of some items, by key."""
+        return self._scored(items, tail)
+
+    def _scored(self, items: Sequence[Item], tail: bool) -> dict[bytes, Floats]:
         """Log-probs of the sequences of some items, and their tail probabilities if wanted, by key."""
         trees: list[Tree] = []
         keys: list[bytes] = []
