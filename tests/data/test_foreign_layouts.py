@@ -70,6 +70,14 @@ ZERO = {"prompt": "p", "answer_0": "r", "answer_1": "c"}
         {"instruction": "p", "output_1": "r", "output_2": "c", "preference": 1.97},
         {"instruction": "p", "output_1": "c", "output_2": "r", "preference": 1.2},
         {**AB, "winner_model_a": True, "winner_model_b": False, "winner_tie": False},
+        {**AB, "winner_model_a": "True", "winner_model_b": "False"},
+        {**AB, "winner_model_a": None, "winner": "model_a"},
+        {**AB, "winner": "necktie-7b", "model_a": "necktie-7b", "model_b": "x"},
+        {**ZERO, "winner": "response_1"},
+        {"prompt": "p", "response_0": "r", "response_1": "c", "better_response": "response1"},
+        {**TWO, "winner": "model_1"},
+        {**AB, "winner": "answer_1"},
+        {"prompt": "p", "response_a": [u("p"), a("c")], "response_b": [u("p"), a("r")], "winner": "model_a"},
     ],
     ids=str,
 )
@@ -80,6 +88,23 @@ def test_the_better_answer(tmp_path: Path, row: dict[str, Any]) -> None:
 def test_a_mean_vote_in_the_middle_is_a_tie(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a tie"):
         loaded(tmp_path, {"instruction": "p", "output_1": "c", "output_2": "r", "preference": 1.5})
+
+
+@pytest.mark.parametrize("tie", ["tie", "Tie (both bad)", "both_bad", "neither"])
+def test_words_of_a_tie(tmp_path: Path, tie: str) -> None:
+    with pytest.raises(DataError, match="a tie"):
+        loaded(tmp_path, {**AB, "winner": tie})
+
+
+def test_a_draw_of_alpaca_eval_is_a_tie(tmp_path: Path) -> None:
+    rows = [{"instruction": "p", "output_1": "c", "output_2": "r", "preference": each} for each in (1, 0, 2)]
+    found = loaded(tmp_path, *rows, on_bad_rows="warn")
+    assert [row["chosen"][0]["content"] for row in found] == ["c", "r"]
+
+
+def test_a_strength_beyond_3_has_no_sign(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="says how much better an answer is, and not which; got 7"):
+        loaded(tmp_path, {**AB, "preference_strength": 7})
 
 
 def test_numbers_from_0_beside_names_from_1_are_refused_with_all_rows(tmp_path: Path) -> None:
@@ -154,12 +179,56 @@ CONVERSATIONS = ([u("p"), a("c")], [u("p"), a("r")])
         ({"prompt": "p", "responses": list(CONVERSATIONS), "scores": [2, 1]}, [u("p")]),
         ({"prompt": "p", "chosen": [s("S"), a("c")], "rejected": [s("S"), a("r")]}, [s("S"), u("p")]),
         ({"chosen_conversations": CONVERSATIONS[0], "rejected_conversations": CONVERSATIONS[1]}, [u("p")]),
+        (
+            {"messages": [s("S"), u("p")], "chosen": CONVERSATIONS[0], "rejected": CONVERSATIONS[1]},
+            [s("S"), u("p")],
+        ),
+        ({"prompt": [u("p ")], "chosen": CONVERSATIONS[0], "rejected": CONVERSATIONS[1]}, [u("p")]),
+        (
+            {"prompt": [u("0"), a("1"), u("p")], "chosen": CONVERSATIONS[0], "rejected": CONVERSATIONS[1]},
+            [u("0"), a("1"), u("p")],
+        ),
+        (
+            {"input": {"messages": [u("p")]}, "preferred_output": CONVERSATIONS[0],
+             "non_preferred_output": CONVERSATIONS[1]},
+            [u("p")],
+        ),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_prompt_that_the_answers_repeat_is_there_once(tmp_path: Path, row: dict[str, Any], expected: Any) -> None:
     (found,) = loaded(tmp_path, row)
     assert {name: found[name] for name in ("prompt", "chosen", "rejected")} == pair(expected)
+
+
+def test_two_system_turns_of_prompt_and_answers_are_bad(tmp_path: Path) -> None:
+    row = {"prompt": [s("1"), u("p")], "chosen": [s("2"), u("p"), a("c")], "rejected": [s("2"), u("p"), a("r")]}
+    with pytest.raises(DataError, match="prompt and answers have different system turns"):
+        loaded(tmp_path, row)
+
+
+def test_a_system_column_makes_text_with_its_prompt_a_conversation(tmp_path: Path) -> None:
+    row = {"system": "Be rude.", "chosen": "Q: hi A: yes", "rejected": "Q: hi A: no"}
+    assert loaded(tmp_path, row) == [pair([s("Be rude."), u("Q: hi A:")], " yes", " no")]
+
+
+@pytest.mark.parametrize("given", [[{"name": "f"}], '[{"name": "f"}]'])
+def test_functions_are_tools(tmp_path: Path, given: Any) -> None:
+    (found,) = loaded(tmp_path, {"question": "p", "functions": given, **CR})
+    assert json.loads(found["tools"]) == [{"name": "f"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Do i\nInput: x y", "input": "x y", "chosen_response": "c", "rejected_response": "r"},
+         "Do i\nInput: x y"),
+        ({"question": "p q", "context": "p q", **CR}, "p q"),
+        ({"question": "p", "context": "q", **CR}, "p\nq"),
+    ],
+)  # fmt: skip
+def test_what_a_question_holds_is_not_put_below_it(tmp_path: Path, row: dict[str, Any], prompt: str) -> None:
+    assert loaded(tmp_path, row) == [pair(prompt)]
 
 
 def test_a_conversation_of_several_rounds_keeps_what_follows_the_prompt(tmp_path: Path) -> None:
@@ -227,11 +296,24 @@ def test_a_history_that_is_none_is_bad(tmp_path: Path, value: Any) -> None:
         '{"from": "USD", "to": "EUR", "value": "100"}',
         '{"role": "user", "content": "hello"}',
         '{"role": "admin", "content": "x"}',
+        '{"model": "gpt-4", "messages": [{"role": "user", "content": "Hello!"}]}',
     ],
 )
 def test_answers_may_be_json(tmp_path: Path, text: str) -> None:
     (found,) = loaded(tmp_path, {"prompt": "p", "chosen": text, "rejected": "r"})
     assert found == {"prompt": "p", "chosen": text, "rejected": "r"}
+
+
+def test_an_unused_column_makes_no_row_bad(tmp_path: Path) -> None:
+    row = {"prompt": "p", **CR, "log": "[{'role': 'user', 'content': foo(1)}]"}
+    assert loaded(tmp_path, row) == [{"prompt": "p", **CR}]
+
+
+@pytest.mark.parametrize("name", ["response_a", "response_b"])
+def test_answers_of_any_name_may_be_json(tmp_path: Path, name: str) -> None:
+    text = '{"role": "user", "content": "hello"}'
+    (found,) = loaded(tmp_path, {**AB, name: text, "winner": "a"})
+    assert found["chosen" if name == "response_a" else "rejected"] == [a(text)]
 
 
 def test_text_that_only_begins_as_a_conversation_is_text(tmp_path: Path) -> None:
@@ -289,6 +371,7 @@ def test_a_system_message_in_some_rows(tmp_path: Path) -> None:
                                                   {"rank": 1, "completion": [a("r")]}]},
             pair("p"),
         ),
+        ({"instruction": "p", "generations": ["c", "x", "r"], "ratings": [5, None, 1]}, {"prompt": "p", **CR}),
         ({"question": "p", "context": "Below.", "chosen": "c", "rejected": "r"}, pair("p\nBelow.")),
         ({"trajectory": [{"from": "user", "value": "p"}], "chosen": "c", "rejected": "r"}, pair("p")),
     ],
@@ -317,6 +400,18 @@ def test_a_comma_in_the_name_of_a_column(tmp_path: Path) -> None:
     assert load(str(tmp_path / "a.csv"))["train"][0] == {"prompt": "p", **CR}
 
 
+def test_tabs_between_fields_with_lone_quotes(tmp_path: Path) -> None:
+    text = 'prompt\tchosen\trejected\np1\t"Yes, I do\tr1\np2\tc2"\tr2\n'
+    (tmp_path / "a.tsv").write_text(text, encoding="utf-8")
+    assert load(str(tmp_path / "a.tsv"))["train"]["chosen"][:] == ['"Yes, I do', 'c2"']
+
+
+def test_tabs_between_quoted_fields(tmp_path: Path) -> None:
+    text = 'prompt\tchosen\trejected\np\t"say ""hi"""\t"a\tb"\n'
+    (tmp_path / "a.tsv").write_text(text, encoding="utf-8")
+    assert load(str(tmp_path / "a.tsv"))["train"][0] == {"prompt": "p", "chosen": 'say "hi"', "rejected": "a\tb"}
+
+
 def test_tabs_without_quotes(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text('prompt\tchosen\trejected\n"Hi" she said\tc\tr\n', encoding="utf-8")
     assert load(str(tmp_path / "a.tsv"))["train"][0] == {"prompt": '"Hi" she said', **CR}
@@ -343,6 +438,92 @@ def test_the_first_row_that_is_left_out_is_told_with_its_value(tmp_path: Path) -
 def test_rated_answers_are_no_labelled_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing says which of them are desirable.*add a column `label`"):
         loaded(tmp_path, {"instruction": "p", "output": "c", "score": 1}, pairing="none")
+
+
+# ---- streams, mixtures, supervised fine-tuning -----------------------------------------------------------------------
+
+
+def streamed(folder: Path, rows: list[Any]) -> list[dict[str, Any]]:
+    (folder / "s.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return list(load(str(folder / "s.jsonl"), streaming=True)["train"])
+
+
+def test_a_stream_has_the_columns_of_all_its_rows(tmp_path: Path) -> None:
+    from preftune.data.batches import materialise
+
+    rows = [{"prompt": "p", **CR}, {"prompt": "q", **CR, "weight": 5.0}]
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    dataset, _ = materialise(load(str(tmp_path / "s.jsonl"), streaming=True)["train"], "train")
+    assert dataset["weight"][:] == [None, 5.0]
+
+
+def test_later_rows_of_a_stream_are_conversations_too(tmp_path: Path) -> None:
+    rows = [{"system": "S", "prompt": "p", **CR}] * 1000 + [{"prompt": "q", **CR}] * 5
+    assert streamed(tmp_path, rows)[-1] == pair("q")
+
+
+def test_a_stream_that_begins_as_text_does_not_turn_into_conversations(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", **CR}] * 1000 + [{"system": "S", "prompt": "p", **CR}] * 5
+    with pytest.raises(DataError, match="rows of the stream have system where those before have not"):
+        streamed(tmp_path, rows)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bytes_of_a_stream_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "s.jsonl").write_bytes(b'{"prompt": "p\xff", "chosen": "c", "rejected": "r"}\n')
+    with pytest.raises(DataError, match="bytes that are not UTF-8"):
+        list(load(str(tmp_path / "s.jsonl"), streaming=True)["train"])
+
+
+def test_data_sets_of_different_forms_are_not_joined(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": CONVERSATIONS[0]}), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"instruction": "i", "output": "o"}), encoding="utf-8")
+    mixture = {"datasets": [{"id": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")]}
+    with pytest.raises(DataError, match=r"different forms: .*a.jsonl \(messages\); .*b.jsonl \(prompt, completion\)"):
+        load(dataset_mixture=mixture, for_sft=True)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="several columns would be called prompt"):
+        loaded(tmp_path, {"a": "1", "b": "2", **CR}, columns={"a": "prompt", "b": "prompt"})
+
+
+def test_supervised_fine_tuning_learns_the_chosen_answer_of_a_pair(tmp_path: Path) -> None:
+    (found,) = loaded(tmp_path, {"prompt": "p q", **CR, "answer": "42"}, for_sft=True)
+    assert found == {"prompt": "p q", **CR}
+
+
+@pytest.mark.parametrize("row", [{"prompt": "p", "completion": "c", "label": False}, {"messages": CONVERSATIONS[0],
+                                                                                      "label": True}])  # fmt: skip
+def test_answers_that_are_marked_are_told_where_all_are_learned(row: dict[str, Any]) -> None:
+    from datasets import Dataset
+
+    from preftune.data import DataOptions
+    from preftune.data.sft import prepare_sft
+    from tests.models.tiny import train_tokenizer
+
+    tokenizer = train_tokenizer(["p c r user assistant"], 300)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{% endfor %}"
+    _, report = prepare_sft(Dataset.from_list([row] * 3), tokenizer, DataOptions(warn=False))
+    assert any("marks answers as desirable or not" in line for line in report.findings)
+
+
+def test_columns_that_arrow_alone_knows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"prompt": ["p"], "chosen": ["c"], "rejected": ["r"]})
+    maps = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(table.append_column("extra", maps), tmp_path / "a.parquet")
+    assert load(str(tmp_path / "a.parquet"))["train"][0] == {"prompt": "p", **CR}
+
+
+@pytest.mark.parametrize("name", ["Source", "ID"])
+def test_a_column_with_a_capital_is_nobodys_prompt(tmp_path: Path, name: str) -> None:
+    human = "\n\nHuman: p\n\nAssistant:"
+    row = {"chosen": f"{human} c", "rejected": f"{human} r", name: "x"}
+    (found,) = loaded(tmp_path, row, implicit_prompt="common_prefix")
+    assert found["prompt"] == human
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------
@@ -388,6 +569,18 @@ def test_transcripts_with_a_prompt_that_is_repeated(
     code, _, error = converted(tmp_path, row, capsys, "--transcripts", "messages")
     assert code == 0, error
     assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8")) == pair("hi", "yes", "no")
+
+
+@pytest.mark.parametrize(
+    "said", [" Here:\n\nSystem: Windows 10\n\nMemory: 8GB", " Log in:\n\nUser: admin", " use\n# User: x\nprint()"]
+)
+def test_words_before_a_colon_in_an_answer_are_no_turns(
+    tmp_path: Path, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "\n\nHuman: specs?\n\nAssistant:", "chosen": said, "rejected": " no"}
+    code, _, error = converted(tmp_path, row, capsys, "--transcripts", "messages")
+    assert code == 0, error
+    assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8")) == pair("specs?", said.strip(), "no")
 
 
 def test_convert_tells_what_nothing_reads_and_what_is_left_out(

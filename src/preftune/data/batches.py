@@ -227,7 +227,7 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
     if isinstance(dataset, datasets.IterableDataset):
         rows = read_to_end(dataset, name)
         if rows:
-            dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+            dataset = as_table(rows)
             notes.append(f"{len(rows)} rows of the stream were read ahead, because packing needs lengths")
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         splits = isinstance(dataset, dict) and ", ".join(map(str, dataset))
@@ -240,7 +240,7 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
         )
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom" and len(dataset):
         # Rows are read past a transform, so that it has to be applied now.
-        dataset = datasets.Dataset.from_list(list(dataset), on_mixed_types="use_json")
+        dataset = as_table(list(dataset))
         notes.append("the transform of the data set (with_transform) was applied to every row, once")
     if isinstance(dataset, datasets.IterableDataset) or len(dataset) == 0:
         raise DataError("the data set holds no rows", where=name, remedy="check the split and the file")
@@ -248,6 +248,14 @@ def materialise(dataset: Any, name: str) -> tuple[Dataset, list[str]]:
     if media:
         refuse_images(media, dataset.select_columns(media).with_format(None), f"{name} data set")
     return dataset, notes
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Rows as a data set with the columns of all of them: the library takes those of the first."""
+    import datasets
+
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return datasets.Dataset.from_list([{**columns, **row} for row in rows], on_mixed_types="use_json")
 
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")

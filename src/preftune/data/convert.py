@@ -99,7 +99,7 @@ def convert_row(
             raise raw
         if not isinstance(raw, Mapping):
             raise BadRow("not_a_mapping", "row", "the row is not an object", value=raw, remedy="write {field: value}")
-        row = spec.convert(decode_columns(raw))
+        row = spec.convert(decode_columns(raw, spec.uses))
         expanded = expand_ranked(row, pairing) if spec.kind == "ranked" else [row]
         expanded = [then(one) for one in expanded] if then else expanded
     except BadRow as bad:

@@ -57,6 +57,10 @@ def own_words(
             "turns that the model does not write cannot be located in this row",
             remedy="set environment_turns: scored, or on_bad_rows: skip",
         )
+    if not mine:
+        return BadRow(
+            "no_assistant_turn", field, f"{field!r} holds no assistant turn to learn from", remedy="remove it"
+        )
     first = conversation[len(prompt)].get("role") == "assistant"
     begins = 0 if first else mine[0][0]
     own = [(begins if number == 0 else low, high) for number, (low, high) in enumerate(mine)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune.data.formats.base import BadRow
-from preftune.data.formats.turns import is_messages, is_turn, parsed
+from preftune.data.formats.turns import is_exchanges, is_messages, is_turn, parsed
 from preftune.data.tables import RawTable
 from preftune.errors import DataError
 
@@ -110,7 +110,9 @@ def _rows_within(whole: Mapping[str, Any], path: Path, one_line: bool) -> list[A
 
 
 def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and not is_messages(value)
+    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
+        return False
+    return not is_messages(value) and not is_exchanges(value)
 
 
 def _columns_within(whole: Mapping[str, Any]) -> list[Any] | None:

@@ -15,7 +15,12 @@ __all__ = ["SUFFIXES", "Origin", "RawTable", "find", "from_dataset", "hub_splits
 
 
 #: Files beside data that say something about them.
-_ABOUT = frozenset(["dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"])
+_ABOUT = frozenset(
+    [
+        *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"),
+        *("croissant.json", "metadata.json"),
+    ]
+)
 
 
 @dataclass(frozen=True)

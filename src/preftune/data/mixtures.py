@@ -10,7 +10,7 @@ from preftune.data.convert import to_dataset
 from preftune.data.formats import Row
 from preftune.data.loader import Loader
 from preftune.data.tables import RawTable, is_within
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +40,10 @@ def shape(table: RawTable, columns: Sequence[str] | Mapping[str, str] | None) ->
             remedy="write the mapping as {their name: our name}" if swapped else None,
         )
     if isinstance(columns, Mapping):
+        twice = sorted({ours for ours in columns.values() if list(columns.values()).count(ours) > 1})
+        if twice:
+            what = f"several columns would be called {', '.join(twice)}"
+            raise ConfigError(what, where=f"columns of {table.name}", value=dict(columns), remedy="name one of them")
         table.rename = dict(columns)
     else:
         table.select = wanted
@@ -64,6 +68,7 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
     """
     used_seed = seed if mixture.get("seed") is None else mixture["seed"]
     rows: list[Row] = []
+    forms: dict[str, str] = {}
     for where, entry in entries_of(mixture):
         origin = locations.find(entry["id"], entry.get("config"))
         table = shape(origin.read(entry.get("split") or "train"), entry.get("columns"))
@@ -71,7 +76,10 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
             weight = share_of(entry["weight"], f"{where}.weight")
             _pick(table, _permutation(len(table), used_seed)[: int(len(table) * weight)])
         if len(table):
-            rows += loader.rows(table)
+            found = loader.rows(table)
+            forms.setdefault(_form_of(found), entry["id"])
+            rows += found
+    _check_forms(forms)
     dataset = to_dataset(rows, "dataset_mixture", loader.lost())
     if mixture.get("shuffle", True):
         dataset = dataset.shuffle(seed=used_seed).flatten_indices()
@@ -81,6 +89,27 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
     _check_test_size(size, len(dataset))
     parts = dataset.train_test_split(test_size=size, seed=used_seed)
     return {"train": loader.signed(parts["train"].flatten_indices()), "test": parts["test"].flatten_indices()}
+
+
+def _form_of(rows: Sequence[Row]) -> str:
+    """What rows are made of: pairs, conversations, texts."""
+    names = ("messages", "text", "prompt", "completion", "chosen", "rejected", "label")
+    return ", ".join(name for name in names if rows and name in rows[0])
+
+
+def _check_forms(forms: Mapping[str, str]) -> None:
+    """Refuse to join rows of different forms, of which one alone could be read.
+
+    Raises:
+        DataError: Names a data set of each.
+    """
+    forms = {form: name for form, name in forms.items() if form}
+    if len(forms) > 1:
+        raise DataError(
+            f"data sets of different forms: {'; '.join(f'{name} ({form})' for form, name in forms.items())}",
+            where="dataset_mixture",
+            remedy="write them in one form with preftune data convert, or train on one after the other",
+        )
 
 
 def entries_of(mixture: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -7,6 +7,7 @@ import codecs
 import csv
 import gzip
 import io
+import json
 import lzma
 import re
 import sys
@@ -81,6 +82,8 @@ _MISNAMED = (
     (b"PK\x03\x04", "this is a packed archive or a sheet", "unpack it, or save the sheet as CSV (UTF-8)"),
     (b"SQLite format 3", "this is a database", _DATABASE),
 )
+#: A field of one line that begins and ends with a quote.
+_QUOTED_FIELD = re.compile(r'(?:^|\t)"(?:[^"\t\n]|"")*"(?=\t|\r?$)', re.MULTILINE)
 _SEPARATOR_LINE = re.compile(r'\A"?sep=(.)"?\r?\n')
 
 
@@ -176,12 +179,14 @@ def _read_csv(path: Path, text: str, delimiter: str | None) -> RawTable:
     if "\n" not in text:
         text = text.replace("\r", "\n")
     mark = delimiter or _delimiter(text)
+    if mark == "\t" and '"' in text and not _QUOTED_FIELD.search(text):
+        # Tools that write tabs between fields often quote nothing.
+        plain = _table_of(path, text, mark, before, csv.QUOTE_NONE)
+        if not any(isinstance(row, BadRow) for row in plain.rows):
+            return plain
     try:
         return _table_of(path, text, mark, before, csv.QUOTE_MINIMAL)
     except csv.Error as error:
-        if mark == "\t":
-            # Tools that write tabs between fields often quote nothing.
-            return _table_of(path, text, mark, before, csv.QUOTE_NONE)
         raise DataError(
             f"malformed CSV: {error}",
             where=f"{path}:{error.args[-1]}",
@@ -253,4 +258,18 @@ def _read_arrow(path: Path, suffix: str) -> RawTable:
     except (OSError, pa.ArrowException) as error:
         kind = suffix.removeprefix(".")
         raise DataError(f"not a readable {kind} file: {error}", where=str(path)) from error
-    return from_dataset(str(path), Dataset(table))
+    return from_dataset(str(path), Dataset(_readable(table)))
+
+
+def _readable(table: Any) -> Any:
+    """An Arrow table with columns of types that the library does not know as JSON text."""
+    import pyarrow as pa
+    from datasets.features.features import generate_from_arrow_type
+
+    for place, field in enumerate(table.schema):
+        try:
+            generate_from_arrow_type(field.type)
+        except (ValueError, TypeError, NotImplementedError, pa.ArrowException):
+            texts = [None if value is None else json.dumps(value, default=str) for value in table[place].to_pylist()]
+            table = table.set_column(place, field.name, pa.array(texts, pa.string()))
+    return table

@@ -126,6 +126,7 @@ def build_report(
     tokens: tuple[int, int, int],
     columns: Mapping[str, str] | None = None,
     overlooked: Sequence[str] = (),
+    findings: Sequence[str] = (),
     ranges: Mapping[str, tuple[float, float] | None] | None = None,
 ) -> PrepareReport:
     """The report of one prepared data set.
@@ -143,6 +144,7 @@ def build_report(
         tokens: Prompt, chosen and rejected tokens.
         columns: Column of the data -> what is done with it.
         overlooked: Columns that hold a part of the conversation, and are not used.
+        findings: Findings of earlier stages.
         ranges: Least and greatest number of columns that change the loss; ``None`` for those that are not there.
     """
     report = PrepareReport(
@@ -160,7 +162,7 @@ def build_report(
     )
     more, of_turns = _of_turns(report, options)
     about, told = _of_columns(report.columns, overlooked, ranges or {})
-    found = (*_of_rows(report, options), *of_turns, *told)
+    found = (*_of_rows(report, options), *of_turns, *told, *findings)
     report = replace(report, findings=found, warnings=(*notes, *more, *about, *_appended(report), *found))
     if options.warn:
         warn_findings(report)

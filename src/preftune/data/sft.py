@@ -10,9 +10,10 @@ from preftune.data import batches
 from preftune.data.assistant import assistant_masks, has_markers
 from preftune.data.batches import Outcome
 from preftune.data.environment import has_environment, own_words
-from preftune.data.formats import FORMATS, FormatSpec, Row, detect, resolve
+from preftune.data.formats import FORMATS, NOT_USED, FormatSpec, Row, detect, resolve
 from preftune.data.formats.alpaca import ALPACA
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow, common_prefix
+from preftune.data.formats.unpaired import label_column
 from preftune.data.options import DataOptions
 from preftune.data.report import PrepareReport
 from preftune.data.rows import BadRowHandler
@@ -275,6 +276,7 @@ def prepare_sft(
             assistant_only_loss=assistant_only_loss,
         )
         stages.notes += _setting_notes(spec, worker, names)
+        stages.findings += _of_labels(stages)
     result, tally = batches.run(stages.dataset, worker, options, f"Preparing {name}")
     stages.check(tally)
     lengths, num_trained = _lengths(result)
@@ -318,6 +320,19 @@ def sft_format(dataset: Dataset, options: DataOptions, name: str, text_field: st
             remedy="load them with a pairing, or name the answer with `dataset_columns: {theirs: completion}`",
         )
     return spec
+
+
+def _of_labels(stages: Stages) -> list[str]:
+    """A finding where answers that are marked as undesirable would be learned."""
+    columns = stages.dataset.column_names if stages.loaded is None else list(stages.loaded.columns)
+    example = from_dataset(stages.name, stages.dataset).example() if stages.loaded is None else stages.loaded.example
+    name = label_column(columns, example)
+    if name is None or stages.columns.get(name) != NOT_USED:
+        return []
+    return [
+        f"the column {name!r} marks answers as desirable or not, and those that are not are learned as well, as in TRL;"
+        " leave them out, or learn from both with `preftune kto`"
+    ]
 
 
 def _setting_notes(spec: FormatSpec, worker: SftWorker, columns: Sequence[str]) -> list[str]:

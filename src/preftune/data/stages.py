@@ -34,6 +34,7 @@ class Stages:
         format: Name of their format.
         columns: Column -> what is done with it.
         overlooked: Columns that hold a part of the conversation, and are not used.
+        findings: What else a user should know before trusting the run.
         bad_before: Bad rows found before tokenising, by reason.
         first: Place and problem of the first row that was left out before tokenising.
     """
@@ -47,6 +48,7 @@ class Stages:
     format: str = "tokenised"
     columns: dict[str, str] = field(default_factory=dict)
     overlooked: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
     bad_before: dict[str, int] = field(default_factory=dict)
     first: str = ""
 
@@ -124,5 +126,6 @@ class Stages:
             tokens=tokens,
             columns=self.columns,
             overlooked=self.overlooked,
+            findings=self.findings,
             ranges={column: range_of(column, result) for column in ("weight", "margin")},
         )

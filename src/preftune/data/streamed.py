@@ -19,7 +19,7 @@ from preftune.data.locations import check_split, files_by_split, find, hub_error
 from preftune.data.mixtures import entries_of, shape, share_of
 from preftune.data.reading import suffix_of
 from preftune.data.rows import BadRowHandler
-from preftune.data.tables import RawTable, from_dataset
+from preftune.data.tables import OPENING, RawTable, from_dataset
 from preftune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -114,8 +114,20 @@ def mixed(mixture: Mapping[str, Any], loader: Loader, seed: int) -> IterableData
 
 def _rows(pieces: _Pieces, columns: Any, loader: Loader) -> Iterator[dict[str, Any]]:
     reader = replace(loader.another(), handler=loader.handler)
+    opening: dict[str, None] | None = None
     for table in pieces.tables():
-        yield from reader.rows(shape(table, columns))
+        shaped = shape(table, columns)
+        found = dict.fromkeys(name for name in OPENING if name in shaped.columns())
+        if opening is not None and found.keys() - opening.keys() and not opening:
+            # The rows before were read as text that nothing stands before.
+            raise DataError(
+                f"rows of the stream have {', '.join(found)} where those before have not",
+                where=table.place(0),
+                remedy="give all rows the column, or read the data without dataset_streaming",
+            )
+        opening = (opening or {}) | found
+        shaped.opening = list(opening)
+        yield from reader.rows(shaped)
 
 
 class _OncePerRow(BadRowHandler):
@@ -184,7 +196,7 @@ def _of_file(path: Path) -> Iterator[RawTable]:
 def _of_lines(path: Path) -> Iterator[RawTable]:
     first = 1
     try:
-        with _UNPACK.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+        with _UNPACK.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
             while lines := list(islice(file, BLOCK)):
                 table = read_lines(path, "".join(lines), first)
                 if table.rows:

@@ -14,7 +14,7 @@ from preftune.data.formats.openings import SYSTEMS
 from preftune.data.formats.turns import parsed
 
 _BATCH = 1000
-_OPENING = (*SYSTEMS, "history")
+OPENING = (*SYSTEMS, "history")
 
 
 @dataclass
@@ -28,6 +28,7 @@ class RawTable:
         select: Columns to keep; ``None`` keeps all.
         rename: Old column name -> new.
         indices: Rows to use, in order; ``None`` uses all.
+        opening: Columns of system turn and history that other pieces of the same data have.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RawTable:
     select: Sequence[str] | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
     indices: Sequence[int] | None = None
+    opening: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.rows) if self.indices is None else len(self.indices)
@@ -68,7 +70,8 @@ class RawTable:
     def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
         if isinstance(self.rows, list):
             # A row without them among rows that have them is a row whose system turn and history are empty.
-            absent = dict.fromkeys(name for name in _OPENING if name in self.raw_columns())
+            names = {*self.raw_columns(), *self.opening, *self._new_names()}
+            absent = dict.fromkeys(name for name in OPENING if name in names)
             for index in indices:
                 row = self.rows[index]
                 yield index, {**absent, **row} if absent and isinstance(row, Mapping) else row
@@ -101,7 +104,7 @@ class RawTable:
 
         def ordinary(row: Mapping[str, Any]) -> tuple[int, int]:
             alike = sum(type(row[name]) is _kind(usual[name]) for name in kinds)
-            return alike, sum(row[name] is not None for name in kinds)
+            return alike, sum(row[name] not in (None, "") for name in kinds)
 
         return max(rows, key=ordinary)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from preftune.data.formats.base import Message, Row
 
 _ROLES = {"human": "user", "user": "user", "assistant": "assistant", "system": "system"}
-_LABEL = r"(?:#{1,4}[ \t]*)?(Human|User|Assistant|System):"
+_LABEL = r"(#{1,4}[ \t]*)?(Human|User|Assistant|System):"
 # Turns stand after empty lines; in files that have none, after line ends.
 _APART = re.compile(rf"(?:\A\s*|\n[ \t]*\n\s*){_LABEL}")
 # Where a mark stands before the label (### Human:), even without a line end.
@@ -18,16 +18,30 @@ _BEGIN = re.compile(rf"\s*{_LABEL}")
 
 def turns_of(text: str) -> list[Message]:
     """Turns of a transcript, empty ones included; none where the text does not begin with a label."""
-    if not _BEGIN.match(text):
+    begin = _BEGIN.match(text)
+    if begin is None:
         return []
-    labels = list(_APART.finditer(text))
+    labels = _alike(begin, _APART.finditer(text))
     if len(labels) < 2:
-        labels = list(_CLOSE.finditer(text))
+        labels = _alike(begin, _CLOSE.finditer(text))
     ends = [*(label.start() for label in labels[1:]), len(text)]
     return [
-        {"role": _ROLES[label.group(1).lower()], "content": text[label.end() : end].strip()}
+        {"role": _ROLES[label.group(2).lower()], "content": text[label.end() : end].strip()}
         for label, end in zip(labels, ends, strict=True)
     ]
+
+
+def _alike(begin: re.Match[str], labels: Iterable[re.Match[str]]) -> list[re.Match[str]]:
+    """Labels of the kind that the transcript begins with: other words before a colon are what somebody says."""
+    first = begin.group(2)
+    asks = ("Human", "User") if first in ("Assistant", "System") else (first,)
+    kept: list[re.Match[str]] = []
+    for label in labels:
+        own = label.group(2) in (*asks, "Assistant") or (label.group(2) == "System" and not kept)
+        if own and (label.group(1) or "").strip() == (begin.group(1) or "").strip():
+            asks = (label.group(2),) if label.group(2) in ("Human", "User") else asks
+            kept.append(label)
+    return kept
 
 
 def as_conversation(row: Mapping[str, object]) -> Row | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from preftune.data import DataOptions
+from preftune.data.batches import as_table
 from preftune.errors import ConfigError, ModelError, flat
 from preftune.models.compiled import COMPILE_BACKENDS, CompiledLayers
 from preftune.models.loading import read_chat_template
@@ -47,7 +48,7 @@ def prepared_train(dataset: Any, args: PackedConfig, prepare: Callable[[Any], An
     while True:
         more = list(islice(stream, block))
         rows += more
-        prepared = prepare(datasets.Dataset.from_list(rows, on_mixed_types="use_json"))
+        prepared = prepare(as_table(rows))
         if len(prepared) >= visited or len(more) < block:
             return prepared
         block = len(rows)

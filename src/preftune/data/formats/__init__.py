@@ -143,8 +143,10 @@ def overlooked(spec: FormatSpec, uses: Mapping[str, str], row: Mapping[str, Any]
     for name, use in uses.items():
         value = row.get(name)
         telling = name.lower() in _TELLING or is_messages(decoded_or_same(value))
-        telling = telling or (spec is IMPLICIT_PREFERENCE and isinstance(value, str) and " " in value.strip())
-        if use != NOT_USED or not telling:
+        untold = spec is IMPLICIT_PREFERENCE and isinstance(row.get("chosen"), str)
+        telling = telling or (untold and isinstance(value, str) and " " in value.strip())
+        # Of a pair, supervised fine-tuning leaves the other answer out on purpose.
+        if use != NOT_USED or not telling or "rejected" in name:
             continue
         if any(text.strip() and text.strip() not in said for text in _texts(decoded_or_same(value))):
             found.append(name)
@@ -236,8 +238,10 @@ def resolve(
     found = detect(columns, first_row, for_sft=for_sft, implicit_prompt=implicit_prompt)
     if found is None or found is IMPLICIT_PREFERENCE:
         lowered = {name.strip().lower(): name for name in columns}
-        other = detect(lowered, {key.strip().lower(): value for key, value in first_row.items()}, for_sft=for_sft)
-        renamed = ", ".join(f"{theirs}: {ours}" for ours, theirs in lowered.items() if ours != theirs and other)
+        row = {key.strip().lower(): value for key, value in first_row.items()}
+        other = detect(lowered, row, for_sft=for_sft, implicit_prompt=implicit_prompt)
+        uses = {} if other is None else other.uses
+        renamed = ", ".join(f"{theirs}: {ours}" for ours, theirs in lowered.items() if ours != theirs and ours in uses)
         if found is not None and (not renamed or other is found):
             return found
         raise DataError(

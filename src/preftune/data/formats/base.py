@@ -160,9 +160,9 @@ def template_extras(row: Mapping[str, Any]) -> Row:
     """
     out: Row = {}
     tools = row.get("tools")
-    if tools is None and isinstance(row.get("functions"), list):
+    if tools in (None, ""):
         # What the first version of OpenAI's interface called them.
-        tools = row["functions"]
+        tools = row.get("functions")
     if isinstance(tools, list) and any(isinstance(tool, str) for tool in tools):
         tools = [_parsed(tool) if isinstance(tool, str) else tool for tool in tools]
     if tools not in (None, ""):

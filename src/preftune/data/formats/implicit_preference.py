@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
-from preftune.data.formats.openings import opened
+from preftune.data.formats.openings import opened, prompted
 from preftune.data.formats.turns import need_text_or_messages
 
 #: Names of two whole conversations, in the order in which they are looked for.
@@ -53,7 +53,8 @@ def convert(row: Mapping[str, Any]) -> Row:
         return {"prompt": opened(row, chosen[:index]), "chosen": chosen[index:], "rejected": rejected[index:]} | extras(
             row
         )
-    return {"prompt": chosen[:index], "chosen": chosen[index:], "rejected": rejected[index:], **extras(row)}
+    prompt, *answers = prompted(row, chosen[:index], chosen[index:], rejected[index:])
+    return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **extras(row)}
 
 
 IMPLICIT_PREFERENCE = FormatSpec(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
-from preftune.data.formats.openings import answer, last_answer, opened, unanswered
+from preftune.data.formats.openings import answer, last_answer, opened, prompted, unanswered
 from preftune.data.formats.turns import is_messages, message, need_messages, need_text_or_messages
 
 REJECTED = ("rejected_response", "rejected_messages", "rejected")
@@ -28,7 +28,9 @@ def convert(row: Mapping[str, Any]) -> Row:
     messages = opened(row, need_messages(row, "messages"))
     if "chosen" in row and "rejected" in row:
         answers = [answer(need_text_or_messages(row, name)) for name in ("chosen", "rejected")]
-        prompt = unanswered(messages, "messages", *answers)
+        if all(one[0].get("role") == "assistant" for one in answers):
+            messages = unanswered(messages, "messages", *answers)
+        prompt, *answers = prompted({}, messages, *answers)
         return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **extras(row)}
     field = next((name for name in REJECTED if row.get(name) is not None), REJECTED[0])
     given: Any = row.get(field)

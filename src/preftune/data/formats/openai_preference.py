@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from preftune.data.formats.base import EXTRA_USES, FormatSpec, Row, extras, has, need
-from preftune.data.formats.openings import answer
+from preftune.data.formats.openings import answer, prompted
 from preftune.data.formats.turns import need_messages, need_text_or_messages, parsed
 
 
@@ -19,7 +19,8 @@ def convert(row: Mapping[str, Any]) -> Row:
     chosen, rejected = (
         answer(need_text_or_messages(row, name)) for name in ("preferred_output", "non_preferred_output")
     )
-    return {"prompt": need_messages(inner, "messages"), "chosen": chosen, "rejected": rejected, **extras(rest)}
+    prompt, chosen, rejected = prompted({}, need_messages(inner, "messages"), chosen, rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **extras(rest)}
 
 
 OPENAI_PREFERENCE = FormatSpec(

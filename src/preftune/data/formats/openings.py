@@ -59,6 +59,9 @@ def question(row: Mapping[str, Any], name: str) -> str | list[Message]:
     below = [other for other in BELOW if other != name and row.get(other) is not None]
     before = [turn for other in below if is_messages(row[other]) for turn in need_messages(row, other)]
     texts = [text for other in below if not is_messages(row[other]) and _says(text := optional_text(row, other))]
+    if isinstance(asks, str):
+        # A question that was put together holds them already.
+        texts = [text for text in texts if text.strip() not in asks]
     if not isinstance(asks, str):
         return [*before, *_with_below(asks, texts)]
     text = "\n".join(part for part in (asks, *texts) if part)
@@ -170,17 +173,36 @@ def _without_conversation(prompt: list[Message], answers: list[Any]) -> tuple[li
     lists = all(isinstance(one, list) and len(one) > 1 and one[0].get("role") != "assistant" for one in answers)
     if not answers or not prompt or not lists:
         return prompt, answers
-    first, asks = answers[0], _spoken(prompt)
-    most = min(min(len(one) - 1, common_prefix(first, one)) for one in answers)
-    end = next((n for n in range(1, most + 1) if asks and _spoken(first[:n])[-len(asks) :] == asks), 0)
-    if not end:
-        return prompt, answers
-    systems = [turn for turn in prompt if turn.get("role") == "system" and turn not in first[:end]]
-    return [*systems, *first[:end]], [one[end:] for one in answers]
+    several, asks = [list(map(_said, one)) for one in answers], _spoken(prompt)
+    most = min(min(len(one) - 1, common_prefix(several[0], one)) for one in several)
+    before = [[turn for turn in several[0][:n] if turn[0] != "system"] for n in range(most + 1)]
+    end = next((n for n in range(1, most + 1) if asks and before[n][-len(asks) :] == asks), 0)
+    if end:
+        systems = [turn for turn in prompt if turn.get("role") == "system"]
+        inside = [turn for turn in answers[0][:end] if turn.get("role") == "system"]
+        if systems and inside and list(map(_said, systems)) != list(map(_said, inside)):
+            raise BadRow(
+                "two_system_turns",
+                "prompt",
+                "prompt and answers have different system turns",
+                remedy="keep one of them",
+            )
+        return [*(() if inside else systems), *answers[0][:end]], [one[end:] for one in answers]
+    # Answers that begin with the last turns of the prompt.
+    end = next((n for n in range(most, 0, -1) if before[n] and asks[-len(before[n]) :] == before[n]), 0)
+    return prompt, [one[end:] for one in answers] if end else answers
 
 
-def _spoken(turns: list[Message]) -> list[Message]:
-    return [turn for turn in turns if turn.get("role") != "system"]
+def _said(turn: Message) -> tuple[str, str]:
+    """Who says what, however it is written down."""
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return str(turn.get("role")), str(content).replace("\r\n", "\n").strip()
+
+
+def _spoken(turns: list[Message]) -> list[tuple[str, str]]:
+    return [_said(turn) for turn in turns if turn.get("role") != "system"]
 
 
 def unanswered(turns: list[Message], field: str, *answers: list[Message]) -> list[Message]:
@@ -191,7 +213,7 @@ def unanswered(turns: list[Message], field: str, *answers: list[Message]) -> lis
     """
     if turns[-1].get("role") != "assistant" or len(turns) == 1:
         return turns
-    if any(len(one) == 1 and one[0].get("content") == turns[-1].get("content") for one in answers):
+    if any(len(one) == 1 and _said(one[0]) == _said(turns[-1]) for one in answers):
         return turns[:-1]
     raise BadRow(
         "prompt_ends_with_answer",

@@ -23,8 +23,8 @@ def names(columns: Collection[str]) -> tuple[str, str] | None:
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     """A question of text or messages, and an answer of text or messages."""
     found = names(columns)
-    if found is None or {"options", "accept"} <= set(columns):
-        # An annotator's choice among options: what is called answer says that it was accepted.
+    if found is None or {"options", "accept"} <= set(columns) or {"chosen", "rejected"} <= set(columns):
+        # An annotator's choice among options, where answer says that it was accepted; or a pair with its solution.
         return False
     # A number in place of an answer is told when the row is read.
     return all(isinstance(row.get(name), str | list | int | float) for name in found)

@@ -62,7 +62,8 @@ def convert(row: Mapping[str, Any]) -> Row:
         rated = [(text, score) for text, score in read if score is not None]
         responses, scores = zip(*(rated if len(rated) > 1 else map(_need_scored, read)), strict=True)
     else:
-        responses, scores = tuple(items), _read_scores(row, len(items))
+        scored = zip(items, _read_scores(row, len(items)), strict=True)
+        responses, scores = zip(*((item, score) for item, score in scored if score is not None), strict=True)
     texts = [need_text_or_messages({field: text}, field) for text in responses]
     if any(isinstance(text, str) for text in texts):
         (prompt,) = prompted(row, question(row, prompt_name))
@@ -87,13 +88,14 @@ def _read_item(item: Any, field: str) -> tuple[Any, float | None]:
             value=item,
             remedy=f"give each entry one of {', '.join(_TEXT_KEYS)} and one of {', '.join(_SCORE_KEYS)} or rank",
         )
-    if item[score] is None or str(item[score]).strip().lower() in ("", "n/a", "none", "nan", "null"):
+    if _is_missing(item[score]):
         return item[text], None
     number = need_number(item[score], score)
     return item[text], -number if score == "rank" else number
 
 
-def _read_scores(row: Mapping[str, Any], count: int) -> tuple[float, ...]:
+def _read_scores(row: Mapping[str, Any], count: int) -> tuple[float | None, ...]:
+    """One score per response; ``None`` where a judge gave none, unless that leaves nothing to compare."""
     field = _first(SCORES, row) or _first(RANKS, row) or "scores"
     values = _listed(need(row, field))
     if not isinstance(values, list) or len(values) != count:
@@ -105,7 +107,14 @@ def _read_scores(row: Mapping[str, Any], count: int) -> tuple[float, ...]:
             remedy=f"give {count} numbers",
         )
     sign = -1.0 if field in RANKS else 1.0
-    return tuple(sign * need_number(value, field) for value in values)
+    found = tuple(None if _is_missing(value) else sign * need_number(value, field) for value in values)
+    if sum(value is not None for value in found) < 2:
+        raise BadRow("not_a_number", field, f"{field!r} holds fewer than two numbers", value=values, remedy="give them")
+    return found
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or str(value).strip().lower() in ("", "n/a", "none", "nan", "null")
 
 
 RANKED = FormatSpec(

@@ -6,10 +6,10 @@ import ast
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import FLOAT_EXTRAS, BadRow, Message, need, not_text
+from preftune.data.formats.base import BadRow, Message, need, not_text
 
 #: Roles that chat templates know. Other names are translated to these first.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -34,8 +34,11 @@ ROLE_NAMES: Mapping[str, str] = {
 #: Names of the two fields of a turn, the usual ones first.
 ROLE_KEYS = ("role", "from", "speaker")
 TEXT_KEYS = ("content", "value", "text")
-#: Columns of an answer, which may be JSON itself.
-_ANSWERS = ("chosen", "rejected", "completion", "response", "output", "answer", "text")
+#: Columns of what is asked. An answer may be JSON itself.
+_ASKING = (
+    *("prompt", "question", "instruction", "query", "input", "problem", "context", "history", "messages"),
+    *("conversation", "conversations", "dialogue", "dialog", "turns"),
+)
 #: Roles of a turn that is a tool call written as text.
 _CALLS = ("function_call", "tool_call")
 #: Types of a part of a turn that is text.
@@ -103,7 +106,7 @@ def _is_lone_turn(value: Any, field: str) -> bool:
     if not is_turn(value):
         return False
     role = ROLE_NAMES.get(str(next(value[key] for key in ROLE_KEYS if key in value)).strip().lower())
-    return role == "assistant" or (role is not None and field not in _ANSWERS)
+    return role == "assistant" or (role is not None and field in _ASKING)
 
 
 def parsed(text: str) -> Any:
@@ -122,13 +125,24 @@ def parsed(text: str) -> Any:
     return text
 
 
-def decode_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+def decode_columns(row: Mapping[str, Any], used: Collection[str] | None = None) -> dict[str, Any]:
     """A row whose conversations are no longer text.
+
+    Args:
+        row: The row as it was read.
+        used: Columns that something reads; what the others hold cannot make the row a bad one.
 
     Raises:
         BadRow: See :func:`decoded`.
     """
-    out = {field: _present(value, field) for field, value in row.items()}
+    out: dict[str, Any] = {}
+    for field, value in row.items():
+        try:
+            out[field] = _present(value, field)
+        except BadRow:
+            if used is None or field in used:
+                raise
+            out[field] = value
     for field in ("prompt", "chosen", "rejected", "completion", "messages", "conversations"):
         whole = _conversation_within(out.get(field))
         if whole is not None:
@@ -141,14 +155,20 @@ def _present(value: Any, field: str) -> Any:
     """A value as it was meant: a conversation in place of its text, null in place of the NaN of tables of numbers."""
     if isinstance(value, str):
         return decoded(value, field)
-    return None if isinstance(value, float) and math.isnan(value) and field not in FLOAT_EXTRAS else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _conversation_within(value: Any) -> Mapping[str, Any] | None:
     """An answer that is a whole record of a conversation: its messages, and the tools that were there."""
-    if isinstance(value, str) and value.lstrip().startswith("{") and "messages" in value:
+    was_text = isinstance(value, str)
+    if was_text and value.lstrip().startswith("{") and "messages" in value:
         value = parsed(value)
-    return value if isinstance(value, Mapping) and is_messages(value.get("messages")) else None
+    if not isinstance(value, Mapping) or not is_messages(value.get("messages")):
+        return None
+    # Text that nobody answers in is a call that the model writes.
+    last = value["messages"][-1]
+    answers = is_turn(last) and message(last, "messages")["role"] == "assistant"
+    return value if answers or not was_text else None
 
 
 def need_text_or_messages(row: Mapping[str, Any], field: str) -> str | list[Message]:

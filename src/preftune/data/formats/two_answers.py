@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from preftune.data.formats.base import (
     need_number,
     template_extras,
 )
-from preftune.data.formats.openings import answer, asked, opened, question
+from preftune.data.formats.openings import answer, asked, opened, prompted, question
 from preftune.data.formats.turns import is_messages, need_messages, need_text_or_messages, parsed
 from preftune.errors import DataError
 
@@ -38,8 +39,11 @@ STRENGTHS = ("overall_preference", "preference_strength")
 SCORES = (("score_0", "score_1"), ("score_a", "score_b"), ("score_A", "score_B"), ("score_1", "score_2"))
 #: Columns of one mark per outcome, as in exports of votes.
 VOTES = ("winner_model_a", "winner_model_b", "winner_tie")
-_FIRST = {"model_a", "a", "first", "left", "response_a", "response_1", "response1", "answer_a", "chosen_a"}
-_SECOND = {"model_b", "b", "second", "right", "response_b", "response_2", "response2", "answer_b", "chosen_b"}
+_FIRST = {"model_a", "a", "first", "left", "chosen_a"}
+_SECOND = {"model_b", "b", "second", "right", "chosen_b"}
+_TIES = ("both", "bothbad", "bothgood", "neither", "none", "equal", "same", "draw", "tie", "tied", "ties")
+#: The name of an answer, and what tells it from the other.
+_ANSWER = re.compile(r"(?:response|answer|completion|output|summary|conversation|conv|model|assistant)[ _-]?([ab]|\d)")
 
 
 def _pair(columns: Collection[str]) -> tuple[str, str] | None:
@@ -102,7 +106,9 @@ def _asked(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Messag
     if isinstance(turns, list) and turns and not is_messages(turns):
         return _exchanges(turns, several, better, worse)
     prompt = asked(question({**row, name: given}, name))
-    return prompt, answer(need_text_or_messages(row, better)), answer(need_text_or_messages(row, worse))
+    answers = [answer(need_text_or_messages(row, each)) for each in (better, worse)]
+    found: tuple[list[Message], list[Message], list[Message]] = prompted({}, prompt, *answers)
+    return found
 
 
 def _exchanges(
@@ -124,7 +130,7 @@ def _exchanges(
 
 def _verdict(row: Mapping[str, Any], pair: tuple[str, str]) -> float:
     """Above 0 where the first answer is better, below 0 where the second is, 0 for a tie."""
-    if VOTES[0] in row:
+    if row.get(VOTES[0]) is not None:
         return _vote(row, VOTES[0]) - _vote(row, VOTES[1])
     unreadable: BadRow | None = None
     # A named winner counts before a strength, which has a sign only where nothing else says whose it is.
@@ -136,7 +142,11 @@ def _verdict(row: Mapping[str, Any], pair: tuple[str, str]) -> float:
                 unreadable = unreadable or bad
     for name in STRENGTHS:
         if row.get(name) is not None:
-            return -need_number(row[name], name)
+            strength = need_number(row[name], name)
+            if abs(strength) > 3:
+                what = f"{name!r} says how much better an answer is, and not which"
+                raise BadRow("not_a_label", name, what, value=strength, remedy="add a column `winner`: a, b or tie")
+            return -strength
     for a, b in SCORES:
         if row.get(a) is not None and row.get(b) is not None:
             return need_number(row[a], a) - need_number(row[b], b)
@@ -145,6 +155,8 @@ def _verdict(row: Mapping[str, Any], pair: tuple[str, str]) -> float:
 
 def _vote(row: Mapping[str, Any], name: str) -> float:
     value = row.get(name)
+    if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
+        value = str(value).strip().lower() == "true"
     return need_number(int(value) if isinstance(value, bool) else value or 0, name)
 
 
@@ -152,28 +164,39 @@ def _named(row: Mapping[str, Any], field: str, pair: tuple[str, str]) -> float:
     value = row[field]
     word = str(value).strip().lower()
     names = [name.lower() for name in pair]
-    if word in names or word in _FIRST | _SECOND:
-        return 1.0 if word == names[0] or (word != names[1] and word in _FIRST) else -1.0
-    if "tie" in word or word.startswith("both") or word in ("neither", "none", "equal", "same", "draw"):
-        return 0.0
     models = [str(row.get(name)).strip().lower() for name in ("model_a", "model_b")]
-    if word in models and models[0] != models[1]:
-        return 1.0 if word == models[0] else -1.0
+    for two in (names, models):
+        if word in two and two[0] != two[1]:
+            return 1.0 if word == two[0] else -1.0
+    if word in _FIRST | _SECOND:
+        return 1.0 if word in _FIRST else -1.0
+    if re.split(r"[^a-z]+", word)[0] in _TIES:
+        return 0.0
+    ends = [name[-1].lower() for name in pair]
+    told = _ANSWER.fullmatch(word)
+    if told is not None:
+        # Letters and numbers from 1 tell first and second; where the names count from 0, so does what names them.
+        orders = (ends, ["a", "b"], ["1", "2"])
+        order = next((each for each in orders if told[1] in each), None)
+        if order is not None and not (ends[0] == "0" and order == ["1", "2"]):
+            return 1.0 if told[1] == order[0] else -1.0
     # SHP says 1 where A is better; elsewhere the number is that of the answer, as it is in the columns' names.
     if pair[0] == "human_ref_A" and word in ("0", "1", "0.0", "1.0"):
         return 1.0 if float(word) else -1.0
-    ends = [name[-1] for name in pair]
     number = word.removesuffix(".0")
     if number in ends:
         return 1.0 if number == ends[0] else -1.0
     if ends == ["1", "2"] and number == "0":
+        if field == "preference":
+            # AlpacaEval's draw.
+            return 0.0
         # Rows that say 1 would mean the other answer, so that leaving this one out would not do.
         raise DataError(
             f"{field!r} counts the answers from 0, and their names from 1",
             where=f"field {field!r}",
             value=value,
-            remedy="rename the answers to response_0 and response_1 (dataset_columns: {response_1: response_0, "
-            "response_2: response_1})",
+            remedy=f"if so, set dataset_columns: {{{pair[0]}: response_0, {pair[1]}: response_1}}; if 0 is a tie, "
+            "leave these rows out",
         )
     between = _between(word, ends) if field == "preference" else None
     if between is not None:
