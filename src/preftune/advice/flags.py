@@ -279,13 +279,28 @@ def _truncation(view: View) -> Iterator[Flag]:
         share = case.lengths.truncated_share(None if limit is None else int(limit))
     if share is None or share <= _CUT_NOTE or limit is None:
         return
+    if case.given.get("max_prompt_length") is not None:
+        most = case.given["max_prompt_length"]
+        yield Flag(
+            "warn" if share > _CUT_WARN else "note",
+            ("max_prompt_length", "max_length"),
+            f"max_prompt_length {most} and max_length {limit:g} cut {share:.0%} of the pairs",
+            "what is cut off a prompt is not read",
+            "raise max_prompt_length",
+            "the data",
+            "heuristic",
+        )
+        return
+    keeps_end = case.given.get("truncation_mode") == "keep_end"
     advised = view.advised.get("max_length")
     remedy = f"max_length: {advised.value}" if advised and advised.value > limit else "raise max_length"
     yield Flag(
         "warn" if share > _CUT_WARN else "note",
         ("max_length",),
         f"max_length {limit:g} cuts {share:.0%} of the pairs",
-        "a cut completion ends without its end-of-sequence token, and teaches not to stop",
+        "what is cut off the beginning of a prompt is not read"
+        if keeps_end
+        else "a cut completion ends without its end-of-sequence token, and teaches not to stop",
         remedy,
         "the data",
         "heuristic",

@@ -36,6 +36,7 @@ _SAMPLE_ROWS = 2000
 VERBS = PREFERENCE_VERBS
 #: Settings of a run that an advice looks at.
 _GIVEN = (
+    *("max_prompt_length", "truncation_mode"),
     "beta",
     "learning_rate",
     "num_train_epochs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -124,7 +125,9 @@ def _following(verb: str, argv: Sequence[str], own: _Own, advice: Advice) -> str
     if settled and not advice.flags and replace(own, verb=None, verbose=False) == _Own():
         return shlex.join(["preftune", verb, *(word for word in argv if word not in ("--verb", own.verb, "--verbose"))])
     words = [word for word in argv if word != "--verbose"]
-    return shlex.join(["preftune", "advise", *words, "--write", "advised.yaml"])
+    names = ["advised.yaml", *(f"advised-{number}.yaml" for number in range(2, 100))]
+    free = next(name for name in names if not os.path.lexists(name))
+    return shlex.join(["preftune", "advise", *words, "--write", free])
 
 
 def _written(advice: Advice, settings: Resolved[Any], own: _Own) -> list[str]:

@@ -139,10 +139,20 @@ def _convert(line: CommandLine) -> None:
         told += [*_about(report), *report.notes]
     told += [
         f"wrote {number} rows to {target}: {', '.join(rows.column_names)}",
-        f"next: preftune data show --dataset_name {target} --verb {own.verb} --model_name_or_path MODEL",
+        _next(settings, str(target), own.verb),
     ]
     for text in told:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _next(settings: Resolved[Any], target: str, verb: str) -> str:
+    from preftune.runs.next_steps import command
+
+    words = ["--dataset_name", target, "--verb", verb, "--model_name_or_path"]
+    model = settings.model.model_name_or_path
+    if model is None:
+        return f"a model's view of them: {command('data', 'show', *words)} MODEL"
+    return f"next: {command('data', 'show', *words, model)}"
 
 
 def _check_kind(verb: str, rows: Any, report: Any) -> None:

@@ -81,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, for example `head`, has gone.
         _drop_output()
         return 0
+    except SystemExit as done:
+        # What is drawn for terminals ends so where the reader has gone.
+        if not isinstance(done.__context__, BrokenPipeError):
+            raise
+        _drop_output()
+        return 0
     except OSError as error:
         if not _output_fails():
             raise

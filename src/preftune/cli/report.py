@@ -78,6 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
     from preftune.report import write
     from preftune.terminal.units import size
 
+    arguments.runs = [os.path.expanduser(each) for each in arguments.runs]
+    for each in arguments.runs:
+        if not os.path.exists(each):
+            raise ConfigError("no such folder", where="RUN", value=each, remedy="name the output folder of a run")
     _check_page(arguments.out)
     page, path = write(arguments.runs, arguments.out, title=arguments.title), Path(arguments.out)
     _seal(path)

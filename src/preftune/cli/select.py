@@ -144,4 +144,5 @@ def _next(own: _Own, line: CommandLine) -> str:
         # How the source was read does not fit the rows that were written.
         given += [] if name.startswith("dataset_") else [f"--{name}", *values]
     kept = ("--dataset_name", Path(own.out, KEPT))
-    return f"next: {command(*redact_argv([own.verb, *map(str, kept), *given]))}; judge it beside one on all pairs"
+    line_of = command(*redact_argv([own.verb, *map(str, kept), *given]))
+    return f"judge a training on what was kept beside one on all pairs\nnext: {line_of}"

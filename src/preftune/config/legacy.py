@@ -105,6 +105,13 @@ _ROWS: Final = (
         "use_flash_attention_2", "attn_implementation", "flash_attention_2", "it is one of several implementations"
     ),
     _renamed("chat_template_path", "chat_template", "a path to a .jinja file may stand there"),
+    _renamed("base_model", "model_name_or_path", "TRL's name"),
+    _renamed("lora_rank", "lora_r", "PEFT's name"),
+    _renamed("micro_batch_size", "per_device_train_batch_size", "transformers' name"),
+    _renamed("sequence_len", "max_length", "TRL's name"),
+    _renamed("cutoff_len", "max_length", "TRL's name"),
+    _renamed("num_epochs", "num_train_epochs", "transformers' name"),
+    _renamed("lr", "learning_rate", "transformers' name"),
     _renamed("tokenizer_name", "tokenizer_name_or_path", "the same for every verb"),
     _renamed("ref_model", "ref_model_name_or_path", "named like model_name_or_path"),
     _refused("model_code_revision", "pin model_revision, which also pins the code"),

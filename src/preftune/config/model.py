@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from preftune.errors import ConfigError
@@ -90,6 +91,12 @@ class ModelConfig:
             raise ConfigError("both load_in_8bit and load_in_4bit are set", where="model", remedy="keep one of them")
         if self.lora_r < 1:
             raise ConfigError("out of range", where="lora_r", value=self.lora_r, allowed="1 or more")
+        if self.lora_alpha <= 0:
+            raise ConfigError("out of range", where="lora_alpha", value=self.lora_alpha, allowed="above 0")
+        for name in ("model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path", "chat_template"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("~"):
+                setattr(self, name, os.path.expanduser(value))
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError("out of range", where="lora_dropout", value=self.lora_dropout, allowed="[0, 1)")
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:

@@ -93,7 +93,9 @@ class Summary:
 
     def share(self, values: Any, groups: Groups) -> Metric:
         """Of shares in [0, 1] that are no yes and no."""
-        return self.number(values, groups, "share")
+        found = self.number(values, groups, "share")
+        # Student's interval knows no bounds; a share has two.
+        return {**found, "low": max(found["low"], 0.0), "high": min(found["high"], 1.0)}
 
 
 def ranked_right(rewards: Array) -> Array:

@@ -14,7 +14,6 @@ from preftune.evaluation.config import DEFAULT_BETA, EvalConfig
 from preftune.evaluation.scoring import Scorer
 from preftune.files import parse_json
 from preftune.models.loading import load_model_and_tokenizer
-from preftune.references.fingerprint import trained_adapter
 from preftune.references.store import ReferenceStore
 
 
@@ -113,7 +112,8 @@ def load_players(
     reference = None
     if ref_model is not None:
         reference = scorer(ref_model, policy)
-    elif trained_adapter(model) is not None:
+    elif getattr(model, "peft_config", None):
+        # One that has learned nothing yet, too: it is its reference.
         names["reference"] = f"{names['model']} without its adapter"
         reference = scorer(model, policy, adapter_off=True)
     other = None if compare is None else scorer(compare, policy)

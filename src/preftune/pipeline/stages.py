@@ -260,8 +260,13 @@ class Pipeline:
 
     @property
     def evaluated(self) -> bool:
-        """Whether there is an evaluation."""
-        return (self.folder / "eval" / "eval.json").is_file()
+        """Whether there is an evaluation, of as many and as long answers as are asked for."""
+        try:
+            found = parse_json((self.folder / "eval" / "eval.json").read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        names = ("num_prompts", "max_new_tokens")
+        return all(found.get(name, getattr(self.asked, name)) == getattr(self.asked, name) for name in names)
 
     def evaluate(self, show: Callable[[EvalResult], None]) -> str | None:
         """Evaluate on the rows that were held out.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from preftune.data import DataOptions
 from preftune.errors import PreftuneError, flat
 from preftune.models.tuned import Tuned
 from preftune.runs.data import load_rows
+from preftune.training.provenance import describe_dataset
 
 
 def rows_of_run(tuned: Tuned) -> Any:
@@ -26,13 +28,29 @@ def rows_of_run(tuned: Tuned) -> Any:
     if tuned.verb == "sft":
         values.pop("implicit_prompt", None)
     named = values.get("dataset_name")
-    if isinstance(named, str) and os.path.sep in named and named.startswith((".", "/")) and not os.path.exists(named):
-        return f"its data are not there any more ({named})"
-    try:
-        splits = load_rows({**values, "quarantine_path": None}, with_test=True)
-    except (PreftuneError, OSError, ValueError) as error:
-        return f"its data cannot be read ({flat(error)[:160]})"
-    return splits["test"]
+    why = "its data cannot be read"
+    for place in _places(named, tuned.folder):
+        try:
+            rows = load_rows({**values, "dataset_name": place, "quarantine_path": None}, with_test=True)["test"]
+        except (PreftuneError, OSError, ValueError) as error:
+            why = f"its data cannot be read ({flat(error)[:160]})"
+            continue
+        then, now = tuned.data["test"], describe_dataset(rows)
+        if then.get("sha256") in (None, now["sha256"]):
+            return rows
+        numbers = f"{then.get('num_rows')} rows then, {now['num_rows']} now"
+        why = f"its data have changed since, and the rows that it held out are no longer the same ({place}: {numbers})"
+    return why
+
+
+def _places(named: Any, folder: Path) -> list[Any]:
+    """Where the data of a run may be: where its settings say, or, from another directory, beside its folder."""
+    local = isinstance(named, str) and not named.startswith("~") and not os.path.isabs(named)
+    beside = [os.path.join(parent, named) for parent in folder.resolve().parents[:4]] if local else []
+    there = [place for place in beside if os.path.exists(place)]
+    if isinstance(named, str) and os.path.exists(os.path.expanduser(named)):
+        return [named, *there]
+    return there or [named]
 
 
 def options_of_run(tuned: Tuned) -> DataOptions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from preftune import training
@@ -64,7 +64,7 @@ def read_settings(verb: str, line: CommandLine | Sequence[str], **defaults: Any)
     if TRAINING[verb].rows == "labelled" and settings.origins["pairing"].kind == "default":
         # Single answers are what it learns from, unless somebody wants pairs made of them.
         settings.script.pairing = "none"
-    return settings
+    return replace(settings, notes=(*settings.notes, *_idle(settings)))
 
 
 def _other_verb(verb: str, name: str) -> str | None:
@@ -92,7 +92,7 @@ def complete_settings(verb: str, settings: Resolved[Any]) -> None:
         # A key in the place of the model is not to become a folder's name.
         shown = name if redact(name) == name else "model"
         args.output_dir = f"{shown.rstrip('/').split('/')[-1]}-{verb.upper()}"
-    if args.on_bad_rows == "skip" and args.quarantine_path is None:
+    if args.on_bad_rows == "skip" and args.quarantine_path is None and not script.dry_run:
         args.quarantine_path = script.quarantine_path = os.path.join(args.output_dir, "quarantine.jsonl")
     if args.do_predict:
         raise ConfigError("there is no test run", where="do_predict", value=True, remedy="set do_eval")
@@ -100,6 +100,20 @@ def complete_settings(verb: str, settings: Resolved[Any]) -> None:
         raise ConfigError("without training there is nothing to do", where="do_train", value=False, remedy="--dry_run")
     if args.push_to_hub and not script.dry_run:
         _require_hub()
+
+
+def _idle(settings: Resolved[Any]) -> list[str]:
+    """Settings that were made and have no effect, with those that would have to be set too."""
+    model, args = settings.model, settings.trainer
+    set_here = {name for name, origin in settings.origins.items() if origin.kind != "default"}
+    idle: dict[str, str] = {}
+    if not model.use_peft:
+        idle |= {name: "use_peft" for name in set_here if name.startswith(("lora_", "use_rslora", "use_dora"))}
+    if not model.load_in_4bit:
+        idle |= {name: "load_in_4bit" for name in set_here if name.startswith(("bnb_4bit", "use_bnb"))}
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+        idle |= dict.fromkeys(set_here & {"eval_steps"}, "eval_strategy: steps")
+    return [f"{name} has no effect without {other}" for name, other in sorted(idle.items())]
 
 
 def _require_hub() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -66,6 +67,7 @@ _LEAST = {
     "gradient_accumulation_steps": 1,
     "neftune_noise_alpha": 0,
     "dataset_num_proc": 1,
+    "dataloader_num_workers": 0,
     "generation_steps": 0,
     "num_generations": 2,
     "generation_max_new_tokens": 1,
@@ -251,6 +253,11 @@ class PackedConfig(TrainingArguments):
             if getattr(self, new, True) is None:
                 setattr(self, new, getattr(self, old))
         _check_json(self)
+        kwargs = self.gradient_checkpointing_kwargs
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise ConfigError(
+                "not a mapping", where="gradient_checkpointing_kwargs", value=kwargs, allowed="{name: value}"
+            )
         check_installed(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
         load_everywhere(self)

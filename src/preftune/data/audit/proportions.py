@@ -55,6 +55,9 @@ def share_of(flags: Sequence[bool], groups: Sequence[Hashable] | None = None) ->
     values = np.asarray(flags, dtype=np.float64)
     if not len(values):
         return Share(0, 0, 0.0, 0.0, 1.0)
+    if groups is not None:
+        # Rows without a prompt have none in common.
+        groups = [group if group != "" else (place,) for place, group in enumerate(groups)]
     share, num_groups = float(values.mean()), len(values) if groups is None else len(set(groups))
     if num_groups < 2:
         # A single prompt shows no spread: it counts as one row.

@@ -163,6 +163,13 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name, value in now[part].items():
             if name in before.get(part, {}) and before[part][name] != value and not _is_free(name):
                 (loose if name in _LOOSE else refused).append(_difference(name, before[part][name], value))
+    adapters = {
+        name for facts in (before.get("facts", {}), now["facts"]) for name in facts if name.startswith("adapter ")
+    }
+    for name in sorted(adapters):
+        if (name in before.get("facts", {})) != (name in now["facts"]):
+            told = ("none", "new") if name in now["facts"] else ("there", "none")
+            refused.append(_difference(name, *told))
     silent = [name for name in code_versions() if name in now["facts"] and name not in before.get("facts", {})]
     if silent:
         loose.append(f"versions of {', '.join(silent)}, which the checkpoint does not tell")
