@@ -100,6 +100,9 @@ def _run_of(settings: Resolved[EvalConfig]) -> Tuned | None:
     tuned = find_tuned(str(config.model))
     if config.ref_model is None and not tuned.is_adapter and not config.reference_free:
         config.ref_model = tuned.base
+    if settings.origins["bf16"].kind == "default":
+        # So that figures are those of the training.
+        config.bf16 = bool(tuned.setting("trainer", "bf16", False))
     return tuned
 
 

@@ -198,6 +198,8 @@ def compare(begun: Plan, asked: Plan, folder: Path) -> None:
         if item.name == "base":
             name = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
             what, before, now = f"a sweep with another {name}", before.get(name), now.get(name)
+        elif item.name == "dimensions":
+            what, before, now = "a sweep of other values", *("; ".join(map(str, each)) for each in (before, now))
         else:
             what = f"a sweep with another {item.name}"
         raise ConfigError(

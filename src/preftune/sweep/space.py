@@ -49,6 +49,12 @@ class Dimension:
         """Whether values are drawn instead of listed."""
         return not self.values
 
+    def __str__(self) -> str:
+        """As ``--param`` takes it, as far as a range has such a form."""
+        if not self.is_range:
+            return f"{self.name}={','.join(map(str, self.values))}"
+        return f"{self.name}={self.low:g}..{self.high:g}{' (log)' if self.log else ''}"
+
     def suggest(self, trial: Trial) -> Value:
         """Let an Optuna trial take a value; one that was fixed beforehand is kept."""
         if not self.is_range:
