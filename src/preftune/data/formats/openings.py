@@ -70,12 +70,12 @@ def question(row: Mapping[str, Any], name: str) -> str | list[Message]:
 
 def _with_below(turns: list[Message], texts: list[str]) -> list[Message]:
     """A question of messages, with text below its last turn, or as a turn of its own below an answer."""
+    if not texts:
+        return turns
     last = turns[-1]
-    if not texts or (last.get("role") == "user" and not isinstance(last.get("content"), str)):
-        return [*turns, *asked("\n".join(texts))] if texts else turns
-    if last.get("role") != "user":
-        return [*turns, *asked("\n".join(texts))]
-    return [*turns[:-1], {**last, "content": "\n".join((last["content"], *texts))}]
+    if last.get("role") == "user" and isinstance(last.get("content"), str):
+        return [*turns[:-1], {**last, "content": "\n".join((last["content"], *texts))}]
+    return [*turns, *asked("\n".join(texts))]
 
 
 def questioned(row: Mapping[str, Any], name: str) -> list[Message]:
