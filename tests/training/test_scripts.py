@@ -117,7 +117,7 @@ def test_methods_that_nothing_calls_are_refused(world: worlds.World, tmp_path: P
 
 
 def test_a_loop_of_ones_own_is_trls(world: worlds.World, tmp_path: Path) -> None:
-    found = []
+    found: list[list[float]] = []
     for library in (trl, preftune):
         trainer = dpo(world, tmp_path / library.__name__, library=library)
         trainer.create_optimizer_and_scheduler(num_training_steps=3)
@@ -191,7 +191,7 @@ def test_what_train_returns(world: worlds.World, tmp_path: Path, strategy: str) 
 
 def test_settings_stay_the_callers(world: worlds.World, tmp_path: Path) -> None:
     rows = Dataset.from_list(list(worlds.pair_rows(12)))
-    args = preftune.DPOConfig(output_dir=str(tmp_path), **{**worlds.DEFAULTS, "max_steps": 3})
+    args: Any = preftune.DPOConfig(output_dir=str(tmp_path), **{**worlds.DEFAULTS, "max_steps": 3})
     before = args.to_dict()
     preftune.DPOTrainer(
         world.path, args=args, train_dataset=rows.to_iterable_dataset(), processing_class=world.tokenizer
