@@ -94,7 +94,10 @@ class TaskFeeding(Trainer):
         return sampler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of this process's share of the training data."""
+        """Batches of this process's share of the training data, with what the reference makes of them."""
+        if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # A loop of the caller's own.
+            self.keep_beginning()
         args = self.args
         accelerator, dataset = self.accelerator, self.train_dataset
         if isinstance(dataset, Stream):

@@ -96,8 +96,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
     ) -> None:
         checks.refuse_overrides(type(self))
         if isinstance(train_dataset, datasets.IterableDataset):
-            # Streams are visited in their own order, which is entered into the settings: not into the caller's.
-            args = copy.copy(args)
+            args = copy.copy(args)  # The order of a stream is entered into it, and not into the caller's.
         check_engine(args, model)
         checks.check_arguments(model, ref_model, data_collator, train_dataset)
         self.task = task
@@ -217,13 +216,6 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         kept = reference.store is None or hasattr(self.step.forward.model, "peft_config")
         if kept and not reference.policy_moved:
             reference.keep_shadow()
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of this process's share of the training data, with what the reference makes of them."""
-        if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # A loop of the caller's own.
-            self.keep_beginning()
-        return super().get_train_dataloader()
 
     def keep_beginning(self) -> None:
         """Know what is compared with, before the policy moves."""
