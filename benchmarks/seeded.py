@@ -106,7 +106,7 @@ class Cells:
                 raise ConfigError("the result was measured with other settings", where="--renew", value=name)
         cells = old["cells"]
         self._order = {self._key(cell): place for place, cell in enumerate(cells)}
-        places = {round(place) for place in np.linspace(0, len(cells) - 1, number)}
+        places = {round(place) for place in np.linspace(0, len(cells) - 1, number + 2)[1:-1]}
         self._expected = [cells[place] for place in sorted(places)]
         kept = [cell for place, cell in enumerate(cells) if place not in places]
         stamp = {**self.report[stale.KEY], "date": old[stale.KEY]["date"]}
