@@ -234,8 +234,12 @@ def test_shares_that_are_all_alike_have_an_interval() -> None:
     nothing = Summary().share([0.0] * 4, groups)
     wilson = wilson_interval(0, 4)
     assert (nothing["mean"], nothing["low"], nothing["high"]) == (0.0, 0.0, wilson.high)
-    shares = [0.0, 0.1, 0.05, 0.0]
+    shares = [0.3, 0.4, 0.35, 0.3]
     assert Summary().share(shares, groups) == Summary().number(shares, groups)
+    # Student's interval knows no bounds, and a share has two.
+    near = [0.0, 0.1, 0.05, 0.0]
+    assert Summary().number(near, groups)["low"] < 0
+    assert Summary().share(near, groups) == {**Summary().number(near, groups), "low": 0.0}
 
 
 def test_equal_checkpoints() -> None:
