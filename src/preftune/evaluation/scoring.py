@@ -16,7 +16,7 @@ from preftune.models.gate import Verdict
 from preftune.models.head import base_model
 from preftune.models.path import PathChoice
 from preftune.references.fingerprint import model_weights_key, trained_adapter
-from preftune.references.scoring import AGREEMENT, ITEMS_PER_CHUNK, Floats, Item, SequenceScorer
+from preftune.references.scoring import ITEMS_PER_CHUNK, STORED_AGREEMENT, Floats, Item, SequenceScorer
 from preftune.references.store import ReferenceStore
 from preftune.terminal.progress import Progress
 
@@ -78,7 +78,7 @@ class Scorer:
             store=store,
             weights_key=lambda: self.weights_key,
             around=self._rows,
-            tolerance=lambda: AGREEMENT[bf16 or next(model.parameters()).dtype != torch.float32],
+            tolerance=lambda: STORED_AGREEMENT[bf16 or next(model.parameters()).dtype != torch.float32],
         )
 
     @property

@@ -33,8 +33,9 @@ Item = Sequence[tuple[Any, ...]]
 _Keys = tuple[bytes, ...]
 
 ITEMS_PER_CHUNK = 512
-#: Nats per token that a model and itself may differ by, computed twice: with half precision somewhere, or without.
-AGREEMENT = {True: 5e-2, False: 2e-3}
+#: Nats per token by which stored values may differ from what the model computes now: with half precision somewhere, or
+#: without. Packed and padded rows of a pretrained model were seen 0.05 apart in bf16; TF32 has fewer digits than fp32.
+STORED_AGREEMENT = {True: 0.3, False: 2e-2}
 #: What an interrupted pass loses at most, in seconds.
 _SECONDS_BETWEEN_WRITES = 5.0
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from preftune.models.forward import RowForward
-from preftune.references.scoring import AGREEMENT
+from preftune.references.scoring import STORED_AGREEMENT
 from preftune.references.store import ReferenceStore
 from preftune.training import fsdp, memory
 from preftune.training.engines import shard_as
@@ -23,11 +23,17 @@ from preftune.training.preference_config import ReferenceConfig
 from preftune.training.reference import COLUMNS, Reference
 from preftune.training.step import Step
 
+#: Difference of policy and reference in nats per token that rounding can explain, by half-precision or not.
+_AGREEMENT = {True: 5e-2, False: 2e-3}
+
 
 def agreement(accelerator: Accelerator, model: nn.Module) -> float:
     """Nats per token that a policy and itself may differ by, computed twice."""
-    half = accelerator.mixed_precision != "no" or next(model.parameters()).dtype != torch.float32
-    return AGREEMENT[half]
+    return _AGREEMENT[_is_half(accelerator, model)]
+
+
+def _is_half(accelerator: Accelerator, model: nn.Module) -> bool:
+    return accelerator.mixed_precision != "no" or next(model.parameters()).dtype != torch.float32
 
 
 def make_reference(
@@ -66,7 +72,7 @@ def make_reference(
         spread=lambda model: shard_as(step.forward.model, model, step.accelerator),
         show_progress=not args.disable_tqdm,
         follows=args.sync_ref_model,
-        tolerance=agreement(step.accelerator, step.forward.model if given is None else given),
+        tolerance=STORED_AGREEMENT[_is_half(step.accelerator, step.forward.model if given is None else given)],
     )
 
 
