@@ -601,5 +601,8 @@ def test_the_working_directory_is_no_password(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("OLDPWD", "/home/somebody/else")
     monkeypatch.setenv("SOME_PAT", str(tmp_path))
     monkeypatch.setenv("DB_PWD", "correct-horse")
+    # A password may also be the name of a folder here.
+    (tmp_path / "correct-horse").mkdir()
+    monkeypatch.chdir(tmp_path)
     text = f"{tmp_path}/pairs.jsonl /home/somebody/else/x correct-horse"
     assert redact(text) == f"{tmp_path}/pairs.jsonl /home/somebody/else/x <redacted>"

@@ -155,8 +155,10 @@ def variable_name(text: str) -> str | None:
 def _known() -> list[str]:
     """Values that are secret wherever they occur, the longest first: one may be a part of another."""
     named = ((name, value.strip()) for name, value in os.environ.items() if is_secret(name) and name not in _OF_SHELLS)
-    # A folder's path is part of every path below it, and opens nothing.
-    held = {value for _, value in named if len(value) >= _SHORTEST and not os.path.isdir(value)}
+    # A folder's path is part of every path below it, and opens nothing; a word may be a password and a folder here.
+    held = {
+        value for _, value in named if len(value) >= _SHORTEST and not (os.path.isabs(value) and os.path.isdir(value))
+    }
     return sorted(held | _REMEMBERED, key=len, reverse=True)
 
 

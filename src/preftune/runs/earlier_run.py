@@ -36,9 +36,9 @@ def rows_of_run(tuned: Tuned) -> Any:
             why = f"its data cannot be read ({flat(error)[:160]})"
             continue
         then, now = tuned.data["test"], describe_dataset(rows)
-        if then.get("sha256") in (None, now["sha256"]):
+        if then.get("sha256") in (None, now.get("sha256")):
             return rows
-        numbers = f"{then.get('num_rows')} rows then, {now['num_rows']} now"
+        numbers = f"{then.get('num_rows')} rows then, {now.get('num_rows')} now"
         why = f"its data have changed since, and the rows that it held out are no longer the same ({place}: {numbers})"
     return why
 

@@ -217,7 +217,7 @@ class Output:
                 claim(self.folder, self.run_id, self._args.existing_output, manifest=manifest)
 
     def would_touch(self, source: Path) -> bool:
-        """Whether a folder is the output folder, or lies in what an earlier run has left in it."""
+        """Whether a folder is the output folder, or within a result in it that a new run would move."""
         folder, source = self.folder.resolve(), source.resolve()
         if source == folder:
             return True
