@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,10 +102,11 @@ def test_a_loss_put_into_a_trainer_is_refused(world: worlds.World, tmp_path: Pat
         trainer.train()
 
 
+@pytest.mark.parametrize("loss", [triple, functools.wraps(preftune.DPOTrainer.compute_loss)(lambda *given: None)])
 def test_a_loss_put_into_the_class_is_refused(
-    world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Any
 ) -> None:
-    monkeypatch.setattr(preftune.DPOTrainer, "compute_loss", triple)
+    monkeypatch.setattr(preftune.DPOTrainer, "compute_loss", loss)
     with pytest.raises(ConfigError, match="DPOTrainer: compute_loss is overridden"):
         dpo(world, tmp_path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -50,8 +49,14 @@ def refuse_overrides(trainer: Any) -> None:
 
 def _is_known(method: Any) -> bool:
     """Whether a method is one of the libraries', rather than a script's."""
-    module = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__module__", None) or ""
-    return module.partition(".")[0] in ("preftune", "transformers")
+    layer = getattr(method, "__func__", method)
+    while layer is not None:
+        # Not `__module__`, which functools.wraps takes over from what is wrapped.
+        module = str(getattr(layer, "__globals__", {}).get("__name__", ""))
+        if module.partition(".")[0] not in ("preftune", "transformers", "torch"):
+            return False
+        layer = getattr(layer, "__wrapped__", None)
+    return True
 
 
 def check_arguments(model: Any, ref_model: Any, data_collator: Any, train_dataset: Any) -> None:
