@@ -115,12 +115,9 @@ def learn(data: str, peft: str, seed: int, work: Path) -> dict[str, Any]:
     """Tune and evaluate once."""
     train, held_out = split(data, work)
     run, evaluated = work / f"{data}-{peft}-{seed}", work / f"{data}-{peft}-{seed}-eval"
-    for folder in (run, evaluated):
-        shutil.rmtree(folder, ignore_errors=True)
-    model = ["--model_name_or_path", str(pretrained.folder_of())]
     settings = SHARED | SETTINGS[peft] | OF_DATA[data] | {"seed": seed}
-    where = ["--dataset_name", str(train), "--output_dir", str(run)]
-    training = preftune("dpo", *model, *where, *flags(settings), work=work)
+    training = _train(train, run, settings, work)
+    shutil.rmtree(evaluated, ignore_errors=True)
     reference = [] if peft == "lora" else ["--ref_model", str(pretrained.folder_of())]
     where = ["--dataset_name", str(held_out), "--out", str(evaluated)]
     evaluation = preftune("eval", "--model", str(run), *reference, *where, *flags(EVAL | {"seed": seed}), work=work)
@@ -128,10 +125,27 @@ def learn(data: str, peft: str, seed: int, work: Path) -> dict[str, Any]:
     results = json.loads((run / "all_results.json").read_text())
     return {
         "data": data, "peft": peft, "seed": seed, "settings": settings, "source": workloads.source_of(data),
+        stale.KEY: stale.stamp(*SOURCES),
         "training": training, "train_loss": results.get("train_loss"), "evaluation": evaluation,
         **{key: found[key] for key in ("num_pairs", "metrics", "calibration", "kl", "lengths", "seconds")},
         "samples": {str(n): _without_system(each) for n, each in enumerate(found["samples"])} if seed == 0 else {},
     }  # fmt: skip
+
+
+def _train(data: Path, run: Path, settings: dict[str, Any], work: Path) -> dict[str, float]:
+    """Tune, unless the same code has: an evaluation that fails should not cost an hour of training."""
+    record = run.with_name(f"{run.name}-training.json")
+    if record.is_file() and run.is_dir():
+        earlier = json.loads(record.read_text())
+        if earlier["settings"] == settings and stale.why_stale(earlier) is None:
+            found: dict[str, float] = earlier["training"]
+            return found
+    shutil.rmtree(run, ignore_errors=True)
+    model = ["--model_name_or_path", str(pretrained.folder_of())]
+    where = ["--dataset_name", str(data), "--output_dir", str(run)]
+    training = preftune("dpo", *model, *where, *flags(settings), work=work)
+    record.write_text(json.dumps({"settings": settings, "training": training, stale.KEY: stale.stamp(*SOURCES)}))
+    return training
 
 
 def _without_system(sample: dict[str, Any]) -> dict[str, str]:
@@ -158,7 +172,7 @@ def render(report: dict[str, Any]) -> str:
         "",
         f"Measured on {report['date']}: {machine['processor']}, {machine['num_cores']} cores, "
         f"torch {machine['versions']['torch']}, transformers {machine['versions']['transformers']}, "
-        f"TRL {machine['versions'].get('trl', '-')}, commit {machine['commit'][:7]}. {report.get('note', '')}".strip(),
+        f"TRL {machine['versions'].get('trl', '-')}, {_commits(runs)}. {report.get('note', '')}".strip(),
         "",
         "## What was learned",
         "",
@@ -199,6 +213,16 @@ def _quoted(text: str) -> str:
     for mark in "\\`*_[]<>|#":
         text = text.replace(mark, f"\\{mark}")
     return text if len(text) <= 400 else text[:400] + " ..."
+
+
+def _commits(runs: list[dict[str, Any]]) -> str:
+    """The commits that made the runs."""
+    of: dict[str, set[str]] = {}
+    for run in runs:
+        of.setdefault(run["commit"][:7], set()).add(f"{run['data']} {run['peft']}")
+    if len(of) == 1:
+        return f"commit {next(iter(of))}"
+    return "commits " + ", ".join(f"{name} ({', '.join(sorted(which))})" for name, which in of.items())
 
 
 def _over_seeds(runs: list[dict[str, Any]]) -> list[str]:
@@ -260,6 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", nargs=2, type=int, metavar=("TRAIN", "HELDOUT"), help="other sizes, to try it out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file; the page is of the default one")
     parser.add_argument("--work", type=Path, required=False, help="folder for runs (default: benchmarks/real-work)")
+    parser.add_argument("--go_on", action="store_true", help="keep the runs of earlier code; the result is theirs then")
     parser.add_argument("--render", action="store_true", help="write the page from the results and stop")
     args = parser.parse_args(argv)
     work = (args.work or HERE / "real-work").resolve()
@@ -268,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         SIZES.update(dict.fromkeys(SIZES, tuple(args.pairs)))
     if args.out.is_file():
         earlier = json.loads(args.out.read_text())
-        if args.render or stale.why_stale(earlier) is None:
+        if args.render or args.go_on or stale.why_stale(earlier) is None:
             report = earlier
     if args.render:
         for run in report["runs"]:
@@ -277,7 +302,6 @@ def main(argv: list[str] | None = None) -> int:
         _save(report, args.out)
     else:
         work.mkdir(parents=True, exist_ok=True)
-        report[stale.KEY] = stale.stamp(*SOURCES)
         report["machine"] = run_cell({"task": "machine", "threads": None}, 600)
         report["date"] = time.strftime("%Y-%m-%d")
         for seed in args.seeds:  # outermost, so that hours that are cut short leave a whole table of fewer seeds
@@ -286,7 +310,8 @@ def main(argv: list[str] | None = None) -> int:
                     wanted = {"data": data, "peft": peft, "seed": seed}
                     if any(wanted.items() <= run.items() for run in report["runs"]):
                         continue
-                    report["runs"].append(learn(data, peft, seed, work))
+                    run = learn(data, peft, seed, work)
+                    report["runs"].append(run | {"commit": report["machine"]["commit"]})
                     _save(report, args.out)
                     print(data, peft, seed, interval(report["runs"][-1]["metrics"]["rewards/accuracies"]), flush=True)
     page = PAGE if args.out == RESULTS else args.out.with_suffix(".md")
@@ -295,6 +320,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _save(report: dict[str, Any], path: Path) -> None:
+    # What was kept of earlier code makes the whole result that code's.
+    stamps = [run[stale.KEY] for run in report["runs"]]
+    report[stale.KEY] = next((each for each in stamps if stale.why_stale({stale.KEY: each})), stamps[-1])
     report["runs"].sort(key=lambda run: (run["data"], run["peft"], run["seed"]))
     path.write_text(json.dumps(report, indent=1) + "\n")
 

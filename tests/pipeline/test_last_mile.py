@@ -14,6 +14,8 @@ import pytest
 from preftune.cli.main import main
 from preftune.data.audit.proportions import share_of
 from preftune.evaluation.metrics import Summary
+from preftune.models.tuned import find_tuned
+from preftune.runs.earlier_run import rows_of_run
 from tests.export.conftest import pair_rows
 from tests.pipeline.conftest import Shell
 
@@ -72,6 +74,30 @@ def test_the_data_of_a_run_are_found_from_another_directory(
         monkeypatch.chdir(place / name)
         shell("preftune eval --model ../run --num_prompts 0")
         assert evaluated(place / "run")["metrics"] == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--max_length 64", "--max_length 56 --truncation_mode keep_end", "--transcripts messages", ""],
+)
+def test_other_rows_become_tokens_as_in_the_training_of_the_run(shell: Shell, place: Path, flags: str) -> None:
+    """Evaluated by name, the rows held out give the figures that the run's own do; what is said otherwise counts."""
+    rows = [{**row, "chosen": row["chosen"] * 12, "rejected": row["rejected"] * 9} for row in pair_rows(40)]
+    (place / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    trained(shell, "d.jsonl", "run", flags)
+    shell("preftune eval --model run --num_prompts 0")
+    expected = evaluated(place / "run")
+    kept = rows_of_run(find_tuned(place / "run"))
+    (place / "held.jsonl").write_text("\n".join(map(json.dumps, kept)), encoding="utf-8")
+    shell("preftune eval --model run --num_prompts 0 --dataset_name held.jsonl")
+    by_name = evaluated(place / "run")
+    for found in ("metrics", "num_pairs"):
+        assert by_name[found] == expected[found]
+    settings = by_name["settings"]
+    assert isinstance(settings, dict)
+    assert settings["max_length"] == (int(flags.split()[1]) if "max_length" in flags else 1024)
+    shell("preftune eval --model run --num_prompts 0 --dataset_name held.jsonl --max_length 60")
+    assert evaluated(place / "run")["settings"]["max_length"] == 60  # type: ignore[index]
 
 
 def test_an_adapter_that_has_learned_nothing_is_compared_with_its_base(shell: Shell, place: Path) -> None:

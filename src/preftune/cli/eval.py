@@ -106,23 +106,43 @@ def _run_of(settings: Resolved[EvalConfig]) -> Tuned | None:
     return tuned
 
 
-def _data(settings: Resolved[EvalConfig], tuned: Tuned | None) -> tuple[Any, DataOptions | None]:
-    """What to evaluate on, and how a run made tokens of it where that is what it held out."""
-    from preftune.runs.earlier_run import options_of_run, rows_of_run
+def _data(settings: Resolved[EvalConfig], tuned: Tuned | None) -> Any:
+    """What to evaluate on: what was named, or what the run held out."""
+    from preftune.runs.earlier_run import rows_of_run
 
     config, name = settings.trainer, settings.script.dataset_name
     if name is not None:
-        return name, None
+        return name
     rows = "no data to evaluate on" if tuned is None else rows_of_run(tuned)
-    if tuned is None or isinstance(rows, str):
+    if isinstance(rows, str):
         raise ConfigError(rows, where="dataset_name", remedy="set --dataset_name to a file of held-out pairs")
     for name in ("split", "source_column"):
         if getattr(config, name) is not None:
             raise ConfigError("belongs to data given by name", where=name, remedy="set --dataset_name too")
-    options = options_of_run(tuned)
-    if settings.origins["max_length"].kind == "default":
-        config.max_length = options.max_length
-    return rows, replace(options, max_length=config.max_length)
+    return rows
+
+
+def _options(settings: Resolved[EvalConfig], tuned: Tuned | None, quarantine: str | None) -> DataOptions:
+    """How rows become tokens: as in the run's training, whatever the rows, but for what this call says."""
+    from preftune.data import DataOptions
+    from preftune.runs.earlier_run import options_of_run
+
+    config, script = settings.trainer, settings.script
+    own_way = DataOptions(transcripts="messages") if tuned is None else options_of_run(tuned)
+    lengths = ("max_length", "truncation_mode")
+    said = {name: getattr(config, name) for name in lengths if settings.origins[name].kind != "default"}
+    options = replace(
+        own_way,
+        on_bad_rows=script.on_bad_rows,  # type: ignore[arg-type]
+        # What a run held out has been read by now.
+        dataset_format="auto" if script.dataset_name is None else script.dataset_format,
+        quarantine_path=quarantine,
+        max_dropped_share=None if script.allow_drops else 0.1,
+        **said,
+    )
+    for name in lengths:
+        setattr(config, name, getattr(options, name))
+    return options
 
 
 def _check_places(settings: Resolved[EvalConfig]) -> None:
@@ -145,7 +165,6 @@ def _check_places(settings: Resolved[EvalConfig]) -> None:
 def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from preftune.data import DataOptions
     from preftune.data.quarantine import begin as begin_quarantine
     from preftune.evaluation.endpoint import JUDGE, SERVER, key_from
     from preftune.evaluation.run import evaluate
@@ -166,16 +185,7 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
         quarantine = os.path.join(str(config.out), "quarantine.jsonl")
         begin_quarantine(quarantine)
     tuned = _run_of(settings)
-    dataset, as_trained = _data(settings, tuned)
-    options = DataOptions(
-        max_length=config.max_length,
-        truncation_mode=config.truncation_mode,  # type: ignore[arg-type]
-        on_bad_rows=script.on_bad_rows,  # type: ignore[arg-type]
-        dataset_format=script.dataset_format,
-        transcripts="messages",
-        quarantine_path=quarantine,
-        max_dropped_share=None if script.allow_drops else 0.1,
-    )
+    dataset, options = _data(settings, tuned), _options(settings, tuned, quarantine)
 
     def told(result: EvalResult) -> None:
         # A tracker may fail after this, and what was found is seen all the same.
@@ -193,7 +203,7 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
             compare=config.compare,
             config=replace(config),
             model_config=model,
-            data_options=options if as_trained is None else _joined(as_trained, options),
+            data_options=options,
             dataset_config=script.dataset_config,
             columns=script.dataset_columns,
             pairing=script.pairing,
@@ -203,9 +213,3 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
     except KeyboardInterrupt:
         console.print("stopped; what is finished is kept, and the same command goes on from there", highlight=False)
         raise
-
-
-def _joined(as_trained: DataOptions, given: DataOptions) -> DataOptions:
-    """A run's own way of making tokens, with what this call says about bad rows."""
-    names = ("on_bad_rows", "quarantine_path", "max_dropped_share", "truncation_mode")
-    return replace(as_trained, **{name: getattr(given, name) for name in names})

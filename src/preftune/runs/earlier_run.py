@@ -59,10 +59,11 @@ def options_of_run(tuned: Tuned) -> DataOptions:
     Args:
         tuned: What the run left.
     """
-    defaults = DataOptions()
     names = (
         *("max_length", "max_prompt_length", "truncation_mode", "implicit_prompt", "transcripts"),
         *("environment_turns", "append_eos"),
     )
-    given = {name: tuned.setting("trainer", name, getattr(defaults, name)) for name in names}
+    trained = tuned.settings.get("trainer", {})
+    # ``None`` is a setting too: no longest sequence.
+    given = {name: trained[name] for name in names if name in trained}
     return DataOptions(**given, on_bad_rows="skip")
