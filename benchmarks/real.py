@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
                     run = learn(data, peft, seed, work)
                     report["runs"].append(run | {"commit": report["machine"]["commit"]})
                     _save(report, args.out)
-                    print(data, peft, seed, interval(report["runs"][-1]["metrics"]["rewards/accuracies"]), flush=True)
+                    print(data, peft, seed, interval(run["metrics"]["rewards/accuracies"]), flush=True)
     page = PAGE if args.out == RESULTS else args.out.with_suffix(".md")
     page.write_text(render(report), encoding="utf-8")
     return 0

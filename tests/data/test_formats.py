@@ -183,6 +183,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"prompt": [m(U, "p")], "chosen": [m(A, "b")], "rejected": [m(A, "a")]},
     ),
     (
+        "pointed",
+        {"prompt": "p", "response_a": "a", "response_b": "b", "chosen": "response_b", "rejected": "response_a"},
+        {"prompt": [m(U, "p")], "chosen": [m(A, "b")], "rejected": [m(A, "a")]},
+    ),
+    (
         "rated",
         {"prompt": "p", "response": "a", "helpfulness": 4, "verbosity": 1},
         {"prompt": "p", "completion": "a", "score": 4.0},
@@ -276,7 +281,7 @@ def test_named_format_wins_over_detection() -> None:
 
 
 def test_unknown_columns_and_names_are_refused() -> None:
-    with pytest.raises(DataError, match=r"x\.jsonl: the columns match no known data format; got \['a', 'b'\]"):
+    with pytest.raises(DataError, match=r"x\.jsonl: the columns match no known data format: a, b;"):
         resolve("auto", ["b", "a"], {"a": 1, "b": 2}, where="x.jsonl")
     with pytest.raises(ConfigError, match="did you mean 'sharegpt'"):
         resolve("sharegtp", [], {}, where="x")

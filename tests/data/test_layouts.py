@@ -309,7 +309,7 @@ def test_labelled_answers_of_other_trainers(kind: str, tmp_path: Path) -> None:
     [
         ({"messages": [user("p"), assistant("c")], "thumbs_up": True}, r"columns: \{thumbs_up: label\}"),
         ({"prompt": "p", "completion": "c", "my_label": "good"}, r"columns: \{my_label: label\}"),
-        ({"messages": [user("p"), assistant("c")], "label": "good"}, "'label' holds 'good': write true or false"),
+        ({"messages": [user("p"), assistant("c")], "label": "maybe"}, "'label' holds 'maybe': write true or false"),
         ({"prompt": "p", "completion": "c"}, "name the column with"),
     ],
 )
@@ -446,7 +446,7 @@ def test_conversations_without_a_name(tmp_path: Path) -> None:
 
 def test_several_answers_on_one_side_are_refused(tmp_path: Path) -> None:
     name = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": ["c", "d"], "rejected": "r"}])
-    with pytest.raises(DataError, match="'chosen' is neither text nor a list of messages"):
+    with pytest.raises(DataError, match="'chosen' is a list of 2 texts"):
         load(name)
 
 

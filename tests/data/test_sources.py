@@ -268,16 +268,6 @@ def test_mixture_weight_must_be_a_share(tmp_path: Path) -> None:
         load(dataset_mixture={"datasets": [{"id": write_jsonl(tmp_path / "a.jsonl"), "weight": 2}]})
 
 
-def test_mixture_of_text_and_messages_is_refused(tmp_path: Path) -> None:
-    chat = [
-        {"prompt": [{"role": "user", "content": "p"}]}
-        | {k: [{"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
-    ]
-    entries = [{"id": write_jsonl(tmp_path / "a.jsonl")}, {"id": write_jsonl(tmp_path / "b.jsonl", chat)}]
-    with pytest.raises(DataError, match="'prompt' is text in some rows and messages in others"):
-        load(dataset_mixture={"datasets": entries})
-
-
 def test_mixer_takes_the_first_fraction_of_train_and_all_of_test(tmp_path: Path) -> None:
     for name, rows in (("one", ROWS), ("two", ROWS[:5])):
         (tmp_path / name).mkdir()

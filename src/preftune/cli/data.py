@@ -180,6 +180,7 @@ def _about(report: LoadReport) -> list[str]:
     told = columns_told(report.columns)
     if report.overlooked:
         told.append(f"not used, although they hold a part of the conversation: {', '.join(report.overlooked)}")
+    told += report.findings
     if report.bad_rows:
         told.append(f"left out: {shorten(report.bad_rows)}; the first is {report.first}")
     return told

@@ -143,7 +143,8 @@ def settings_from_flags(
                 raise ConfigError("needs a value", where=shown, remedy=f"write {shown} VALUE")
             value = "true" if name in booleans or name not in known else []
         elif len(values) > 1 and name in known and name not in sequences:
-            raise ConfigError("takes one value", where=shown, value=_safe(name, values))
+            remedy = "several data sets are a dataset_mixture" if name == "dataset_name" else None
+            raise ConfigError("takes one value", where=shown, value=_safe(name, values), remedy=remedy)
         if name in found:
             if name in sequences:
                 value = [*_as_list(found[name].value), *_as_list(value)]

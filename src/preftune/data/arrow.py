@@ -20,6 +20,25 @@ if TYPE_CHECKING:
 _ALWAYS = ("content", "value", "role", "from")
 
 
+def with_class_names(dataset: Dataset) -> Dataset:
+    """A data set whose classes are the words that they stand for: 1 may be the second class of good and bad."""
+    import pyarrow as pa
+    from datasets import ClassLabel, DatasetInfo, Value
+    from datasets import Dataset as HFDataset
+
+    classes = {name: each for name, each in dataset.features.items() if isinstance(each, ClassLabel) and each.names}
+    if not classes:
+        return dataset
+    table = dataset.with_format("arrow")[:]
+    for name, each in classes.items():
+        numbers = table[name].to_pylist()
+        words = [None if number is None or number < 0 else each.names[number] for number in numbers]
+        table = table.set_column(table.column_names.index(name), name, pa.array(words, pa.string()))
+    features = dataset.features.copy()
+    features.update(dict.fromkeys(classes, Value("string")))
+    return HFDataset(table.replace_schema_metadata(features.arrow_schema.metadata), info=DatasetInfo(features=features))
+
+
 def rows_of(dataset: Dataset, key: Any) -> list[dict[str, Any]]:
     """Rows of a data set by a slice or a list of numbers.
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from preftune.data.formats.base import BadRow, FormatSpec, Row
+from preftune.data.formats.openings import answer, asked
 from preftune.data.formats.turns import decode_columns
 from preftune.data.pairing import expand_ranked, pair_unpaired, rank_rated
 from preftune.data.rows import BadRowHandler, check_pair, check_sft
+from preftune.data.transcripts import as_conversation
 from preftune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def canonical_rows(
 
 
 def _rated_pairs(rows: list[Row], handler: BadRowHandler, pairing: str) -> tuple[list[Row], list[str]]:
+    rows = _averaged(rows)
     ranked, num_alone = rank_rated(rows)
     pairs: list[Row] = []
     for one in ranked:
@@ -68,6 +71,14 @@ def _rated_pairs(rows: list[Row], handler: BadRowHandler, pairing: str) -> tuple
     if num_alone:
         notes.append(f"{num_alone} rated answers have no other answer to the same prompt to be compared with")
     return pairs, notes
+
+
+def _averaged(rows: list[Row]) -> list[Row]:
+    """Ratings of one answer by several people as one, their mean: two copies of an answer make no pair."""
+    several: dict[str, list[Row]] = {}
+    for row in rows:
+        several.setdefault(repr((row["prompt"], row["completion"])), []).append(row)
+    return [{**same[0], "score": sum(one["score"] for one in same) / len(same)} for same in several.values()]
 
 
 def convert_row(
@@ -123,6 +134,31 @@ def _keep_pair(pair: Row, place: str, handler: BadRowHandler) -> bool:
     except BadRow as bad:
         return handler.keep(bad, place, pair)
     return True
+
+
+def in_one_form(rows: list[Row]) -> tuple[list[Row], int]:
+    """Rows of text as conversations, where others of the same data are conversations.
+
+    Args:
+        rows: Canonical rows.
+
+    Returns:
+        The rows, and how many were text. A transcript becomes its turns, any other text a question and its answer.
+    """
+    names = ("prompt", "chosen", "rejected", "completion")
+    texts = [any(isinstance(row.get(name), str) for name in names) for row in rows]
+    if all(texts) or not any(texts):
+        return rows, 0
+    return [_as_messages(row) if text else row for row, text in zip(rows, texts, strict=True)], sum(texts)
+
+
+def _as_messages(row: Row) -> Row:
+    found = as_conversation(row)
+    if found is not None:
+        return found
+    made: Row = {name: asked(row[name]) if name == "prompt" else answer(row[name])
+            for name in ("prompt", "chosen", "rejected", "completion") if name in row}  # fmt: skip
+    return {**row, **made}
 
 
 def to_dataset(rows: list[Row], where: str, lost: Sequence[str] = ()) -> Dataset:

@@ -15,7 +15,7 @@ from preftune.errors import DataError
 
 #: What objects call the rows that they hold.
 _TABLES = ("data", "rows", "train", "test", "examples", "samples", "items", "records", "instances", "results",
-           "dataset", "entries", "pairs")  # fmt: skip
+           "dataset", "entries", "pairs", "preferences", "comparisons")  # fmt: skip
 _BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -88,10 +88,15 @@ def _of_rows(path: Path, rows: list[Any]) -> RawTable:
 
 def _rows_within(whole: Mapping[str, Any], path: Path, one_line: bool) -> list[Any] | None:
     """The rows of a JSON object that holds them as a list, or column by column; ``None`` where it is a row itself."""
+    names, cells = whole.get("columns"), whole.get("data")
+    if isinstance(names, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
+        # pandas, orient="split".
+        return [dict(zip(names, row, strict=False)) for row in cells]
     served = whole.get("rows")
     if isinstance(served, list) and served and isinstance(served[0], Mapping) and "row_idx" in served[0]:
         return served
-    if len(whole) == 1 and isinstance(inner := next(iter(whole.values())), Mapping):
+    inner = next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
+    if isinstance(inner, Mapping):
         # Answers of services wrap what they return.
         found = _rows_within(inner, path, one_line)
         if found is not None:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from preftune.data.batches import refuse_images
-from preftune.data.convert import canonical_rows, to_dataset
-from preftune.data.formats import Row, column_uses, overlooked, resolve
+from preftune.data.convert import canonical_rows, in_one_form, to_dataset
+from preftune.data.first_rows import look
+from preftune.data.formats import Row, column_uses, resolve
 from preftune.data.rows import BadRowHandler, left_out
 from preftune.data.tables import RawTable
+from preftune.data.unused_columns import overlooked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +32,7 @@ class LoadReport:
         notes: Lines for the user.
         columns: Column -> what is done with it.
         overlooked: Columns that hold a part of the conversation, and are not used.
+        findings: What the first rows show that a user should know.
         example: An early row as it was found.
         first: Place and problem of the first row that was left out; empty where none was.
     """
@@ -40,6 +43,7 @@ class LoadReport:
     notes: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     overlooked: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
     example: Mapping[str, Any] = field(default_factory=dict)
     first: str = ""
 
@@ -53,6 +57,12 @@ def load_report(dataset: Any) -> LoadReport | None:
     """The report of the loading that made ``dataset``, if that is where it comes from, unchanged."""
     report = getattr(dataset, _REPORT_ATTRIBUTE, None)
     return report if isinstance(report, LoadReport) else None
+
+
+def load_columns(dataset: Any) -> list[str]:
+    """Names of the columns of the source, not those that loading made of them."""
+    report = load_report(dataset)
+    return list(dataset.column_names if report is None else report.columns)
 
 
 def carry_report(source: Any, part: Any) -> None:
@@ -82,11 +92,13 @@ class Loader:
     notes: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
     overlooked: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
     example: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, table: RawTable) -> list[Row]:
         """Canonical rows of a table."""
-        columns, example = table.columns(), table.example()
+        columns, first = table.columns(), table.first()
+        example = table.example(first)
         refuse_images(columns, (row for _, row in table), table.name)
         spec = resolve(
             self.dataset_format,
@@ -101,7 +113,8 @@ class Loader:
         self.formats[table.name] = spec.name
         uses = column_uses(spec, columns, for_sft=self.for_sft)
         self.columns |= uses
-        self.overlooked += [name for name in overlooked(spec, uses, example) if name not in self.overlooked]
+        self.overlooked += [name for name in overlooked(spec, uses, first) if name not in self.overlooked]
+        self.findings += look(spec, uses, first, table.name)
         self.example = self.example or example
         self.notes += [f"{table.name}: {note}" for note in notes]
         return rows
@@ -113,7 +126,17 @@ class Loader:
 
     def dataset(self, rows: list[Row], where: str) -> Dataset:
         """Rows as a data set that carries the report of this loader."""
-        return self.signed(to_dataset(rows, where, self.lost()))
+        return self.signed(self.unsigned(rows, where))
+
+    def unsigned(self, rows: list[Row], where: str) -> Dataset:
+        """Rows as a data set, text among conversations as conversations too."""
+        rows, num_texts = in_one_form(rows)
+        if num_texts:
+            self.findings.append(
+                f"{num_texts} of {len(rows)} rows are text and the others conversations: the text was made a question"
+                " and its answer, so that all are given to the model with its chat template"
+            )
+        return to_dataset(rows, where, self.lost())
 
     def lost(self) -> list[str]:
         """What became of rows that did not come out."""
@@ -128,6 +151,7 @@ class Loader:
             tuple(self.notes),
             dict(self.columns),
             tuple(self.overlooked),
+            tuple(self.findings),
             self.example,
             self.handler.first,
         )

@@ -57,7 +57,8 @@ def check_split(name: str, split: str, splits: Sequence[str]) -> None:
             where=f"split of {name}",
             value=split,
             allowed=", ".join(splits),
-            remedy=f"parts count too: {splits[0]}[:90%] to train on, {splits[0]}[90%:] to evaluate on",
+            remedy=f"set dataset_train_split (for an evaluation, split); parts count too: {splits[0]}[:90%] to train"
+            f" on, {splits[0]}[90%:] to evaluate on",
         )
 
 

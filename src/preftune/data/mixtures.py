@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from preftune.data import locations
-from preftune.data.convert import to_dataset
 from preftune.data.formats import Row
 from preftune.data.loader import Loader
 from preftune.data.tables import RawTable, is_within
@@ -80,7 +79,7 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
             forms.setdefault(_form_of(found), entry["id"])
             rows += found
     _check_forms(forms)
-    dataset = to_dataset(rows, "dataset_mixture", loader.lost())
+    dataset = loader.unsigned(rows, "dataset_mixture")
     if mixture.get("shuffle", True):
         dataset = dataset.shuffle(seed=used_seed).flatten_indices()
     size = mixture.get("test_split_size")
@@ -188,7 +187,7 @@ def load_mixer(
         raise ConfigError("nothing to train on", where="dataset_mixer", value=dict(mixer), remedy="raise a fraction")
     found = {}
     for part, some in rows.items():
-        dataset = to_dataset(some, f"dataset_mixer ({part})", loaders[part].lost())
+        dataset = loaders[part].unsigned(some, f"dataset_mixer ({part})")
         found[part] = loaders[part].signed(dataset.shuffle(seed=seed).flatten_indices())
     return found
 

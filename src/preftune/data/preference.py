@@ -12,6 +12,7 @@ from preftune.data.convert import canonical_rows, to_dataset
 from preftune.data.environment import MASK_COLUMNS, cut, has_environment, own_words
 from preftune.data.formats import FORMATS, FormatSpec, Row, resolve
 from preftune.data.formats.base import FLOAT_EXTRAS, BadRow
+from preftune.data.loader import load_columns
 from preftune.data.options import DataOptions
 from preftune.data.report import PrepareReport, check_weights
 from preftune.data.rows import BadRowHandler, to_error
@@ -242,10 +243,10 @@ def pair_format(dataset: Dataset, options: DataOptions, name: str) -> FormatSpec
     )
     if spec.kind == "sft":
         raise DataError(
-            f"preference tuning needs chosen and rejected answers, and this is SFT data ({spec.name})",
+            f"preference tuning needs chosen and rejected answers, and this is read as SFT data ({spec.name}); the"
+            f" columns are {', '.join(load_columns(dataset))}",
             where=f"{name} data set",
-            value=dataset.column_names,
-            remedy="use `preftune sft`, or rename columns with `dataset_columns: {theirs: ours}`",
+            remedy="name the answers with `dataset_columns: {theirs: chosen, theirs: rejected}`, or use `preftune sft`",
         )
     return spec
 

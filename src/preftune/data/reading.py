@@ -13,6 +13,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,10 +106,11 @@ def read_file(path: Path) -> RawTable:
     Raises:
         DataError: The file as a whole cannot be read.
     """
-    suffix = suffix_of(path)
+    suffix = suffix_of(path) or _suffix_within(path)
     if suffix is None:
         remedy = _OTHER_KINDS.get(path.suffix.lower(), "convert the file to one of these")
         raise DataError("unknown kind of file", where=str(path), allowed=SUFFIXES_TOLD, remedy=remedy)
+    _refuse_pointer(path)
     if suffix in _TABLES:
         return _read_arrow(path, suffix)
     text = _decode(_read_bytes(path))
@@ -121,6 +123,24 @@ def read_file(path: Path) -> RawTable:
     if isinstance(table.rows, list) and not any(isinstance(row, Mapping) for row in table.rows):
         raise _no_row(table)
     return table
+
+
+def _suffix_within(path: Path) -> str | None:
+    """What a file without a known suffix is, if it holds JSON: objects on lines of their own, or one array."""
+    if path.suffix.lower() not in ("", ".txt", ".data", ".ndjson", ".log"):
+        return None
+    with suppress(OSError), open(path, "rb") as file:
+        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        return {b"{": ".jsonl", b"[": ".json"}.get(head[:1])
+    return None
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Tell of a Git LFS pointer under the name of a packed or binary file."""
+    with suppress(OSError), open(path, "rb") as file:
+        mark, what, remedy = _MISNAMED[0]
+        if file.read(len(mark)) == mark:
+            raise DataError(what, where=str(path), remedy=remedy)
 
 
 def _no_row(table: RawTable) -> DataError:
@@ -161,9 +181,18 @@ def _decode(data: bytes) -> str:
     return data.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
 
 
+def _first_line(text: str) -> str:
+    """A header, whose names may hold line ends between quotes."""
+    end = -1
+    while True:
+        end = text.find("\n", end + 1)
+        if end < 0 or text.count('"', 0, end) % 2 == 0:
+            return text if end < 0 else text[:end]
+
+
 def _delimiter(text: str) -> str:
     """What divides the fields of a header; where nothing does, a mark that no text has, as a line is one field then."""
-    header = text.partition("\n")[0]
+    header = _first_line(text)
     # The one that occurs most: a comma may be a part of a name.
     mark = max((",", ";", "\t", "|"), key=header.count)
     return mark if mark in header else "\x1f"
@@ -185,24 +214,44 @@ def _read_csv(path: Path, text: str, delimiter: str | None) -> RawTable:
         if not any(isinstance(row, BadRow) for row in plain.rows):
             return plain
     try:
-        return _table_of(path, text, mark, before, csv.QUOTE_MINIMAL)
+        return _plain_or_spaced(path, text, mark, before)
     except csv.Error as error:
         raise DataError(
-            f"malformed CSV: {error}",
+            f"malformed CSV: {str(error.args[0]).replace(repr(mark), 'a separator')}",
             where=f"{path}:{error.args[-1]}",
             remedy="quote fields with commas or line ends, and write quotes in them twice",
         ) from error
 
 
-def _table_of(path: Path, text: str, mark: str, before: int, quoting: Literal[0, 3]) -> RawTable:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=mark, quoting=quoting)
+def _plain_or_spaced(path: Path, text: str, mark: str, before: int) -> RawTable:
+    """A table as it stands or, where that divides quoted fields, as one with spaces between comma and quote."""
+    spaced = f'{mark} "' in text
+    try:
+        plain = _table_of(path, text, mark, before, csv.QUOTE_MINIMAL)
+    except csv.Error:
+        if not spaced:
+            raise
+        return _table_of(path, text, mark, before, csv.QUOTE_MINIMAL, spaces=True)
+    if spaced and any(isinstance(row, BadRow) for row in plain.rows):
+        with suppress(csv.Error):
+            other = _table_of(path, text, mark, before, csv.QUOTE_MINIMAL, spaces=True)
+            return other if not any(isinstance(row, BadRow) for row in other.rows) else plain
+    return plain
+
+
+def _table_of(
+    path: Path, text: str, mark: str, before: int, quoting: Literal[0, 3], *, spaces: bool = False
+) -> RawTable:
+    file = io.StringIO(text, newline="")
+    reader = csv.reader(file, strict=True, delimiter=mark, quoting=quoting, skipinitialspace=spaces)
     rows: list[Any] = []
     numbers: list[int] = []
     try:
         names = _header(path, next(reader, []))
         start = reader.line_num + 1
         for cells in reader:
-            if cells:
+            # Sheets end with rows of nothing but separators.
+            if any(cell.strip() for cell in cells):
                 numbers.append(start + before)
                 rows.append(_row_of(names, cells))
             start = reader.line_num + 1

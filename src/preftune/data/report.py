@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,7 @@ def build_report(
     overlooked: Sequence[str] = (),
     findings: Sequence[str] = (),
     ranges: Mapping[str, tuple[float, float] | None] | None = None,
+    say: Callable[[str], str] = str,
 ) -> PrepareReport:
     """The report of one prepared data set.
 
@@ -146,6 +147,7 @@ def build_report(
         overlooked: Columns that hold a part of the conversation, and are not used.
         findings: Findings of earlier stages.
         ranges: Least and greatest number of columns that change the loss; ``None`` for those that are not there.
+        say: Puts findings into the words of whoever hears them.
     """
     report = PrepareReport(
         name=name,
@@ -162,7 +164,7 @@ def build_report(
     )
     more, of_turns = _of_turns(report, options)
     about, told = _of_columns(report.columns, overlooked, ranges or {})
-    found = (*_of_rows(report, options), *of_turns, *told, *findings)
+    found = tuple(map(say, (*_of_rows(report, options), *of_turns, *told, *findings)))
     report = replace(report, findings=found, warnings=(*notes, *more, *about, *_appended(report), *found))
     if options.warn:
         warn_findings(report)
@@ -262,10 +264,18 @@ def _of_columns(
         notes.append(f"{' and '.join(given)} are left aside: the reference is computed anew")
     if overlooked:
         found.append(
-            f"not used, although they hold a part of the conversation: {', '.join(map(repr, overlooked))}; name them"
-            " with `dataset_columns: {theirs: ours}`, or remove them"
+            f"not used, although they hold a part of the conversation: {', '.join(map(repr, overlooked))};"
+            f" {_remedy(columns, overlooked)}, or remove them"
         )
     return notes, found
+
+
+def _remedy(columns: Mapping[str, str], overlooked: Sequence[str]) -> str:
+    """What makes a part of the conversation of columns that are not used."""
+    if "prompt" in columns and {*overlooked} <= {"input", "context"}:
+        # TRL's own columns are read as they stand; those of other formats have text below their question.
+        return "`dataset_columns: {prompt: question}` puts their text below the prompt"
+    return "name them with `dataset_columns: {theirs: ours}`"
 
 
 def range_of(column: str, dataset: Dataset) -> tuple[float, float] | None:

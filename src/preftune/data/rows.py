@@ -205,10 +205,10 @@ class BadRowHandler:
             DataError: The policy does not allow to go on.
         """
         self.reason = bad.reason
-        if self.policy == "skip" or (self.policy == "warn" and bad.reason in NEUTRAL):
+        if self.policy == "skip" or bad.reason in NEUTRAL:
             self.counts[bad.reason] += 1
             got = "" if bad.value is None else f"; got {_short(bad.value)}"
-            self.first = self.first or f"{place}, field {bad.field!r}: {bad.what}{got}"
+            self.first = self.first or f"{place}, field {bad.field!r}: {bad.what}{got}{_advised(bad)}"
             self.quarantine([entry(bad, place, row)])
             return False
         if self.policy == "warn" and converted and bad.reason in _TRL_GOES_ON:
@@ -233,6 +233,12 @@ class BadRowHandler:
                 where=self.quarantine_path,
                 remedy="choose another quarantine_path",
             ) from error
+
+
+def _advised(bad: BadRow) -> str:
+    """The remedy, where it is more than leaving the row out."""
+    remedy = bad.remedy.removesuffix(", or set on_bad_rows: skip").removesuffix(" or set on_bad_rows: skip")
+    return "" if not remedy or remedy.startswith(("remove the row", "set on_bad_rows")) else f" ({remedy})"
 
 
 def _short(value: Any) -> str:

@@ -121,7 +121,10 @@ def _check_arguments(name: str | None, mixture: Any, mixer: Any) -> None:
 def _refuse_beside(form: str, **values: Any) -> None:
     for name, value in values.items():
         if value is not None:
-            raise ConfigError(f"{name} does not go with {form}", where=name, value=value, remedy=f"put it into {form}")
+            name, remedy = f"dataset_{name.removeprefix('dataset_')}", f"put it into {form}"
+            if name == "dataset_columns" and form == "dataset_mixture":
+                remedy = "give it to a data set of the mixture, as `columns`"
+            raise ConfigError(f"{name} does not go with {form}", where=name, value=value, remedy=remedy)
 
 
 def _load_one(

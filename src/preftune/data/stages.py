@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from preftune.data import batches
+from preftune.data.arrow import with_class_names
 from preftune.data.batches import Tally
-from preftune.data.formats import FormatSpec, column_uses, overlooked
+from preftune.data.first_rows import look
+from preftune.data.formats import FormatSpec, column_uses
+from preftune.data.in_python import in_python
 from preftune.data.loader import LoadReport, load_report
 from preftune.data.options import DataOptions
 from preftune.data.report import PrepareReport, build_report, range_of
 from preftune.data.rows import left_out
 from preftune.data.tables import from_dataset
+from preftune.data.unused_columns import overlooked
 from preftune.data.worker import sum_counts
 
 if TYPE_CHECKING:
@@ -61,6 +65,7 @@ class Stages:
         """
         loaded = load_report(dataset)
         rows, notes = batches.materialise(dataset, name)
+        rows = with_class_names(rows)
         before = [*loaded.notes, *notes] if loaded else notes
         return cls(rows, options, name, loaded, before, len(rows), first=loaded.first if loaded else "")
 
@@ -70,9 +75,12 @@ class Stages:
         if self.loaded is not None:
             # The columns of the source, not those that loading made of them.
             self.columns, self.overlooked = dict(self.loaded.columns), list(self.loaded.overlooked)
+            self.findings += self.loaded.findings
             return
         self.columns = column_uses(spec, self.dataset.column_names, for_sft=for_sft)
-        self.overlooked = overlooked(spec, self.columns, from_dataset(self.name, self.dataset).example())
+        first = from_dataset(self.name, self.dataset).first()
+        self.overlooked = overlooked(spec, self.columns, first)
+        self.findings += look(spec, self.columns, first, f"{self.name} data set")
 
     def became(self, dataset: Dataset, bad: Mapping[str, int], notes: Sequence[str], first: str = "") -> None:
         """Go on with other rows, such as pairs that were made of the given ones."""
@@ -128,4 +136,5 @@ class Stages:
             overlooked=self.overlooked,
             findings=self.findings,
             ranges={column: range_of(column, result) for column in ("weight", "margin")},
+            say=str if self.loaded else in_python,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from preftune.data.arrow import rows_of
+from preftune.data.arrow import rows_of, with_class_names
 from preftune.data.formats.base import BadRow
 from preftune.data.formats.openings import SYSTEMS
 from preftune.data.formats.turns import parsed
@@ -93,10 +93,14 @@ class RawTable:
             self.rename.get(name, name): row[name] for name in names if name in self.rename or name not in new
         }
 
-    def example(self) -> dict[str, Any]:
+    def first(self) -> list[dict[str, Any]]:
+        """The first hundred rows, each with all columns."""
+        columns = dict.fromkeys(self.columns())
+        return [{**columns, **row} for _, row in islice(self, 100) if isinstance(row, Mapping)]
+
+    def example(self, first: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
         """A row to recognise the format by: of the first ones the most ordinary, with the fewest nulls."""
-        columns = self.columns()
-        rows = [{**dict.fromkeys(columns), **row} for _, row in islice(self, 100) if isinstance(row, Mapping)]
+        rows = [dict(row) for row in (self.first() if first is None else first)]
         if not rows:
             return {}
         kinds = {name: Counter(type(row[name]) for row in rows) for name in rows[0]}
@@ -125,7 +129,9 @@ def _row_or_bad(rows: Any, index: int) -> Any:
 
 def from_dataset(name: str, dataset: Any) -> RawTable:
     """A loaded ``datasets.Dataset`` as a raw table."""
-    return RawTable(name, dataset.with_format(None), lambda index: f"{name}, row {index} (the first is 0)")
+    return RawTable(
+        name, with_class_names(dataset.with_format(None)), lambda index: f"{name}, row {index} (the first is 0)"
+    )
 
 
 def within(row: Mapping[str, Any], path: str) -> Any:

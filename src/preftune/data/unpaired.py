@@ -6,7 +6,7 @@ from which KTO estimates how far the policy has moved, as the rejected one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from preftune.data.convert import canonical_rows, to_dataset
 from preftune.data.environment import MASK_COLUMNS, has_environment, own_words
 from preftune.data.formats import FORMATS, Row, resolve
 from preftune.data.formats.base import BadRow, common_prefix
-from preftune.data.formats.unpaired import LABELS
+from preftune.data.formats.unpaired import LABELS, label_remedy
 from preftune.data.options import DataOptions
 from preftune.data.preference import TokenisedWorker, pair_rows
 from preftune.data.report import PrepareReport, check_weights
@@ -248,7 +248,7 @@ def labelled_rows(stages: Stages) -> str:
             where=f"{name} data set",
             value=list(found),
             allowed=f"a column {', '.join(LABELS)} of true and false",
-            remedy=_label_remedy(found),
+            remedy=label_remedy(found),
         )
     spec = pair_rows(stages, spec)
     handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
@@ -268,18 +268,6 @@ def _with_exchanged(whole: Dataset, block: int | None) -> Dataset:
         return whole
     exchanged = list_array(_exchanged(whole[MASK_COLUMNS[0]], block))
     return HFDataset(whole.data.table.append_column(MASK_COLUMNS[1], exchanged))
-
-
-def _label_remedy(example: Mapping[str, Any]) -> str:
-    """What to do about a missing label: the column that looks like one is named."""
-    wrong = [name for name in LABELS if name in example]
-    if wrong:
-        return f"{wrong[0]!r} holds {example.get(wrong[0])!r}: write true or false"
-    likely = [name for name, value in example.items() if isinstance(value, bool)]
-    likely += [name for name in example if "label" in name.lower() and name not in likely]
-    if likely:
-        return f"`dataset_columns: {{{likely[0]}: label}}` reads the column {likely[0]!r} as the label"
-    return "name the column with `dataset_columns: {theirs: label}`, or use `preftune sft`"
 
 
 def _taken_apart(pairs: Sequence[Row]) -> Iterable[Row]:

@@ -14,7 +14,7 @@ from preftune.data import DataOptions, batches, locations
 from preftune.data.convert import canonical_rows, convert_row
 from preftune.data.formats import FORMATS, resolve
 from preftune.data.preference import PAIR_COLUMNS, PairWorker, TokenisedWorker
-from preftune.data.rows import BadRowHandler
+from preftune.data.rows import NEUTRAL, BadRowHandler, left_out
 from preftune.data.tables import RawTable
 from preftune.errors import ConfigError, DataError
 
@@ -212,9 +212,10 @@ def prepare_pairs(
     found = _run(worker, rows, table.name, source_column)
     found.num_rows = len(table)
     found.notes = notes + found.notes
-    lost = dict(handler.counts) if options.on_bad_rows == "skip" else {}
+    lost = left_out(handler.counts, options.on_bad_rows)
     found.dropped = dict(Counter(found.dropped) + Counter(lost))
-    num_lost, most = sum(found.dropped.values()), options.max_dropped_share
+    num_lost = sum(count for reason, count in found.dropped.items() if reason not in NEUTRAL)
+    most = options.max_dropped_share
     if most is not None and num_lost > most * (len(found.pairs) + num_lost):
         raise DataError(
             f"{num_lost} of {len(found.pairs) + num_lost} rows are lost: {_reasons(found.dropped)}",

@@ -17,7 +17,9 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from transformers.trainer_utils import seed_worker
 
 from preftune.data import DataOptions, PrepareReport
-from preftune.errors import TrainingError
+from preftune.data.in_python import told_in_python
+from preftune.data.loader import load_report
+from preftune.errors import DataError, TrainingError
 from preftune.training import zero
 from preftune.training.balancing import Shares, share_of
 from preftune.training.batch import Batch, collate
@@ -54,7 +56,11 @@ class TaskFeeding(Trainer):
         return self.task.options
 
     def _prepared(self, dataset: Any, tokenizer: Any, name: str) -> Any:
-        prepared, report = self.task.prepare(dataset, tokenizer, name)
+        try:
+            prepared, report = self.task.prepare(dataset, tokenizer, name)
+        except DataError as error:
+            # What the command line loads is renamed by settings, what a script hands over by the script.
+            raise error if load_report(dataset) is not None else told_in_python(error) from error
         if report is not None:
             self.reports[name] = report
         return prepared

@@ -16,6 +16,7 @@ from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
 from preftune.data.audit.text import excerpt, same_text, words
 from preftune.data.formats import NOT_USED
+from preftune.data.rows import NEUTRAL
 from preftune.terminal.units import plural
 
 NUM_EXAMPLES = 5
@@ -72,10 +73,10 @@ def check_bad_rows(rows: Rows, max_dropped_share: float | None) -> list[Finding]
     if rows.paired:
         out.append(_bad(rows, "identical_pairs", [_IDENTICAL], "have the same chosen and rejected answer"))
     out.append(_bad(rows, "empty_answers", [_EMPTY], "have an empty answer"))
-    others = [reason for reason in counts if reason not in (_IDENTICAL, _EMPTY)]
+    others = [reason for reason in counts if reason not in (_IDENTICAL, _EMPTY, *NEUTRAL)]
     told = ", ".join(f"{counts[reason]:,} {reason}" for reason in others)
     found = _bad(rows, "bad_rows", others, f"cannot be used ({told})" if told else "cannot be used")
-    lost = len(rows.bad) / max(1, rows.num_read)
+    lost = sum(count for reason, count in counts.items() if reason not in NEUTRAL) / max(1, rows.num_read)
     if max_dropped_share is not None and lost > max_dropped_share:
         told = f"All together {lost:.1%} of the rows are lost, and training refuses more than {max_dropped_share:.0%}."
         found = replace(found, severity="problem", detail=f"{found.detail} {told}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
 from preftune.data.formats.alpaca import ALPACA, ALPACA_PREFERENCE
-from preftune.data.formats.base import EXTRA_USES, TEMPLATE_USES, BadRow, FormatSpec, Kind, Message, Row
+from preftune.data.formats.base import EXTRA_USES, NOT_USED, TEMPLATE_USES, BadRow, FormatSpec, Kind, Message, Row
 from preftune.data.formats.hh import HH
 from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
 from preftune.data.formats.labelled_alpaca import LABELLED_ALPACA
@@ -19,6 +20,7 @@ from preftune.data.formats.messages_preference import MESSAGES_PREFERENCE
 from preftune.data.formats.named_pair import NAMED_PAIR
 from preftune.data.formats.openai_preference import OPENAI_PREFERENCE
 from preftune.data.formats.orca import ORCA
+from preftune.data.formats.pointed import POINTED
 from preftune.data.formats.preference import PREFERENCE
 from preftune.data.formats.prompt_completion import PROMPT_COMPLETION
 from preftune.data.formats.question_answer import QUESTION_ANSWER
@@ -26,7 +28,7 @@ from preftune.data.formats.ranked import RANKED
 from preftune.data.formats.rated import RATED
 from preftune.data.formats.sharegpt import SHAREGPT, SHAREGPT_PREFERENCE
 from preftune.data.formats.text import TEXT
-from preftune.data.formats.turns import ROLE_KEYS, decode_columns, decoded, is_messages
+from preftune.data.formats.turns import ROLE_KEYS, decode_columns, decoded
 from preftune.data.formats.two_answers import TWO_ANSWERS
 from preftune.data.formats.ultrafeedback import ULTRAFEEDBACK
 from preftune.data.formats.unpaired import UNPAIRED
@@ -34,6 +36,7 @@ from preftune.errors import ConfigError, DataError
 
 __all__ = [
     "FORMATS",
+    "NOT_USED",
     "BadRow",
     "FormatSpec",
     "Kind",
@@ -41,13 +44,15 @@ __all__ = [
     "Row",
     "check_format_name",
     "column_uses",
+    "decoded_or_same",
     "detect",
-    "overlooked",
     "resolve",
+    "texts_of",
 ]
 
 # The order is the order of detection: a format comes before any whose columns it contains.
 _IN_ORDER = (
+    POINTED,
     ULTRAFEEDBACK,
     PREFERENCE,
     OPENAI_PREFERENCE,
@@ -97,10 +102,6 @@ def check_format_name(name: str) -> None:
         )
 
 
-#: What is done with columns that nothing reads.
-NOT_USED = "not used"
-
-
 def column_uses(spec: FormatSpec, columns: Collection[str], *, for_sft: bool = False) -> dict[str, str]:
     """What is done with every column of a data set.
 
@@ -120,39 +121,6 @@ def column_uses(spec: FormatSpec, columns: Collection[str], *, for_sft: bool = F
     return {name: NOT_USED if name in without else spec.uses.get(name, NOT_USED) for name in columns}
 
 
-#: Names of columns that hold a part of a conversation.
-_TELLING = (
-    *("system", "system_prompt", "system_message", "history", "prompt", "question", "query", "instruction", "input"),
-    *("context", "messages", "conversation", "conversations", "dialogue", "tools", "functions", "documents"),
-)
-
-
-def overlooked(spec: FormatSpec, uses: Mapping[str, str], row: Mapping[str, Any]) -> list[str]:
-    """Columns that nothing reads although they hold a part of the conversation that no other column has.
-
-    Args:
-        spec: Format of the rows. Where no column is the prompt, any text may be.
-        uses: What is done with every column.
-        row: An early row.
-
-    Returns:
-        Names of such columns.
-    """
-    said = "\n".join(text for name, use in uses.items() if use != NOT_USED for text in _texts(row.get(name)))
-    found = []
-    for name, use in uses.items():
-        value = row.get(name)
-        telling = name.lower() in _TELLING or is_messages(decoded_or_same(value))
-        untold = spec is IMPLICIT_PREFERENCE and isinstance(row.get("chosen"), str)
-        telling = telling or (untold and isinstance(value, str) and " " in value.strip())
-        # Of a pair, supervised fine-tuning leaves the other answer out on purpose.
-        if use != NOT_USED or not telling or "rejected" in name:
-            continue
-        if any(text.strip() and text.strip() not in said for text in _texts(decoded_or_same(value))):
-            found.append(name)
-    return found
-
-
 def decoded_or_same(value: Any) -> Any:
     """A conversation that is stored as text as what it was; all else, broken text too, unchanged."""
     with suppress(BadRow):
@@ -160,16 +128,17 @@ def decoded_or_same(value: Any) -> Any:
     return value
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_of(value: Any) -> Iterator[str]:
+    """All text in a value, but for the names of who says it."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if key not in ROLE_KEYS:
-                yield from _texts(item)
+                yield from texts_of(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts_of(item)
 
 
 def detect(
@@ -237,22 +206,26 @@ def resolve(
         return spec
     found = detect(columns, first_row, for_sft=for_sft, implicit_prompt=implicit_prompt)
     if found is None or found is IMPLICIT_PREFERENCE:
-        lowered = {name.strip().lower(): name for name in columns}
-        row = {key.strip().lower(): value for key, value in first_row.items()}
+        lowered = {_plain(name): name for name in columns}
+        row = {_plain(key): value for key, value in first_row.items()}
         other = detect(lowered, row, for_sft=for_sft, implicit_prompt=implicit_prompt)
         uses = {} if other is None else other.uses
         renamed = ", ".join(f"{theirs}: {ours}" for ours, theirs in lowered.items() if ours != theirs and ours in uses)
         if found is not None and (not renamed or other is found):
             return found
         raise DataError(
-            "the columns match no known data format"
+            f"the columns match no known data format: {', '.join(sorted(columns))}"
             if found is None
-            else "no column is called as a prompt is, and one is but for its capitals",
+            else "no column is called as a prompt is, and one is but for its capitals or spaces",
             where=where,
-            value=sorted(columns),
             allowed="prompt, chosen, rejected; messages; prompt, completion; and the formats of docs/compatibility.md",
             remedy=f"set `dataset_columns: {{{renamed}}}`"
             if renamed
             else "rename columns with `dataset_columns: {theirs: ours}`, where theirs may be nested (data.prompt)",
         )
     return found
+
+
+def _plain(name: str) -> str:
+    """A name without capitals, and with underscores for spaces."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())

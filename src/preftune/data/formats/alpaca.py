@@ -19,8 +19,12 @@ from preftune.data.formats.base import (
     template_extras,
 )
 from preftune.data.formats.openings import answer, is_two_texts, questioned
+from preftune.data.formats.ranked import RANKS, SCORES
 from preftune.data.formats.turns import need_text_or_messages
+from preftune.errors import DataError
 
+#: Columns that may say which of two answers is better.
+_VERDICTS = ("label", "winner", "preferred", "preference", "choice")
 INSTRUCTION_USES = {
     "instruction": "the user turn",
     **BELOW_USES,
@@ -39,7 +43,8 @@ def detect_preference(columns: Collection[str], row: Mapping[str, Any]) -> bool:
         return False
     if has(columns, "chosen", "rejected"):
         return isinstance(row.get("chosen"), str | int | float)
-    return is_two_texts(row.get("output"))
+    # Numbers beside the two answers say themselves which is better.
+    return is_two_texts(row.get("output")) and not any(name in columns for name in (*SCORES, *RANKS))
 
 
 def convert_preference(row: Mapping[str, Any]) -> Row:
@@ -49,6 +54,15 @@ def convert_preference(row: Mapping[str, Any]) -> Row:
         if not is_two_texts(row["output"]):
             what = "'output' does not hold two answers, the better one first"
             raise BadRow("too_few_responses", "output", what, value=row["output"], remedy="remove the row")
+        verdict = next((name for name in _VERDICTS if row.get(name) is not None), None)
+        if verdict is not None:
+            raise DataError(
+                f"'output' holds two answers, and {verdict!r} beside it may say which is better",
+                where=f"field {verdict!r}",
+                value=row[verdict],
+                remedy="name the answers (`dataset_columns: {output.0: response_1, output.1: response_2}`), or leave"
+                " the column out if the first answer is the better one",
+            )
         row = {**row, "chosen": row["output"][0], "rejected": row["output"][1]}
     answers = {name: answer(need_text_or_messages(row, name)) for name in ("chosen", "rejected")}
     return {"prompt": instruction_prompt(row), **answers, **extras(row)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ Row: TypeAlias = dict[str, Any]
 Message: TypeAlias = dict[str, Any]
 Kind: TypeAlias = Literal["preference", "sft", "ranked", "unpaired", "rated"]
 
+#: What is done with columns that nothing reads.
+NOT_USED = "not used"
 #: Numbers that travel with a pair untouched.
 FLOAT_EXTRAS = ("margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
 
@@ -142,8 +145,22 @@ def need_number(value: Any, field: str) -> float:
     return number
 
 
+#: A rating as people write it: 4,5 or 4.5; 8/10; 90%; 5 stars.
+_RATING = re.compile(r"\s*(-?\d+(?:[.,]\d+)?)\s*(?:/\s*\d+|%|stars?|points?)?\s*", re.IGNORECASE)
+
+
+def need_score(value: Any, field: str) -> float:
+    """A rating as a finite float, however it is written; ratings of one file are on one scale."""
+    written = _RATING.fullmatch(value) if isinstance(value, str) else None
+    return need_number(value if written is None else written[1].replace(",", "."), field)
+
+
 def not_text(field: str, value: Any) -> BadRow:
     """The bad row that a value is which is neither text nor messages."""
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        what = f"{field!r} is a list of {len(value)} texts, where one text or a list of messages is wanted"
+        remedy = "write a row for each of them, or messages with role and content"
+        return BadRow("not_text", field, what, value=value, remedy=remedy)
     return BadRow(
         "not_text",
         field,

@@ -35,6 +35,10 @@ def split_index(chosen: Any, rejected: Any) -> int:
     return index - 1 if chosen[index - 1] == " " else index
 
 
+def _said(turn: Any) -> tuple[Any, ...]:
+    return turn.get("role"), turn.get("content"), turn.get("tool_calls")
+
+
 def convert(row: Mapping[str, Any]) -> Row:
     """Split the shared beginning off both answers, exactly where TRL does."""
     names = _names(row) or ANSWERS[0]
@@ -48,11 +52,13 @@ def convert(row: Mapping[str, Any]) -> Row:
         raise BadRow(
             "mixed_types", names[1], "one answer is text and the other messages", remedy="use one form for both"
         )
-    index = split_index(chosen, rejected)
     if not isinstance(chosen, str):
+        # Two turns are one if they say the same, whatever else is noted about them.
+        index = split_index(*([_said(turn) for turn in side] for side in (chosen, rejected)))
         return {"prompt": opened(row, chosen[:index]), "chosen": chosen[index:], "rejected": rejected[index:]} | extras(
             row
         )
+    index = split_index(chosen, rejected)
     prompt, *answers = prompted(row, chosen[:index], chosen[index:], rejected[index:])
     return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **extras(row)}
 

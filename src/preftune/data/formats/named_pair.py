@@ -28,6 +28,8 @@ ANSWERS = (
     ("response_j", "response_k"),
     ("accepted", "rejected"),
     ("positive", "negative"),
+    ("response_chosen", "response_rejected"),
+    ("preferred_output", "non_preferred_output"),
 )
 
 

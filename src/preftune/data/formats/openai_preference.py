@@ -27,7 +27,11 @@ OPENAI_PREFERENCE = FormatSpec(
     name="openai_preference",
     kind="preference",
     required=("input", "preferred_output", "non_preferred_output"),
-    detect=lambda columns, row: has(columns, "input", "preferred_output", "non_preferred_output"),
+    # A question of text is one of a named pair.
+    detect=lambda columns, row: (
+        has(columns, "input", "preferred_output", "non_preferred_output")
+        and not (isinstance(row.get("input"), str) and isinstance(parsed(row["input"]), str))
+    ),
     convert=convert,
     summary="input (messages, tools), preferred_output, non_preferred_output",
     uses={

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from preftune.data.formats.base import BadRow, Message, common_prefix, optional_text
-from preftune.data.formats.turns import is_messages, need_messages, need_text_or_messages, parsed
+from preftune.data.formats.turns import is_messages, need_messages, need_text_or_messages, parsed, text_of_parts
 
 #: Columns of a system turn, in the order in which they are looked for.
 SYSTEMS = ("system", "system_prompt", "system_message")
 #: Columns whose text stands below a question.
 BELOW = ("input", "context")
 #: What tables of texts write where there is none.
-_NOTHING = ("nan", "none", "null", "<na>", "n/a")
+_NOTHING = ("nan", "none", "null", "<na>", "n/a", "#n/a", "na")
 
 
 def opening(row: Mapping[str, Any]) -> list[Message]:
@@ -27,7 +27,7 @@ def opening(row: Mapping[str, Any]) -> list[Message]:
 
 def system_turn(row: Mapping[str, Any]) -> list[Message]:
     """The ``system`` column (or one of another name) as a list of no or one message."""
-    said = {name: text for name in SYSTEMS if _says(text := optional_text(row, name))}
+    said = {name: text for name in SYSTEMS if _says(text := _system_text(row, name))}
     if len(set(said.values())) > 1:
         raise BadRow(
             "two_system_turns",
@@ -36,6 +36,11 @@ def system_turn(row: Mapping[str, Any]) -> list[Message]:
             remedy="keep one of the columns",
         )
     return [{"role": "system", "content": text} for text in list(said.values())[:1]]
+
+
+def _system_text(row: Mapping[str, Any], name: str) -> str:
+    # Some services write it as a list of parts.
+    return text_of_parts(row.get(name), ["text"]) or text_of_parts(row.get(name)) or optional_text(row, name)
 
 
 def _says(text: str) -> bool:
@@ -58,7 +63,7 @@ def question(row: Mapping[str, Any], name: str) -> str | list[Message]:
     asks = need_text_or_messages(row, name)
     below = [other for other in BELOW if other != name and row.get(other) is not None]
     before = [turn for other in below if is_messages(row[other]) for turn in need_messages(row, other)]
-    texts = [text for other in below if not is_messages(row[other]) and _says(text := optional_text(row, other))]
+    texts = [text for other in below if not is_messages(row[other]) and _says(text := _text_below(row, other))]
     if isinstance(asks, str):
         # A question that was put together holds them already.
         texts = [text for text in texts if text.strip() not in asks]
@@ -66,6 +71,12 @@ def question(row: Mapping[str, Any], name: str) -> str | list[Message]:
         return [*before, *_with_below(asks, texts)]
     text = "\n".join(part for part in (asks, *texts) if part)
     return [*before, *asked(text)] if before else text
+
+
+def _text_below(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]
+    # A number is text here, as it is in a question.
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else optional_text(row, name)
 
 
 def _with_below(turns: list[Message], texts: list[str]) -> list[Message]:

@@ -10,7 +10,8 @@ from preftune.data.formats.openings import answer, questioned
 from preftune.data.formats.turns import need_text_or_messages
 
 QUESTIONS = ("prompt", "question", "query", "instruction", "input", "problem")
-ANSWERS = ("response", "answer", "output", "solution", "completion")
+#: The first that is there; a column ``answer`` beside another is the short result of it.
+ANSWERS = ("response", "completion", "output", "solution", "answer")
 
 
 def names(columns: Collection[str]) -> tuple[str, str] | None:

@@ -15,16 +15,18 @@ from preftune.data.formats.base import (
     extras,
     need,
     need_number,
+    need_score,
 )
 from preftune.data.formats.openings import answer, prompted, question
 from preftune.data.formats.turns import is_messages, need_text_or_messages, parsed
+from preftune.errors import DataError
 
 PROMPTS = ("prompt", "question", "instruction", "query", "context")
-RESPONSES = ("responses", "completions", "answers", "candidates", "generations")
+RESPONSES = ("responses", "completions", "answers", "candidates", "generations", "outputs", "output")
 SCORES = ("scores", "ratings", "rewards")
 RANKS = ("ranks", "ranking", "rank")
 _TEXT_KEYS = ("response", "answer", "text", "content", "completion")
-_SCORE_KEYS = ("score", "overall_score", "rating", "reward")
+_SCORE_KEYS = ("score", "overall_score", "rating", "reward", "pm_score")
 
 
 def _first(names: tuple[str, ...], available: Collection[str]) -> str | None:
@@ -90,7 +92,7 @@ def _read_item(item: Any, field: str) -> tuple[Any, float | None]:
         )
     if _is_missing(item[score]):
         return item[text], None
-    number = need_number(item[score], score)
+    number = need_score(item[score], score)
     return item[text], -number if score == "rank" else number
 
 
@@ -107,7 +109,14 @@ def _read_scores(row: Mapping[str, Any], count: int) -> tuple[float | None, ...]
             remedy=f"give {count} numbers",
         )
     sign = -1.0 if field in RANKS else 1.0
-    found = tuple(None if _is_missing(value) else sign * need_number(value, field) for value in values)
+    if field == "ranking" and any(str(value).strip() in ("0", "0.0") for value in values):
+        raise DataError(
+            "'ranking' counts from 0: ranks of the answers, or their order?",
+            where="field 'ranking'",
+            value=values,
+            remedy="write ranks from 1, the best, in a column `ranks`, or scores, higher is better",
+        )
+    found = tuple(None if _is_missing(value) else sign * need_score(value, field) for value in values)
     if sum(value is not None for value in found) < 2:
         raise BadRow("not_a_number", field, f"{field!r} holds fewer than two numbers", value=values, remedy="give them")
     return found

@@ -11,14 +11,14 @@ from preftune.data.formats.base import (
     TEMPLATE_USES,
     FormatSpec,
     Row,
-    need_number,
+    need_score,
     template_extras,
 )
 from preftune.data.formats.openings import prompted, question
 from preftune.data.formats.turns import need_text_or_messages
 
-PROMPTS = ("prompt", "question", "instruction", "query")
-ANSWERS = ("response", "completion", "answer", "output")
+PROMPTS = ("prompt", "question", "instruction", "query", "problem", "user_prompt")
+ANSWERS = ("response", "completion", "output", "model_response", "answer")
 #: What an answer is rated by, in the order in which it is looked for. HelpSteer's other ratings describe the answer.
 SCORES = ("helpfulness", "score", "rating", "overall_score", "reward")
 
@@ -43,7 +43,7 @@ def convert(row: Mapping[str, Any]) -> Row:
     return {
         "prompt": values[0],
         "completion": values[1],
-        "score": need_number(row.get(score), score),
+        "score": need_score(row.get(score), score),
         **template_extras(row),
     }
 

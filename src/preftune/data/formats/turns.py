@@ -24,6 +24,7 @@ ROLE_NAMES: Mapping[str, str] = {
     "assistant": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "ai": "assistant",
     "system": "system",
     "tool": "tool",
@@ -174,7 +175,24 @@ def _conversation_within(value: Any) -> Mapping[str, Any] | None:
 def need_text_or_messages(row: Mapping[str, Any], field: str) -> str | list[Message]:
     """The value of ``field``: a string, a list of messages, or one message (made a list)."""
     value = need(row, field)
+    text = text_of_parts(value)
+    if text is not None:
+        return text
     return value if isinstance(value, str) else need_messages(row, field)
+
+
+def text_of_parts(value: Any, fields: Collection[str] = ("type", "text")) -> str | None:
+    """The text of a list of nothing but parts of text; ``None`` where it is anything else.
+
+    Args:
+        value: A value of a row.
+        fields: What a part has, and nothing else.
+    """
+    if not isinstance(value, list) or not value:
+        return None
+    parts = [part for part in value if isinstance(part, Mapping) and part.keys() == {*fields}]
+    texts = [part["text"] for part in parts if part.get("type", "text") == "text" and isinstance(part["text"], str)]
+    return "".join(texts) if len(texts) == len(value) else None
 
 
 def need_messages(row: Mapping[str, Any], field: str) -> list[Message]:
@@ -186,6 +204,8 @@ def need_messages(row: Mapping[str, Any], field: str) -> list[Message]:
         raise not_text(field, value)
     if not value:
         raise BadRow("empty_messages", field, f"{field!r} holds no messages", remedy="add a message or remove the row")
+    if all(isinstance(item, str) for item in value):
+        raise not_text(field, value)
     return [message(item, field) for item in (_exchanged(value) if is_exchanges(value) else value)]
 
 

@@ -17,33 +17,53 @@ from preftune.data.formats.base import (
     common_prefix,
     need,
     need_number,
+    need_score,
     template_extras,
 )
 from preftune.data.formats.openings import answer, asked, opened, prompted, question
 from preftune.data.formats.turns import is_messages, need_messages, need_text_or_messages, parsed
 from preftune.errors import DataError
 
-QUESTIONS = ("prompt", "question", "instruction", "query", "input", "context", "history")
+QUESTIONS = (
+    *("prompt", "question", "instruction", "query", "input", "problem", "user_prompt", "input_text", "context"),
+    "history",
+)
 #: Names of the two answers, the first one's first.
 ANSWERS = (
     *((f"{word}{a}", f"{word}{b}")
-      for word in ("response", "answer", "completion", "output", "summary", "conversation", "conv")
+      for word in ("response", "answer", "completion", "output", "summary", "candidate", "option", "conversation",
+                   "conv", "messages")
       for a, b in (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("1", "2"), ("A", "B"))),
     ("human_ref_A", "human_ref_B"),
+    ("A", "B"),
 )  # fmt: skip
 #: Columns that name the better answer.
-WINNERS = ("winner", "preferred", "preference", "choice", "better_response_id", "better_response", "labels", "label")
+WINNERS = (
+    *("winner", "preferred", "preference", "choice", "better_response_id", "better_response", "labels", "label"),
+    "safer_response_id",
+)
+#: Of these, names that other things have as well: what they say counts less than a strength or scores.
+_UNSURE = ("labels", "label")
 #: Columns whose sign does: below 0 the first answer is better.
 STRENGTHS = ("overall_preference", "preference_strength")
 #: Columns of one score per answer.
-SCORES = (("score_0", "score_1"), ("score_a", "score_b"), ("score_A", "score_B"), ("score_1", "score_2"))
+SCORES = tuple(
+    (f"{word}{a}", f"{word}{b}")
+    for word in ("score", "rating")
+    for a, b in (("_0", "_1"), ("_a", "_b"), ("_A", "_B"), ("_1", "_2"))
+)
+#: What the names of whole conversations begin with.
+_WHOLE = ("conv", "messages")
 #: Columns of one mark per outcome, as in exports of votes.
 VOTES = ("winner_model_a", "winner_model_b", "winner_tie")
 _FIRST = {"model_a", "a", "first", "left", "chosen_a"}
 _SECOND = {"model_b", "b", "second", "right", "chosen_b"}
 _TIES = ("both", "bothbad", "bothgood", "neither", "none", "equal", "same", "draw", "tie", "tied", "ties")
 #: The name of an answer, and what tells it from the other.
-_ANSWER = re.compile(r"(?:response|answer|completion|output|summary|conversation|conv|model|assistant)[ _-]?([ab]|\d)")
+_ANSWER = re.compile(
+    r"(?:response|answer|completion|output|summary|candidate|option|conversation|conv|messages|model|assistant)"
+    r"[ _-]?([ab]|\d)"
+)
 
 
 def _pair(columns: Collection[str]) -> tuple[str, str] | None:
@@ -60,7 +80,7 @@ def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     pair = _pair(columns)
     if pair is None or not _has_verdict(columns):
         return False
-    return pair[0].startswith("conv") or any(name in columns for name in QUESTIONS)
+    return pair[0].startswith(_WHOLE) or any(name in columns for name in QUESTIONS)
 
 
 def convert(row: Mapping[str, Any]) -> Row:
@@ -70,7 +90,7 @@ def convert(row: Mapping[str, Any]) -> Row:
     if not gap:
         raise BadRow("no_preference", "verdict", "a tie: neither answer is preferred", remedy="set on_bad_rows: skip")
     better, worse = (first, second) if gap > 0 else (second, first)
-    if first.startswith("conv"):
+    if first.startswith(_WHOLE):
         prompt, chosen, rejected = _divided(row, better, worse)
     else:
         prompt, chosen, rejected = _asked(row, better, worse)
@@ -87,13 +107,20 @@ def _question(row: Mapping[str, Any]) -> str:
 
 
 def _divided(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Message], list[Message], list[Message]]:
-    chosen, rejected = need_messages(row, better), need_messages(row, worse)
+    chosen, rejected = (_judged(need_messages(row, name), row.get("turn")) for name in (better, worse))
     shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if not shared:
         raise BadRow(
             "no_shared_prompt", worse, "the two conversations do not begin with the same turn", remedy="remove the row"
         )
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _judged(turns: list[Message], number: Any) -> list[Message]:
+    """A conversation up to the answer that the vote is about, where the row has its number, as MT-bench's rows do."""
+    ends = [place for place, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
+    one = isinstance(number, int) and not isinstance(number, bool) and 0 < number <= len(ends)
+    return turns[: ends[number - 1]] if one else turns
 
 
 def _asked(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Message], list[Message], list[Message]]:
@@ -103,7 +130,8 @@ def _asked(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Messag
         given = given["full_text"]
     several = [parsed(row[one]) if isinstance(row.get(one), str) else row.get(one) for one in (better, worse)]
     turns = parsed(given) if isinstance(given, str) and given.lstrip().startswith("[") else given
-    if isinstance(turns, list) and turns and not is_messages(turns):
+    lists = all(isinstance(one, list) and not is_messages(one) for one in several)
+    if isinstance(turns, list) and turns and not is_messages(turns) and (lists or not isinstance(given, str)):
         return _exchanges(turns, several, better, worse)
     prompt = asked(question({**row, name: given}, name))
     answers = [answer(need_text_or_messages(row, each)) for each in (better, worse)]
@@ -133,24 +161,47 @@ def _verdict(row: Mapping[str, Any], pair: tuple[str, str]) -> float:
     if row.get(VOTES[0]) is not None:
         return _vote(row, VOTES[0]) - _vote(row, VOTES[1])
     unreadable: BadRow | None = None
+    told: tuple[str, float] | None = None
     # A named winner counts before a strength, which has a sign only where nothing else says whose it is.
     for name in WINNERS:
-        if row.get(name) is not None:
+        if told is None and row.get(name) is not None:
             try:
-                return _named(row, name, pair)
+                told = name, named(row, name, pair)
             except BadRow as bad:
+                if name not in _UNSURE:
+                    # Somebody looked at the row, and did not decide.
+                    raise
                 unreadable = unreadable or bad
+    if told is not None and told[0] not in _UNSURE:
+        return told[1]
+    numbers = _by_numbers(row)
+    if told is not None and numbers is not None and told[1] * numbers[1] < 0:
+        raise BadRow(
+            "verdicts_disagree",
+            told[0],
+            f"{told[0]!r} and {numbers[0]!r} name different answers as the better one",
+            value={name: row[name] for name in (told[0], numbers[0])},
+            remedy="leave out the column that is no verdict (`dataset_columns` names those to read)",
+        )
+    found = told or numbers
+    if found is None:
+        raise unreadable or BadRow("null", "winner", "nothing says which answer is better", remedy="remove the row")
+    return found[1]
+
+
+def _by_numbers(row: Mapping[str, Any]) -> tuple[str, float] | None:
+    """What a signed strength, or else two scores, say, with the column."""
     for name in STRENGTHS:
         if row.get(name) is not None:
             strength = need_number(row[name], name)
             if abs(strength) > 3:
                 what = f"{name!r} says how much better an answer is, and not which"
                 raise BadRow("not_a_label", name, what, value=strength, remedy="add a column `winner`: a, b or tie")
-            return -strength
+            return name, -strength
     for a, b in SCORES:
         if row.get(a) is not None and row.get(b) is not None:
-            return need_number(row[a], a) - need_number(row[b], b)
-    raise unreadable or BadRow("null", "winner", "nothing says which answer is better", remedy="remove the row")
+            return a, need_score(row[a], a) - need_score(row[b], b)
+    return None
 
 
 def _vote(row: Mapping[str, Any], name: str) -> float:
@@ -160,7 +211,13 @@ def _vote(row: Mapping[str, Any], name: str) -> float:
     return need_number(int(value) if isinstance(value, bool) else value or 0, name)
 
 
-def _named(row: Mapping[str, Any], field: str, pair: tuple[str, str]) -> float:
+def named(row: Mapping[str, Any], field: str, pair: tuple[str, str]) -> float:
+    """Which of two answers a column names: 1 for the first, -1 for the second, 0 for a tie.
+
+    Raises:
+        BadRow: It names neither.
+        DataError: It counts from 0 where the names count from 1, so that there are two readings.
+    """
     value = row[field]
     word = str(value).strip().lower()
     names = [name.lower() for name in pair]
@@ -173,13 +230,13 @@ def _named(row: Mapping[str, Any], field: str, pair: tuple[str, str]) -> float:
     if re.split(r"[^a-z]+", word)[0] in _TIES:
         return 0.0
     ends = [name[-1].lower() for name in pair]
-    told = _ANSWER.fullmatch(word)
-    if told is not None:
+    spelled = _ANSWER.fullmatch(word)
+    if spelled is not None:
         # Letters and numbers from 1 tell first and second; where the names count from 0, so does what names them.
         orders = (ends, ["a", "b"], ["1", "2"])
-        order = next((each for each in orders if told[1] in each), None)
+        order = next((each for each in orders if spelled[1] in each), None)
         if order is not None and not (ends[0] == "0" and order == ["1", "2"]):
-            return 1.0 if told[1] == order[0] else -1.0
+            return 1.0 if spelled[1] == order[0] else -1.0
     # SHP says 1 where A is better; elsewhere the number is that of the answer, as it is in the columns' names.
     if pair[0] == "human_ref_A" and word in ("0", "1", "0.0", "1.0"):
         return 1.0 if float(word) else -1.0
@@ -235,6 +292,7 @@ TWO_ANSWERS = FormatSpec(
         **dict.fromkeys((name for pair in ANSWERS for name in pair), "one of the two answers"),
         **dict.fromkeys((*WINNERS, *STRENGTHS, *VOTES), "which answer is better"),
         **dict.fromkeys((name for pair in SCORES for name in pair), "which answer is better, if nothing else says it"),
+        "turn": "which answer of a conversation the vote is about",
         **BELOW_USES,
     },
     either=(tuple(name for name in QUESTIONS if name not in BELOW_USES and name != "history"),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -9,8 +10,16 @@ from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatS
 from preftune.data.formats.openings import prompted
 from preftune.data.formats.turns import need_text_or_messages
 
-_YES = ("true", "1", "1.0", "+1", "yes", "desirable", "chosen", "accepted", "thumbs_up", "up", "like", "liked")
-_NO = ("false", "0", "0.0", "-1", "-1.0", "no", "undesirable", "rejected", "thumbs_down", "down", "dislike", "disliked")
+_YES = (
+    *("true", "1", "1.0", "+1", "yes", "y", "t", "desirable", "chosen", "accepted", "thumbs_up", "thumbs up", "up"),
+    *("like", "liked", "good", "positive", "pos", "correct", "right", "👍"),
+)
+_NO = (
+    *("false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "undesirable", "rejected", "thumbs_down", "thumbs down"),
+    *("down", "dislike", "disliked", "bad", "negative", "neg", "incorrect", "wrong", "👎"),
+)
+#: Names of columns whose truth means that something is wrong, or nothing about the answer.
+_FAULTS = re.compile(r"toxic|harm|flag|redact|unsafe|bad|reject|spam|hate|offens|error|wrong|incorrect|fail|delet|hid")
 _LABELS = {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}
 #: Columns that say whether an answer is desirable, in the order in which they are looked for.
 LABELS = ("label", "kto_tag", "desirable")
@@ -27,19 +36,46 @@ def _truth(value: Any) -> bool | None:
 
 
 def label_of(row: Mapping[str, Any]) -> bool:
-    """The label of a row; ``true``/``false``, ``yes``/``no``, 1/0, 1/-1 and ``desirable`` are understood.
+    """The label of a row; ``true``/``false``, ``yes``/``no``, 1/0, 1/-1, ``good``/``bad`` and the like are understood.
 
     Raises:
-        BadRow: It is none of these.
+        BadRow: It is none of these, or two columns contradict each other.
     """
-    name = label_column(row, row) or next((name for name in LABELS if name in row), "label")
-    value = need(row, name)
-    label = _truth(value)
-    if label is None:
+    found = {name: truth for name in LABELS if (truth := _truth(row.get(name))) is not None}
+    if len(set(found.values())) > 1:
         raise BadRow(
-            "not_a_label", name, f"{name!r} is neither true nor false", value=value, remedy="use true or false"
+            "labels_disagree",
+            list(found)[1],
+            f"{' and '.join(map(repr, found))} say the opposite of each other",
+            value={name: row[name] for name in found},
+            remedy="leave the one out that is no label (`dataset_columns` names those to read)",
         )
-    return label
+    if found:
+        return next(iter(found.values()))
+    name = next((name for name in LABELS if row.get(name) is not None), None)
+    if name is None:
+        name = next((name for name in LABELS if name in row), "label")
+    value = need(row, name)
+    raise BadRow("not_a_label", name, f"{name!r} is neither true nor false", value=value, remedy="use true or false")
+
+
+def label_remedy(example: Mapping[str, Any]) -> str:
+    """What to do about a missing label: columns that may be one are named, and never one whose truth is a fault."""
+    wrong = [name for name in LABELS if name in example]
+    if wrong:
+        return f"{wrong[0]!r} holds {example.get(wrong[0])!r}: write true or false"
+    likely = [name for name, value in example.items() if isinstance(value, bool)]
+    likely += [name for name in example if "label" in name.lower() and name not in likely]
+    good = [name for name in likely if not _FAULTS.search(name.lower())]
+    if good:
+        others = f"; {', '.join(map(repr, good[1:]))} may be meant as well" if good[1:] else ""
+        return (
+            f"`dataset_columns: {{{good[0]}: label}}` reads the column {good[0]!r} as the label, where true has to mean"
+            f" that the answer is good{others}"
+        )
+    if likely:
+        return f"{likely[0]!r} is true where something is wrong: write a column `label`, true where the answer is good"
+    return "name the column with `dataset_columns: {theirs: label}`, or use `preftune sft`"
 
 
 def convert(row: Mapping[str, Any]) -> Row:

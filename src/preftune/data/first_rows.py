@@ -1,0 +1,337 @@
+"""What the first rows of a data set show that a user should know before trusting a run.
+
+A file can be read without a fault and still be read wrongly: the prompt stands in a column of another name, two columns
+say which answer is better and disagree, a template was applied before. None of this can be seen in one row, and none of
+it is worth refusing every row for. So the first hundred rows are looked at as they were found and as they were read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from preftune.data.formats import NOT_USED, FormatSpec, decoded_or_same, texts_of
+from preftune.data.formats.base import BadRow, Row, need_number
+from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
+from preftune.data.formats.ranked import RANKED, RANKS
+from preftune.data.formats.ranked import SCORES as SCORE_LISTS
+from preftune.data.formats.rated import RATED, SCORES
+from preftune.data.formats.turns import decode_columns
+from preftune.data.formats.two_answers import STRENGTHS, TWO_ANSWERS, WINNERS
+from preftune.data.formats.ultrafeedback import ULTRAFEEDBACK
+from preftune.data.transcripts import turns_of
+from preftune.data.unused_columns import overlooked
+from preftune.errors import DataError, PreftuneError
+
+#: Marks that chat templates write around turns.
+TEMPLATE_MARKS = (
+    *("<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|user|>", "<|assistant|>", "<extra_id_1>"),
+    *("<|start_of_role|>", "<|turn>", "<\uff5cUser\uff5c>"),
+)
+#: What stands in a text in place of something that is not text.
+_PLACEHOLDERS = ("<image>", "<|image|>", "<|vision_start|>", "<image_placeholder>", "<video>", "<audio>")
+#: Names of files of pictures and sounds, and such files written out as text.
+_MEDIUM = re.compile(
+    r"data:(?:image|audio|video)/|\S+\.(?:png|jpe?g|gif|webp|bmp|mp3|mp4|wav|flac)(?:\?\S*)?$", re.IGNORECASE
+)
+#: The last mark before an answer in texts that hold prompt and answer.
+_ANSWERING = re.compile(
+    r"(?:\bassistant:|\bai:|\ba:|### ?response:|<\|im_start\|>assistant\n|<\|assistant\|>|\[/INST\])", re.IGNORECASE
+)
+#: Names of columns that hold an answer.
+_ANSWER = re.compile(r"(?:response|answer|completion|output|generation|option|text)", re.IGNORECASE)
+
+
+def look(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> list[str]:
+    """Findings about the first rows of a data set.
+
+    Args:
+        spec: Format of the rows.
+        uses: What is done with every column.
+        rows: The first rows as they were found.
+        where: The data set, for messages.
+
+    Returns:
+        One finding a line.
+
+    Raises:
+        DataError: Reading on would train on something else than answers, or on the wrong ones.
+    """
+    _refuse_votes_from_zero(spec, rows, where)
+    _refuse_media(uses, rows, where)
+    _refuse_values(uses, rows, where)
+    _refuse_trees(spec, uses, where)
+    read = list(_read(spec, rows))
+    _refuse_no_prompt(spec, uses, rows, read, where)
+    return [*_of_verdicts(spec, uses, rows), *_of_prompts(spec, rows, read), *_of_texts(read)]
+
+
+def _read(spec: FormatSpec, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Row]]:
+    """Rows as they were found, each with the canonical row that it becomes; bad ones are told elsewhere."""
+    for row in rows:
+        try:
+            yield row, spec.convert(decode_columns(row, spec.uses))
+        except (BadRow, PreftuneError):
+            continue
+
+
+def _refuse_votes_from_zero(spec: FormatSpec, rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """0 is a draw in AlpacaEval's files, whose votes are 1 and 2; in files of 0 and 1 it is an answer."""
+    if spec is not TWO_ANSWERS or not any("output_1" in row or "response_1" in row for row in rows):
+        return
+    votes = {str(row["preference"]).strip().removesuffix(".0") for row in rows if row.get("preference") is not None}
+    if votes == {"0", "1"}:
+        raise DataError(
+            "'preference' counts the answers from 0, and their names from 1",
+            where=f"{where}, field 'preference'",
+            value=sorted(votes),
+            remedy="set dataset_columns: {output_1: response_0, output_2: response_1} (with the names of your columns);"
+            " if 0 is a draw, leave these rows out",
+        )
+
+
+def _refuse_media(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Pictures and sounds under any name: files, addresses, bytes."""
+    for name, use in uses.items():
+        held = next((row[name] for row in rows if _is_medium(row.get(name))), None) if use == NOT_USED else None
+        if held is not None:
+            raise DataError(
+                f"the column {name!r} holds pictures or sounds, which are not read, and the text may be about them",
+                where=where,
+                value=held if isinstance(held, str) else sorted(held),
+                remedy="remove the column (or select others with `dataset_columns`) to train on the text alone",
+            )
+
+
+def _is_medium(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return {"bytes", "path"} <= value.keys() and any(value[key] is not None for key in ("bytes", "path"))
+    return isinstance(value, str) and _MEDIUM.match(value.strip()) is not None
+
+
+def _refuse_values(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Numbers and truth values in ``chosen`` and ``rejected`` are no answers where answers stand beside them."""
+    beside = [
+        name for name, use in uses.items() if use == NOT_USED and _ANSWER.search(name) and _holds_text(rows, name)
+    ]
+    pairs = [pair for pair in (("chosen", "rejected"), ("accepted", "rejected")) if {*pair} <= uses.keys()]
+    if not pairs or not beside:
+        return
+    values = [str(row[name]).strip().lower() for row in rows for name in pairs[0] if row.get(name) not in (None, "")]
+    if values and all(value in ("true", "false") or _is_number(value) for value in values):
+        raise DataError(
+            f"{pairs[0][0]!r} and {pairs[0][1]!r} hold numbers or truth values, and {beside[0]!r} beside them is not"
+            " used",
+            where=where,
+            value=values[:4],
+            remedy="name the two answers with `dataset_columns: {theirs: chosen, theirs: rejected}`, or an answer and"
+            " its label with `dataset_columns: {theirs: completion, theirs: label}`",
+        )
+
+
+def _holds_text(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return any(isinstance(row.get(name), str) and not _is_number(row[name]) for row in rows)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_no_prompt(
+    spec: FormatSpec,
+    uses: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+    read: Sequence[tuple[Mapping[str, Any], Row]],
+    where: str,
+) -> None:
+    """Answers that share no beginning have their prompt in another column, if there is one of text."""
+    if spec is not IMPLICIT_PREFERENCE or not read or not all(_is_empty(row["prompt"]) for _, row in read):
+        return
+    names = overlooked(spec, uses, rows)
+    if names:
+        raise DataError(
+            f"no column is called as a prompt is, and every prompt would be empty; the columns are {', '.join(uses)}",
+            where=where,
+            remedy=f"set `dataset_columns: {{{names[0]}: prompt}}` if that is the prompt; otherwise keep the columns of"
+            " the answers alone (`dataset_columns: [chosen, rejected]`)",
+        )
+
+
+def _refuse_trees(spec: FormatSpec, uses: Mapping[str, str], where: str) -> None:
+    if spec.name == "text" and {"parent_id", "role"} <= uses.keys():
+        raise DataError(
+            "the rows are single messages of conversations (parent_id, role), and each would be learned on its own",
+            where=where,
+            remedy="put the messages of a conversation together, as a list `messages` of role and content",
+        )
+
+
+def _of_verdicts(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which answer is better may be said in two ways, and not in the same sense."""
+    found = []
+    if spec is TWO_ANSWERS and not any(row.get(name) is not None for row in rows for name in WINNERS):
+        for name in STRENGTHS:
+            values = [value for row in rows if (value := _number(row.get(name))) is not None]
+            if len(values) > 1 and min(values) >= 0 < max(values):
+                found.append(
+                    f"no value of {name!r} is below 0 in the first {len(values)} rows: above 0 the second answer is"
+                    " taken to be the better one; if it says only how much better, add a column `winner`: a, b or tie"
+                )
+    if spec is RATED:
+        used = next((name for name in SCORES if name in uses), None)
+        others = [name for name in SCORES if name in uses and name != used]
+        if others:
+            found.append(
+                f"answers are compared by {used!r}; {', '.join(map(repr, others))} hold ratings too and are not used"
+                f" (`dataset_columns: {{{others[0]}: helpfulness}}` and leaving {used!r} out takes others)"
+            )
+    if spec is RANKED:
+        differ = sum(_ranked_otherwise(row) for row in rows)
+        if differ:
+            found.append(f"scores and ranks of {differ} of the first {len(rows)} rows disagree; the scores are used")
+    return found
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return need_number(value, "")
+    except BadRow:
+        return None
+
+
+def _ranked_otherwise(row: Mapping[str, Any]) -> bool:
+    lists: list[list[Any]] = [
+        next((row[name] for name in names if isinstance(row.get(name), list)), []) for names in (SCORE_LISTS, RANKS)
+    ]
+    scores, ranks = ([_number(value) for value in each] for each in lists)
+    if not scores or len(scores) != len(ranks):
+        return False
+    if None in scores or None in ranks:
+        return False
+    best = max(range(len(scores)), key=lambda n: scores[n] or 0.0)
+    return ranks[best] != min(rank or 0.0 for rank in ranks)
+
+
+def _of_prompts(
+    spec: FormatSpec, rows: Sequence[Mapping[str, Any]], read: Sequence[tuple[Mapping[str, Any], Row]]
+) -> list[str]:
+    """Prompts that are empty, cut out of the wrong place, or lost beside a conversation."""
+    found = []
+    empty = sum(_is_empty(row["prompt"]) for _, row in read if "prompt" in row)
+    if empty:
+        found.append(
+            f"the prompt of {empty} of the first {len(read)} rows is empty; remove these rows, or name the column of"
+            " the prompt with `dataset_columns: {theirs: prompt}`"
+        )
+    if spec is IMPLICIT_PREFERENCE:
+        inside = [row["prompt"] for _, row in read if isinstance(row["prompt"], str) and _ends_within(row["prompt"])]
+        if 2 * len(inside) > len(read):
+            found.append(
+                f"answers begin alike, and their shared words are taken as a part of the prompt ({inside[0][-40:]!r}),"
+                " as in TRL; give the prompt in a column of its own to keep the answers whole"
+            )
+    if spec is ULTRAFEEDBACK:
+        lost = [raw["prompt"] for raw, row in read if not _within(raw["prompt"], row["prompt"])]
+        if lost:
+            found.append(
+                f"the column 'prompt' of {len(lost)} of the first {len(read)} rows holds text that is in no turn of the"
+                f" conversations, and is not used ({lost[0][:40]!r})"
+            )
+    kinds = [bool(turns_of(row["prompt"])) for _, row in read if isinstance(row.get("prompt"), str)]
+    if any(kinds) and not all(kinds):
+        found.append(
+            f"{sum(kinds)} of the first {len(kinds)} prompts are transcripts (Human: ... Assistant: ...) and the others"
+            " are not: with transcripts: messages they are given to the model in two different forms"
+        )
+    return found
+
+
+def _is_empty(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    return not any(text.strip() for text in texts_of(prompt))
+
+
+def _ends_within(prompt: str) -> bool:
+    """Whether a shared beginning goes on after the mark of an answer."""
+    marks = list(_ANSWERING.finditer(prompt))
+    return bool(marks) and bool(prompt[marks[-1].end() :].strip())
+
+
+def _within(text: Any, turns: Any) -> bool:
+    said = "\n".join(texts_of(turns))
+    return not isinstance(text, str) or text.strip() in said or not text.strip()
+
+
+def _of_texts(read: Sequence[tuple[Mapping[str, Any], Row]]) -> list[str]:
+    """What prompts and answers hold that the model would not be shown so in use."""
+    found = []
+    marked, twice, repeated, empty, tools = 0, 0, 0, 0, 0
+    held: dict[str, None] = {}
+    for raw, row in read:
+        sides = [row[name] for name in ("prompt", "chosen", "rejected", "completion", "messages") if name in row]
+        texts = [text for side in sides for text in texts_of(side)]
+        chat = any(isinstance(side, list) for side in sides)
+        marked += chat and any(mark in text for text in texts for mark in TEMPLATE_MARKS)
+        twice += _asks_twice(row)
+        repeated += _repeats_question(row)
+        empty += any(
+            turn.get("role") == "assistant" and _is_empty(turn.get("content")) and not turn.get("tool_calls")
+            for side in sides if isinstance(side, list) for turn in side
+        )  # fmt: skip
+        tools += not chat and decoded_or_same(raw.get("tools")) not in (None, "", [], "[]")
+        held |= {mark: None for mark in _PLACEHOLDERS if any(mark in text for text in texts)}
+    of = f"of the first {len(read)} rows"
+    if marked:
+        found.append(
+            f"{marked} {of} hold marks of a chat template ({', '.join(_marks_in(read))}), and the model's own is"
+            " applied once more; leave the marks out, or give prompt and answers as text in the columns prompt, chosen,"
+            " rejected"
+        )
+    if 2 * repeated > len(read):
+        found.append(
+            f"the answers of {repeated} {of} begin with the question once more, which is trained on as a part of the"
+            " answer: remove it from the answers"
+        )
+    if twice:
+        found.append(f"{twice} {of} ask the same question twice in a row: a history or context ends with it already")
+    if empty:
+        found.append(f"an answer within {empty} {of} is empty")
+    if tools:
+        found.append(f"the tools of {tools} {of} are not used: prompt and answers are text; give them as messages")
+    if held:
+        found.append(
+            f"{', '.join(held)} in the text stands for something that the model is not given; it reads the mark"
+        )
+    return found
+
+
+def _marks_in(read: Sequence[tuple[Mapping[str, Any], Row]]) -> list[str]:
+    said = "\n".join(text for _, row in read for value in row.values() for text in texts_of(value))
+    return [mark for mark in TEMPLATE_MARKS if mark in said][:3]
+
+
+def _asks_twice(row: Row) -> bool:
+    turns = row.get("prompt")
+    if not isinstance(turns, list) or len(turns) < 2 or turns[-1].get("role") != "user":
+        return False
+    asked = [str(turn.get("content")).strip() for turn in turns[-2:] if turn.get("role") == "user"]
+    return len(asked) == 2 and asked[0] == asked[1] != ""
+
+
+def _repeats_question(row: Row) -> bool:
+    """Whether answers of messages hold the question again, at their beginning or within a template."""
+    turns = row.get("prompt")
+    if not isinstance(turns, list) or turns[-1].get("role") != "user":
+        return False
+    asked = "".join(texts_of(turns[-1].get("content"))).strip()
+    answers = [row[name] for name in ("chosen", "rejected", "completion") if isinstance(row.get(name), list)]
+    said = ["".join(texts_of(answer[0].get("content"))) for answer in answers if answer]
+    return (
+        bool(asked) and bool(said) and all(text.lstrip().startswith(asked) and text.strip() != asked for text in said)
+    )
