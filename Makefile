@@ -41,9 +41,13 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TE
 test: setup  ## the tests that take minutes (TEST_ARGS is handed to pytest)
 	@$(PYTEST) -m "not slow and not extras" $(TEST_ARGS)
 
-test-ci: setup real  ## what continuous integration runs: all of these, then the pretrained model and several processes
+# A third of the slow tests that are left, another for most commits, so that a few runs take all.
+PART ?= $(shell echo $$((0x$$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0) % 3 + 1))/3)
+
+test-ci: setup real  ## what continuous integration runs: these, the pretrained model and several processes, a third of the rest
 	@$(PYTEST) -m "not slow and not extras" $(TEST_ARGS)
 	@$(PYTEST) -m "slow and not extras" tests/real tests/distributed $(TEST_ARGS)
+	@$(PYTEST) -m "slow and not extras" --ignore tests/real --ignore tests/distributed --part $(PART) $(TEST_ARGS)
 
 test-all: setup real  ## every test but those of optional extras
 	@$(PYTEST) -m "not extras" $(TEST_ARGS)

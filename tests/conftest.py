@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,19 @@ settings.load_profile("preftune")
 _SLOW_FOLDERS = {"browser", "faults", "real"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run take a part of the tests, so that several runs take all of them."""
+    parser.addoption("--part", default="1/1", help="K/N: of the tests, the K-th of N parts (the first is 1)")
+
+
+def in_part(nodeid: str, part: str) -> bool:
+    """Whether a test belongs to a part; all parameter sets of a test belong to the same."""
+    number, of = map(int, part.split("/"))
+    assert 1 <= number <= of, f"--part {part}: K/N with K from 1 to N"
+    return zlib.crc32(nodeid.partition("[")[0].encode()) % of == number - 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave all but some parameter sets of a test marked ``thin`` to the slow tier: the first, the last, even steps."""
     groups: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
@@ -47,6 +60,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for place, item in enumerate(group):
             if place not in places:
                 item.add_marker(pytest.mark.slow)
+    part = config.getoption("--part")
+    others = [item for item in items if not in_part(item.nodeid, part)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if in_part(item.nodeid, part)]
 
 
 def pytest_unconfigure() -> None:

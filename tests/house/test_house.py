@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import in_part
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -94,6 +96,14 @@ def test_the_default_tier_takes_some_parameter_sets_and_the_full_one_all() -> No
     assert len(some) == 4 < len(every)
     assert set(some) < set(every)
     assert {every[0], every[-1]} <= set(some)
+
+
+def test_parts_of_the_tests_are_all_of_them() -> None:
+    names = [f"tests/a/test_b.py::test_{n}[{m}]" for n in range(60) for m in range(2)]
+    parts = [{name for name in names if in_part(name, f"{k}/3")} for k in (1, 2, 3)]
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    assert all(len(part) > 20 for part in parts)
+    assert all(in_part(f"{name[:-3]}[0]", f"{k}/3") for k, part in enumerate(parts, 1) for name in part)
 
 
 def test_ci_runs_what_contributors_run() -> None:
