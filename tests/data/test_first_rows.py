@@ -268,6 +268,13 @@ def test_answers_without_a_prompt_are_refused_where_a_column_may_be_it(tmp_path:
         prepared(prepare, Dataset.from_list([row, row]))
 
 
+def test_texts_without_a_prompt_may_have_columns_about_them(tmp_path: Path) -> None:
+    rows = [
+        {"chosen": f"{n} good", "rejected": f"a{n} bad", "source": "the open web", "id": f"row-{n}"} for n in range(8)
+    ]
+    assert "the prompt of 8 of the first 8 rows is empty" in told(read(tmp_path, rows))
+
+
 def test_empty_prompts_are_told(tmp_path: Path) -> None:
     rows = [{"prompt": text, "chosen": f"c{n}", "rejected": "r"} for n, text in enumerate(("p", "", " "))]
     assert "the prompt of 2 of the first 3 rows is empty" in told(read(tmp_path, rows))

@@ -66,7 +66,9 @@ def overlooked(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping
         plain = name.lower().strip()
         telling = plain in _TELLING or _TELLING_TOO.fullmatch(plain) is not None
         telling = telling or any(is_messages(decoded_or_same(row.get(name))) for row in rows)
-        telling = telling or (without and any(map(_is_prose, held)))
+        # A source or a model that many rows share asks nothing.
+        varied = len(held) < 4 or len(set(held)) > len(held) // 2
+        telling = telling or (without and varied and any(map(_is_prose, held)))
         if held and (telling or _is_written(plain, held, len(rows))):
             found.append(name)
     return found
