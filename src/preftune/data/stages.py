@@ -11,11 +11,11 @@ from preftune.data.arrow import with_class_names
 from preftune.data.batches import Tally
 from preftune.data.first_rows import look
 from preftune.data.formats import FormatSpec, column_uses
-from preftune.data.in_python import in_python
 from preftune.data.loader import LoadReport, load_report
 from preftune.data.options import DataOptions
 from preftune.data.report import PrepareReport, build_report, range_of
 from preftune.data.rows import left_out
+from preftune.data.script_words import in_python
 from preftune.data.tables import from_dataset
 from preftune.data.unused_columns import overlooked
 from preftune.data.worker import sum_counts

@@ -17,8 +17,8 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from transformers.trainer_utils import seed_worker
 
 from preftune.data import DataOptions, PrepareReport
-from preftune.data.in_python import told_in_python
 from preftune.data.loader import load_report
+from preftune.data.script_words import told_in_python
 from preftune.errors import DataError, TrainingError
 from preftune.training import zero
 from preftune.training.balancing import Shares, share_of
