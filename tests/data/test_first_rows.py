@@ -52,6 +52,7 @@ def prepared(kind: Any, rows: Any) -> tuple[Any, Any]:
     return data, report
 
 
+LONG = ("GOOD " * 20, "worse " * 20)
 AB = {"prompt": "p", "response_a": "GOOD", "response_b": "worse"}
 
 
@@ -60,7 +61,7 @@ AB = {"prompt": "p", "response_a": "GOOD", "response_b": "worse"}
     [
         {**AB, "chosen": "response_a", "rejected": "response_b"},
         {"prompt": "p", "A": "GOOD", "B": "worse", "chosen": "A", "rejected": "B"},
-        {"prompt": "p", "chosen": "gpt-4", "rejected": "l2", "chosen_response": "GOOD", "rejected_response": "worse"},
+        {"prompt": "p", "chosen": "gpt-4", "rejected": "l2", "chosen_text": "A GOOD one", "rejected_text": "worse"},
         {**AB, "model_a": "gpt-4", "model_b": "llama-7b", "chosen": "gpt-4", "rejected": "llama-7b"},
         {"prompt": "p", "responses": [{"id": "r2", "text": "worse"}, {"id": "r1", "text": "GOOD"}], "chosen": "r1",
          "rejected": "r2"},
@@ -68,12 +69,33 @@ AB = {"prompt": "p", "response_a": "GOOD", "response_b": "worse"}
         {"question": "p", "option_a": "GOOD", "option_b": "worse", "accepted": "option_a", "rejected": "option_b"},
         {"prompt": "p", "response_0": "worse", "response_1": "GOOD", "chosen": "1", "rejected": "0"},
         {"prompt": "p", "chosen_text": "GOOD", "rejected_text": "worse", "chosen": "0.9", "rejected": "0.1"},
+        {"prompt": "p", "chosen_text": "GOOD at 8", "rejected_text": "worse", "chosen": 8, "rejected": 2},
+        {"prompt": "p", "chosen_response": "A GOOD one", "rejected_response": "worse", "chosen": "A", "rejected": "B"},
         {**AB, "chosen": "GOOD", "rejected": "worse"},
+        {"prompt": "p", "response_a": LONG[1], "response_b": LONG[0], "chosen": LONG[0], "rejected": LONG[1]},
+        {"prompt": "p", "reply_a": "GOOD", "reply_b": "worse", "chosen": "reply_a", "rejected": "reply_b"},
+        {"prompt": "p", "gpt4_output": "GOOD", "llama_output": "worse", "chosen": "gpt4_output",
+         "rejected": "llama_output"},
+        {"prompt": "p", "responses": {"gpt-4": "GOOD", "l2": "worse"}, "chosen": "gpt-4", "rejected": "l2"},
+        {"prompt": "p", "outputs": [{"model": "x1", "output": "worse"}, {"model": "x2", "output": "GOOD"}],
+         "chosen": "x2", "rejected": "x1"},
+        {**AB, "response_b": "mid", "response_c": "worse", "chosen": "a", "rejected": "c"},
+        {"messages": [user("p")], "response_a": "GOOD", "response_b": "worse", "chosen": "response_a",
+         "rejected": "response_b"},
+        {"prompt": "p", "conversation_a": [user("p"), assistant("worse")],
+         "conversation_b": [user("p"), assistant("GOOD")], "chosen": "b", "rejected": "a"},
+        {"prompt": "p", "chosen": "GOOD;", "rejected": "worse;", "chosen_output": "[12]", "rejected_output": "[13]"},
+        {"prompt": "p", "chosen": "GOOD(2)", "rejected": "worse(2)", "chosen_output": "4", "rejected_output": "5"},
     ],
 )  # fmt: skip
 def test_chosen_and_rejected_may_name_the_answers(tmp_path: Path, row: dict[str, Any]) -> None:
     (first, *_) = read(tmp_path, [row, row])
-    assert (said(first["prompt"]), said(first["chosen"]), said(first["rejected"])) == ("p", "GOOD", "worse")
+    assert said(first["prompt"]) == "p"
+    assert "GOOD" in said(first["chosen"])
+    assert "GOOD" not in said(first["rejected"])
+    assert "worse" in said(first["rejected"])
+    assert first["prompt"] != first["chosen"]
+    assert len(first["chosen"]) == 1 or isinstance(first["chosen"], str)
 
 
 def test_names_that_contradict_each_other_are_a_bad_row(tmp_path: Path) -> None:
@@ -90,6 +112,7 @@ def test_names_that_contradict_each_other_are_a_bad_row(tmp_path: Path) -> None:
         {"prompt": "p", "response": "an answer", "chosen": True, "rejected": False},
         {"prompt": "p", "response": "an answer", "chosen": "True", "rejected": "False"},
         {"prompt": "p", "output_long": "an answer", "chosen": "1", "rejected": "0"},
+        {"prompt": "p", "completion": "an answer", "chosen": 0.9, "rejected": 0.1},
     ],
 )
 def test_values_are_no_answers_where_answers_stand_beside_them(tmp_path: Path, row: dict[str, Any]) -> None:
@@ -98,8 +121,19 @@ def test_values_are_no_answers_where_answers_stand_beside_them(tmp_path: Path, r
 
 
 def test_short_answers_are_answers(tmp_path: Path) -> None:
-    data = read(tmp_path, [{"prompt": "2 + 2", "chosen": "4", "rejected": "5", "source": "sums"}] * 2)
+    about = {"source": "sums", "reference_answer": "Two and two are four.", "answer_type": "whole number"}
+    data = read(tmp_path, [{"prompt": "2 + 2", "chosen": "4", "rejected": "5", **about}] * 2)
     assert (data[0]["chosen"], data[0]["rejected"]) == ("4", "5")
+    rows = [{"prompt": "Grass? A) B) C)", "A": "blue", "B": "green", "C": "red", "chosen": "B", "rejected": "A"}] * 2
+    assert read(tmp_path, rows)[0]["chosen"] == "B"
+    row = {
+        "prompt": "Is it?",
+        "chosen": "true",
+        "rejected": "false",
+        "text_id": "a text of 3",
+        "essay_text": "It is so.",
+    }
+    assert read(tmp_path, [row, row])[0]["chosen"] == "true"
 
 
 @pytest.mark.parametrize("names", [["good", "bad"], ["desirable", "undesirable"], ["True", "False"], ["1", "0"]])
@@ -129,11 +163,24 @@ def test_a_winner_that_is_a_class_names_its_answer() -> None:
     assert found["chosen_ids"][0] != found["chosen_ids"][1]
 
 
+@pytest.mark.parametrize("word", ["output_", "answer_", "summary", "response"])
 @pytest.mark.parametrize("field", ["preference", "label", "choice"])
-def test_votes_of_0_and_1_on_answers_1_and_2_have_two_readings(tmp_path: Path, field: str) -> None:
-    rows = [{"instruction": "p", "output_1": "a", "output_2": "b", field: n} for n in (0, 1, 0, 1)]
+def test_votes_of_0_and_1_on_answers_1_and_2_have_two_readings(tmp_path: Path, field: str, word: str) -> None:
+    rows = [{"instruction": "p", f"{word}1": "a", f"{word}2": "b", field: n} for n in (0, 1, 0, 1)]
     with pytest.raises(DataError, match="counts the answers from 0, and their names from 1"):
         read(tmp_path, rows, on_bad_rows="skip")
+    names = {f"{word}1": "response_0", f"{word}2": "response_1", "instruction": "prompt", field: field}
+    found = load(str(tmp_path / "rows.jsonl"), columns=names)["train"]
+    assert [said(row["chosen"]) for row in found] == ["a", "b", "a", "b"]
+
+
+def test_votes_of_0_and_1_on_answers_0_and_1_have_one(tmp_path: Path) -> None:
+    rows = [{"instruction": "p", "output_0": "a", "output_1": "b", "preference": n} for n in (0, 1)]
+    assert [said(row["chosen"]) for row in read(tmp_path, rows)] == ["a", "b"]
+    decided = [{**R12, "winner": "response_1", "preference": n} for n in (0, 1)]
+    assert [said(row["chosen"]) for row in read(tmp_path, decided)] == ["GOOD", "GOOD"]
+    topic = {"prompt": "p", "response_0": "a", "response_1": "b", "preference": "safety", "better_response_id": 1}
+    assert said(read(tmp_path, [topic, topic])[0]["chosen"]) == "b"
 
 
 def test_a_draw_of_alpaca_eval_is_a_draw(tmp_path: Path) -> None:
@@ -185,6 +232,8 @@ def test_a_strength_that_is_never_below_0_is_told(tmp_path: Path) -> None:
         ({"problem": "2 + 2", "completion": "It is 4.", "answer": "4"}, "It is 4."),
         ({"problem": "2 + 2", "solution": "It is 4.", "answer": "4"}, "It is 4."),
         ({"question": "2 + 2", "answer": "4"}, "4"),
+        ({"question": "2 + 2", "answer": "It is 4.", "solution": "4"}, "It is 4."),
+        ({"question": "2 + 2", "answer": "print(2 + 2)", "output": "4"}, "print(2 + 2)"),
     ],
 )
 def test_the_whole_answer_is_learned_and_not_its_result(tmp_path: Path, row: dict[str, Any], answer: str) -> None:
@@ -211,6 +260,8 @@ def test_labels_that_disagree_are_a_bad_row(tmp_path: Path) -> None:
         ({"prompt": "p", "response": "c", "is_harmful": True, "is_safe": False}, "{is_safe: label}", "{is_harmful"),
         ({"prompt": "p", "redacted": False, "completion": "c", "thumbs_up": True}, "{thumbs_up: label}", "{redacted"),
         ({"prompt": "p", "completion": "c", "ok": True, "seen": True}, "'seen' may be meant as well", "{seen"),
+        ({"prompt": "p", "completion": "c", "is_hallucinated": True}, "is true where something is wrong", "{is_hall"),
+        ({"prompt": "p", "completion": "c", "downvoted": True}, "is true where something is wrong", "{downvoted"),
     ],
 )
 def test_a_remedy_never_turns_labels_round(tmp_path: Path, row: dict[str, Any], says: str, never: str) -> None:
@@ -229,6 +280,8 @@ def test_a_second_rating_is_told(tmp_path: Path) -> None:
     ranked = {"prompt": "p", "responses": ["a", "b"], "scores": [0.2, 0.1], "ranks": [2, 1]}
     assert "scores and ranks of 2 of the first 2 rows disagree" in told(read(tmp_path, [ranked, ranked]))
     assert told(read(tmp_path, [{**ranked, "ranks": [1, 2]}] * 2)) == ""
+    tied = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [5, 5, 1], "ranks": [2, 1, 3]}
+    assert told(read(tmp_path, [tied, tied])) == ""
 
 
 def test_a_ranking_from_0_has_two_readings(tmp_path: Path) -> None:
@@ -255,16 +308,17 @@ def test_a_vote_on_the_first_turn_judges_the_first_answer(tmp_path: Path) -> Non
     [
         {"问题": "中国的首都是哪里", "chosen": "北京。", "rejected": "上海。"},
         {"post": "What is it?", "chosen": "A cat.", "rejected": "It is."},
+        {"post": "What is it?", "chosen": "The cat.", "rejected": "The dog."},
         {"turns_before": ["What is it?"], "chosen": "A cat.", "rejected": "It is."},
         {"task": {"text": "What is it?"}, "chosen": "A cat.", "rejected": "It is."},
     ],
 )
 def test_answers_without_a_prompt_are_refused_where_a_column_may_be_it(tmp_path: Path, row: dict[str, Any]) -> None:
     name = next(iter(row))
-    with pytest.raises(DataError, match="every prompt would be empty") as caught:
+    with pytest.raises(DataError, match="prompts would be empty") as caught:
         read(tmp_path, [row, row])
     assert f"`dataset_columns: {{{name}: prompt}}`" in str(caught.value)
-    with pytest.raises(DataError, match="every prompt would be empty") as caught:
+    with pytest.raises(DataError, match="prompts would be empty") as caught:
         prepared(prepare, Dataset.from_list([row, row]))
 
 
@@ -288,9 +342,8 @@ def test_empty_prompts_are_told(tmp_path: Path) -> None:
         ({"prompt": "q", "initial_reason_steps": "Step 1: think it over.", "chosen": "c", "rejected": "r"},
          "initial_reason_steps"),
         ({"instruction": "Summarise.", "document": "A text.", "chosen": "c", "rejected": "r"}, "document"),
-        ({"instruction": "Pick one.", "choices": ["a", "b"], "chosen": "c", "rejected": "r"}, "choices"),
-        ({"prompt": "Q {name}", "sys_prompt": "Be kind.", "chosen": "c", "rejected": "r"}, "sys_prompt"),
-        ({"prompt": "q", "response_1": "a", "response_2": "b", "response_3": "c", "preferred": 2}, "response_3"),
+        ({"instruction": "Pick one.", "choices": ["a b", "c d"], "chosen": "c", "rejected": "r"}, "choices"),
+        ({"prompt": "Q", "sys_prompt": "Be kind.", "chosen": "c", "rejected": "r"}, "sys_prompt"),
         ({"prompt": "Sum up:", "input": "A long text.", "chosen": "c", "rejected": "r"}, "input"),
     ],
 )  # fmt: skip
@@ -298,14 +351,38 @@ def test_a_part_of_the_question_that_is_not_read_is_told(tmp_path: Path, row: di
     assert name in told(read(tmp_path, [row, row]))
 
 
-def test_text_written_for_every_row_is_told_under_any_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompt", ["Does it follow?", "Translate {text} into French.", "Sum up: {{ doc }}"])
+def test_where_all_prompts_are_alike_the_question_is_elsewhere(tmp_path: Path, prompt: str) -> None:
     def rows(name: str) -> list[dict[str, Any]]:
-        text = "many words that the question is about, and that nobody else has said " * 3
-        return [{"prompt": "q", "chosen": "c", "rejected": "r", name: f"{n} {text}"} for n in range(4)]
+        asks = f"{prompt} {{n}}" if "{" in prompt else prompt
+        return [{"prompt": asks, "chosen": "c", "rejected": "r", name: f"snow{n}"} for n in range(4)]
 
-    assert "lore" in told(read(tmp_path, rows("lore")))
-    for name in ("critique", "annotator_notes", "model_rationale", "generations", "source_url"):
+    assert "premise" in told(read(tmp_path, rows("premise")))
+    for name in ("critique", "annotator_notes", "model_rationale", "generations", "source_url", "prompt_id"):
         assert told(read(tmp_path, rows(name))) == ""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt_id": "a b", "labelling_prompt": "Rate these two.", "original_prompt": "What is this, then?"},
+        {"reasoning": "low", "code": "EN", "schema": "v1", "context": "n/a", "persona": "none", "input": "markdown"},
+        {"preference_statement": "The first is a little better, since it says more. " * 4, "num_steps": "3 steps"},
+        {"annotators": [{"role": "expert", "text": "fine"}], "ground_truth": "It is a cat, as everybody can see. " * 5},
+        {"response_3": "another one", "completion_c": "one more", "knowledge": "biology of cats", "intent": "to ask"},
+        {"url": "https://a.example/File:Map.png", "avatar": "a.jpg", "title": "report.gif"},
+    ],
+)  # fmt: skip
+def test_ordinary_columns_are_no_finding(tmp_path: Path, more: dict[str, Any]) -> None:
+    rows = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea.", **more} for n in range(6)]
+    assert told(read(tmp_path, rows)) == ""
+
+
+def test_one_row_about_marks_is_no_finding(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea."} for n in range(9)]
+    rows += [{"question": "What are <|im_start|> and <video>?", "chosen": "Marks.", "rejected": "No idea."}]
+    rows += [{"question": "Hello", "chosen": "Hello! How are you?", "rejected": "Hello there."}]
+    assert told(read(tmp_path, rows)) == ""
 
 
 def test_the_remedy_for_text_below_a_prompt_works(tmp_path: Path) -> None:
@@ -489,6 +566,56 @@ def test_the_setting_of_a_split_is_named(tmp_path: Path) -> None:
 )
 def test_what_is_meant_is_plain(tmp_path: Path, row: dict[str, Any], chosen: str) -> None:
     assert said(read(tmp_path, [row, row])[0]["chosen"]) == chosen
+
+
+def test_rows_that_share_no_turn_are_bad_rows(tmp_path: Path) -> None:
+    row = {"chosen": [assistant("c")], "rejected": [assistant("r")]}
+    with pytest.raises(DataError, match="holds no messages"):
+        read(tmp_path, [row, row])
+    good = {"chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]}
+    other = {"chosen": [user("q1"), assistant("c")], "rejected": [user("q2"), assistant("r")]}
+    assert len(read(tmp_path, [good] * 4 + [other], on_bad_rows="skip")) == 4
+
+
+@pytest.mark.parametrize("layout", ["ultrafeedback", "arena", "messages"])
+def test_turns_are_shared_in_every_layout(tmp_path: Path, layout: str) -> None:
+    def turns(answer: str, number: int) -> list[dict[str, str]]:
+        whole = [user("Hi"), assistant("Yo"), user("Q"), assistant(answer)]
+        return [{**turn, "id": f"{number}-{place}"} for place, turn in enumerate(whole)]
+
+    a, b = turns("c", 1), turns("r", 2)
+    rows: dict[str, dict[str, Any]] = {
+        "ultrafeedback": {"prompt": "Hi", "chosen": a, "rejected": b},
+        "arena": {"conversation_a": a, "conversation_b": b, "winner": "model_a"},
+        "messages": {"messages": a, "rejected_messages": b},
+    }
+    row = rows[layout]
+    assert [turn["content"] for turn in read(tmp_path, [row, row])[0]["prompt"]] == ["Hi", "Yo", "Q"]
+
+
+def test_a_number_with_a_comma_for_thousands_is_no_rating(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "response": "a", "score": "1,250"}, {"prompt": "p", "response": "b", "score": "340"}]
+    with pytest.raises(DataError, match="not a finite number"):
+        read(tmp_path, rows)
+    parts = [{**R12, "rating_1": "3/5", "rating_2": "4/10"}] * 2
+    assert said(read(tmp_path, parts)[0]["chosen"]) == "GOOD"
+
+
+@pytest.mark.parametrize("number", [1, 1.0, "1"])
+def test_the_number_of_a_turn_however_it_is_written(tmp_path: Path, number: Any) -> None:
+    sides = {side: [user("q"), assistant(side), user("more"), assistant(f"{side} 2")] for side in "ab"}
+    row = {"conversation_a": sides["a"], "conversation_b": sides["b"], "winner": "model_b", "turn": number}
+    assert read(tmp_path, [row, row])[0]["chosen"] == [assistant("b")]
+
+
+def test_classes_of_a_stream_are_words_too() -> None:
+    features = Features(
+        {"prompt": Value("string"), "completion": Value("string"), "label": ClassLabel(names=["no", "yes"])}
+    )
+    rows = [{"prompt": f"p{n}", "completion": f"c{n}", "label": 1 - n % 2} for n in range(4)]
+    stream = Dataset.from_list(rows, features=features).to_iterable_dataset()
+    found, _ = prepared(prepare_unpaired, stream)
+    assert [bool(label) for label in found["label"]] == [True, False, True, False]
 
 
 @pytest.mark.parametrize(

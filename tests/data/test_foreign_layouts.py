@@ -131,8 +131,8 @@ def test_text_that_may_be_the_prompt_is_told(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     row = {
         "post": "What is the tallest mountain?",
-        "chosen": "It is Everest.",
-        "rejected": "It is K2.",
+        "chosen": "The answer to that is Everest.",
+        "rejected": "The answer to that is K2.",
         "source": "web",
     }
     file.write_text(json.dumps(row), encoding="utf-8")
@@ -591,7 +591,10 @@ def test_words_before_a_colon_in_an_answer_are_no_turns(
 def test_convert_tells_what_nothing_reads_and_what_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"post": "What is it?", "chosen": "It c", "rejected": "It r"}, {"post": "b", "chosen": "", "rejected": "r"}]
+    rows = [
+        {"post": "What is it?", "chosen": "The answer is c", "rejected": "The answer is r"},
+        {"post": "b and c", "chosen": "", "rejected": "r"},
+    ]
     code, said, _ = converted(tmp_path, rows, capsys, "--on_bad_rows", "skip")
     assert code == 0
     assert "not used, although they hold a part of the conversation: post" in said

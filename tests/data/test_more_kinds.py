@@ -318,7 +318,14 @@ def test_columns_of_images_that_hold_none_are_no_images(
     ("row", "names"),
     [
         ({**PAIR, "context": "read this first"}, ["context"]),
-        ({"chosen": "the c", "rejected": "the r", "dialog_turns": [user("what is it?")]}, ["dialog_turns"]),
+        (
+            {
+                "chosen": "this is the answer c",
+                "rejected": "this is the answer r",
+                "dialog_turns": [user("what is it?")],
+            },
+            ["dialog_turns"],
+        ),
         ({**PAIR, "input": json.dumps([user("elsewhere")]), "id": "1"}, ["input"]),
         ({**PAIR, "messages": [user("p é"), assistant("c")]}, []),
         ({**PAIR, "context": "", "tools": None, "source": "x"}, []),

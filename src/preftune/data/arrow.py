@@ -7,7 +7,7 @@ column. Columns that the data set stores as JSON are as they were written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,23 +20,32 @@ if TYPE_CHECKING:
 _ALWAYS = ("content", "value", "role", "from")
 
 
-def with_class_names(dataset: Dataset) -> Dataset:
+def with_class_names(dataset: Any) -> Any:
     """A data set whose classes are the words that they stand for: 1 may be the second class of good and bad."""
     import pyarrow as pa
-    from datasets import ClassLabel, DatasetInfo, Value
+    from datasets import ClassLabel, DatasetInfo, Features, IterableDataset, Value
     from datasets import Dataset as HFDataset
 
-    classes = {name: each for name, each in dataset.features.items() if isinstance(each, ClassLabel) and each.names}
+    features = dict(getattr(dataset, "features", None) or {})
+    classes = {name: each for name, each in features.items() if isinstance(each, ClassLabel) and each.names}
     if not classes:
         return dataset
+    if isinstance(dataset, IterableDataset):
+
+        def named(row: dict[str, Any]) -> dict[str, Any]:
+            return row | {name: _word(row.get(name), each.names) for name, each in classes.items()}
+
+        return dataset.map(named, features=Features(features | dict.fromkeys(classes, Value("string"))))
     table = dataset.with_format("arrow")[:]
     for name, each in classes.items():
-        numbers = table[name].to_pylist()
-        words = [None if number is None or number < 0 else each.names[number] for number in numbers]
+        words = [_word(number, each.names) for number in table[name].to_pylist()]
         table = table.set_column(table.column_names.index(name), name, pa.array(words, pa.string()))
-    features = dataset.features.copy()
-    features.update(dict.fromkeys(classes, Value("string")))
-    return HFDataset(table.replace_schema_metadata(features.arrow_schema.metadata), info=DatasetInfo(features=features))
+    told = Features(features | dict.fromkeys(classes, Value("string")))
+    return HFDataset(table.replace_schema_metadata(told.arrow_schema.metadata), info=DatasetInfo(features=told))
+
+
+def _word(number: int | None, names: Sequence[str]) -> str | None:
+    return None if number is None or number < 0 else names[number]
 
 
 def rows_of(dataset: Dataset, key: Any) -> list[dict[str, Any]]:

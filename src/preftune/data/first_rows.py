@@ -8,16 +8,18 @@ it is worth refusing every row for. So the first hundred rows are looked at as t
 from __future__ import annotations
 
 import re
+import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from preftune.data.formats import NOT_USED, FormatSpec, decoded_or_same, texts_of
+from preftune.data.formats import NOT_USED, FormatSpec, decoded_or_same, texts_of, two_answers
 from preftune.data.formats.base import BadRow, Row, need_number
 from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
 from preftune.data.formats.ranked import RANKED, RANKS
 from preftune.data.formats.ranked import SCORES as SCORE_LISTS
 from preftune.data.formats.rated import RATED, SCORES
-from preftune.data.formats.turns import decode_columns
+from preftune.data.formats.turns import ROLE_NAMES, decode_columns
 from preftune.data.formats.two_answers import STRENGTHS, TWO_ANSWERS, WINNERS
 from preftune.data.formats.ultrafeedback import ULTRAFEEDBACK
 from preftune.data.transcripts import turns_of
@@ -29,18 +31,21 @@ TEMPLATE_MARKS = (
     *("<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|user|>", "<|assistant|>", "<extra_id_1>"),
     *("<|start_of_role|>", "<|turn>", "<\uff5cUser\uff5c>"),
 )
+#: So many characters at the beginning of two answers are alike by chance.
+_SHARED_BY_CHANCE = 12
 #: What stands in a text in place of something that is not text.
 _PLACEHOLDERS = ("<image>", "<|image|>", "<|vision_start|>", "<image_placeholder>", "<video>", "<audio>")
-#: Names of files of pictures and sounds, and such files written out as text.
-_MEDIUM = re.compile(
-    r"data:(?:image|audio|video)/|\S+\.(?:png|jpe?g|gif|webp|bmp|mp3|mp4|wav|flac)(?:\?\S*)?$", re.IGNORECASE
-)
+#: Pictures and sounds written out as text, names of such files, and of columns that hold them.
+_WRITTEN_OUT = ("data:image/", "data:audio/", "data:video/")
+_MEDIUM = re.compile(r".*\.(?:png|jpe?g|gif|webp|bmp|tiff?|heic|mp3|mp4|m4a|webm|wav|flac)(?:\?\S*)?$", re.IGNORECASE)
+_MEDIUM_NAME = re.compile(r"image|img|picture|photo|audio|sound|speech|video|clip")
 #: The last mark before an answer in texts that hold prompt and answer.
 _ANSWERING = re.compile(
     r"(?:\bassistant:|\bai:|\ba:|### ?response:|<\|im_start\|>assistant\n|<\|assistant\|>|\[/INST\])", re.IGNORECASE
 )
-#: Names of columns that hold an answer.
-_ANSWER = re.compile(r"(?:response|answer|completion|output|generation|option|text)", re.IGNORECASE)
+#: Names of columns that hold an answer, and values that say how good one is.
+_ANSWER = re.compile(r"(?:model_|assistant_)?(?:response|answer|completion|output|generation)(?:_(?:text|long|\w))?")
+_VERDICT = re.compile(r"true|false|[01](?:\.\d+)?")
 
 
 def look(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> list[str]:
@@ -61,7 +66,7 @@ def look(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, 
     _refuse_votes_from_zero(spec, rows, where)
     _refuse_media(uses, rows, where)
     _refuse_values(uses, rows, where)
-    _refuse_trees(spec, uses, where)
+    _refuse_trees(spec, uses, rows, where)
     read = list(_read(spec, rows))
     _refuse_no_prompt(spec, uses, rows, read, where)
     return [*_of_verdicts(spec, uses, rows), *_of_prompts(spec, rows, read), *_of_texts(read)]
@@ -78,68 +83,64 @@ def _read(spec: FormatSpec, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple
 
 def _refuse_votes_from_zero(spec: FormatSpec, rows: Sequence[Mapping[str, Any]], where: str) -> None:
     """0 is a draw in AlpacaEval's files, whose votes are 1 and 2; in files of 0 and 1 it is an answer."""
-    if spec is not TWO_ANSWERS or not any("output_1" in row or "response_1" in row for row in rows):
+    pair = two_answers.answers_of(rows[0]) if rows and spec is TWO_ANSWERS else None
+    if pair is None or (pair[0][-1], pair[1][-1]) != ("1", "2"):
         return
-    votes = {str(row["preference"]).strip().removesuffix(".0") for row in rows if row.get("preference") is not None}
-    if votes == {"0", "1"}:
+    # A winner under a name that is looked for first decides, whatever this column holds.
+    first = ("winner", "preferred")
+    votes = [row.get("preference") for row in rows if all(row.get(name) in (None, "") for name in first)]
+    said = {str(vote).strip().removesuffix(".0") for vote in votes if vote is not None}
+    if said == {"0", "1"}:
         raise DataError(
             "'preference' counts the answers from 0, and their names from 1",
             where=f"{where}, field 'preference'",
-            value=sorted(votes),
-            remedy="set dataset_columns: {output_1: response_0, output_2: response_1} (with the names of your columns);"
-            " if 0 is a draw, leave these rows out",
+            value=sorted(said),
+            remedy=f"set `dataset_columns: {{{pair[0]}: response_0, {pair[1]}: response_1}}`; if 0 is a draw, leave"
+            " these rows out",
         )
 
 
 def _refuse_media(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Pictures and sounds under any name: files, addresses, bytes."""
-    for name, use in uses.items():
-        held = next((row[name] for row in rows if _is_medium(row.get(name))), None) if use == NOT_USED else None
-        if held is not None:
+    """Pictures and sounds that the rows are about: files, addresses, bytes, under names that say so."""
+    for name in (name for name, use in uses.items() if use == NOT_USED):
+        held = [row[name] for row in rows if _is_medium(row.get(name), name)]
+        if 2 * len(held) > len(rows):
             raise DataError(
                 f"the column {name!r} holds pictures or sounds, which are not read, and the text may be about them",
                 where=where,
-                value=held if isinstance(held, str) else sorted(held),
+                value=held[0] if isinstance(held[0], str) else sorted(held[0]),
                 remedy="remove the column (or select others with `dataset_columns`) to train on the text alone",
             )
 
 
-def _is_medium(value: Any) -> bool:
+def _is_medium(value: Any, name: str) -> bool:
     if isinstance(value, Mapping):
         return {"bytes", "path"} <= value.keys() and any(value[key] is not None for key in ("bytes", "path"))
-    return isinstance(value, str) and _MEDIUM.match(value.strip()) is not None
+    text = value.strip() if isinstance(value, str) else ""
+    return text.startswith(_WRITTEN_OUT) or bool(_MEDIUM_NAME.search(name.lower()) and _MEDIUM.match(text))
 
 
 def _refuse_values(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Numbers and truth values in ``chosen`` and ``rejected`` are no answers where answers stand beside them."""
+    """Truth values and scores in ``chosen`` and ``rejected`` are no answers where an answer stands beside them."""
     beside = [
-        name for name, use in uses.items() if use == NOT_USED and _ANSWER.search(name) and _holds_text(rows, name)
+        name for name, use in uses.items() if use == NOT_USED and _ANSWER.fullmatch(name) and _is_text(rows, name)
     ]
-    pairs = [pair for pair in (("chosen", "rejected"), ("accepted", "rejected")) if {*pair} <= uses.keys()]
-    if not pairs or not beside:
+    if not beside or not {"chosen", "rejected"} <= uses.keys():
         return
-    values = [str(row[name]).strip().lower() for row in rows for name in pairs[0] if row.get(name) not in (None, "")]
-    if values and all(value in ("true", "false") or _is_number(value) for value in values):
+    values = [str(row[name]).strip().lower() for row in rows for name in ("chosen", "rejected")
+              if row.get(name) not in (None, "")]  # fmt: skip
+    if values and all(_VERDICT.fullmatch(value) for value in values):
         raise DataError(
-            f"{pairs[0][0]!r} and {pairs[0][1]!r} hold numbers or truth values, and {beside[0]!r} beside them is not"
-            " used",
+            f"'chosen' and 'rejected' hold numbers or truth values, and {beside[0]!r} beside them is not used",
             where=where,
             value=values[:4],
-            remedy="name the two answers with `dataset_columns: {theirs: chosen, theirs: rejected}`, or an answer and"
-            " its label with `dataset_columns: {theirs: completion, theirs: label}`",
+            remedy="name an answer and its label with `dataset_columns: {theirs: completion, chosen: label}`; if these"
+            " are the answers, leave the other column out (`dataset_columns: [prompt, chosen, rejected]`)",
         )
 
 
-def _holds_text(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return any(isinstance(row.get(name), str) and not _is_number(row[name]) for row in rows)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _is_text(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return any(isinstance(row.get(name), str) and " " in row[name].strip() for row in rows)
 
 
 def _refuse_no_prompt(
@@ -150,20 +151,23 @@ def _refuse_no_prompt(
     where: str,
 ) -> None:
     """Answers that share no beginning have their prompt in another column, if there is one of text."""
-    if spec is not IMPLICIT_PREFERENCE or not read or not all(_is_empty(row["prompt"]) for _, row in read):
+    prompts = [row["prompt"] for _, row in read if isinstance(row.get("prompt"), str)]
+    if spec is not IMPLICIT_PREFERENCE or not prompts or statistics.median(map(len, prompts)) > _SHARED_BY_CHANCE:
         return
     names = overlooked(spec, uses, rows)
     if names:
         raise DataError(
-            f"no column is called as a prompt is, and every prompt would be empty; the columns are {', '.join(uses)}",
+            "no column is called as a prompt is, and prompts would be empty, or a word that the answers share; the"
+            f" columns are {', '.join(uses)}",
             where=where,
             remedy=f"set `dataset_columns: {{{names[0]}: prompt}}` if that is the prompt; otherwise keep the columns of"
             " the answers alone (`dataset_columns: [chosen, rejected]`)",
         )
 
 
-def _refuse_trees(spec: FormatSpec, uses: Mapping[str, str], where: str) -> None:
-    if spec.name == "text" and {"parent_id", "role"} <= uses.keys():
+def _refuse_trees(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    roles = {str(row.get("role")).lower() for row in rows}
+    if spec.name == "text" and {"parent_id", "role"} <= uses.keys() and roles <= ROLE_NAMES.keys():
         raise DataError(
             "the rows are single messages of conversations (parent_id, role), and each would be learned on its own",
             where=where,
@@ -213,8 +217,8 @@ def _ranked_otherwise(row: Mapping[str, Any]) -> bool:
         return False
     if None in scores or None in ranks:
         return False
-    best = max(range(len(scores)), key=lambda n: scores[n] or 0.0)
-    return ranks[best] != min(rank or 0.0 for rank in ranks)
+    first = min(range(len(ranks)), key=lambda n: ranks[n] or 0.0)
+    return scores[first] != max(score or 0.0 for score in scores)
 
 
 def _of_prompts(
@@ -253,7 +257,8 @@ def _of_prompts(
 
 def _is_empty(prompt: Any) -> bool:
     if isinstance(prompt, str):
-        return not prompt.strip()
+        # What tables of texts write where there is nothing.
+        return prompt.strip().lower() in ("", "nan", "none", "null", "n/a", "#n/a", "-")
     return not any(text.strip() for text in texts_of(prompt))
 
 
@@ -272,7 +277,7 @@ def _of_texts(read: Sequence[tuple[Mapping[str, Any], Row]]) -> list[str]:
     """What prompts and answers hold that the model would not be shown so in use."""
     found = []
     marked, twice, repeated, empty, tools = 0, 0, 0, 0, 0
-    held: dict[str, None] = {}
+    held: Counter[str] = Counter()
     for raw, row in read:
         sides = [row[name] for name in ("prompt", "chosen", "rejected", "completion", "messages") if name in row]
         texts = [text for side in sides for text in texts_of(side)]
@@ -285,9 +290,9 @@ def _of_texts(read: Sequence[tuple[Mapping[str, Any], Row]]) -> list[str]:
             for side in sides if isinstance(side, list) for turn in side
         )  # fmt: skip
         tools += not chat and decoded_or_same(raw.get("tools")) not in (None, "", [], "[]")
-        held |= {mark: None for mark in _PLACEHOLDERS if any(mark in text for text in texts)}
+        held.update(mark for mark in _PLACEHOLDERS if any(mark in text for text in texts))
     of = f"of the first {len(read)} rows"
-    if marked:
+    if 2 * marked > len(read):
         found.append(
             f"{marked} {of} hold marks of a chat template ({', '.join(_marks_in(read))}), and the model's own is"
             " applied once more; leave the marks out, or give prompt and answers as text in the columns prompt, chosen,"
@@ -304,9 +309,10 @@ def _of_texts(read: Sequence[tuple[Mapping[str, Any], Row]]) -> list[str]:
         found.append(f"an answer within {empty} {of} is empty")
     if tools:
         found.append(f"the tools of {tools} {of} are not used: prompt and answers are text; give them as messages")
-    if held:
+    often = [mark for mark, count in held.items() if 2 * count > len(read)]
+    if often:
         found.append(
-            f"{', '.join(held)} in the text stands for something that the model is not given; it reads the mark"
+            f"{', '.join(often)} in the text stands for something that the model is not given; it reads the mark"
         )
     return found
 
@@ -327,11 +333,12 @@ def _asks_twice(row: Row) -> bool:
 def _repeats_question(row: Row) -> bool:
     """Whether answers of messages hold the question again, at their beginning or within a template."""
     turns = row.get("prompt")
-    if not isinstance(turns, list) or turns[-1].get("role") != "user":
+    if not isinstance(turns, list) or not turns or turns[-1].get("role") != "user":
         return False
     asked = "".join(texts_of(turns[-1].get("content"))).strip()
     answers = [row[name] for name in ("chosen", "rejected", "completion") if isinstance(row.get(name), list)]
     said = ["".join(texts_of(answer[0].get("content"))) for answer in answers if answer]
-    return (
-        bool(asked) and bool(said) and all(text.lstrip().startswith(asked) and text.strip() != asked for text in said)
-    )
+    # An answer may well begin with a short greeting, or go on with a sentence.
+    ends = ("\n", "\r") if len(asked) < 40 else ("\n", "\r", " ")
+    rests = [text.lstrip()[len(asked) :] for text in said if text.lstrip().startswith(asked)]
+    return bool(asked) and bool(said) and len(rests) == len(said) and all(rest.startswith(ends) for rest in rests)

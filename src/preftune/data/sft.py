@@ -329,6 +329,9 @@ def _of_labels(stages: Stages) -> list[str]:
     name = label_column(columns, example)
     if name is None or stages.columns.get(name) != NOT_USED:
         return []
+    if name == "label" and not isinstance(example[name], bool) and str(example[name]).strip().isdigit():
+        # A number of this name is the class of a text as often as a judgement of an answer.
+        return []
     return [
         f"the column {name!r} marks answers as desirable or not, and those that are not are learned as well, as in TRL;"
         " leave them out, or learn from both with `preftune kto`"

@@ -64,8 +64,7 @@ class Stages:
             DataError: No rows, or not a data set.
         """
         loaded = load_report(dataset)
-        rows, notes = batches.materialise(dataset, name)
-        rows = with_class_names(rows)
+        rows, notes = batches.materialise(with_class_names(dataset), name)
         before = [*loaded.notes, *notes] if loaded else notes
         return cls(rows, options, name, loaded, before, len(rows), first=loaded.first if loaded else "")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from preftune.data.formats import NOT_USED, FormatSpec, decoded_or_same, texts_of
 from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
-from preftune.data.formats.turns import is_messages
+from preftune.data.formats.turns import ROLE_KEYS, ROLE_NAMES, is_messages
 
 #: Names of columns that hold a part of a conversation, or of what is asked.
 _TELLING = frozenset(
@@ -25,28 +25,25 @@ _TELLING = frozenset(
             "input",
         ),
         *("context", "messages", "conversation", "conversations", "dialogue", "tools", "functions", "documents"),
-        *("document", "passage", "passages", "article", "paragraph", "story", "background", "facts", "schema", "code"),
-        *("choices", "options", "persona", "character", "profile", "thinking", "reasoning", "output", "response"),
+        *("document", "passage", "passages", "article", "paragraph", "background", "facts", "choices", "options"),
+        *("persona", "character", "sys_prompt", "initial_reason_steps", "starter_code", "retrieved_docs"),
     ]
 )
-#: A prompt or a step under another name, and a further answer beside those that are compared.
-_TELLING_TOO = re.compile(
-    r".*_prompt|prompt_.*|sys_.*|.*_steps|(?:response|answer|completion|output|candidate)_?(?:\d|[a-z])|.*_question"
-)
-#: Columns of long text that are about the answers, and no part of what is asked.
+#: Of supervised examples, what the answer would be without.
+_OF_EXAMPLES = frozenset(["thinking", "reasoning", "output", "response", "completion"])
+#: Columns that are about the answers or the row, and no part of what is asked.
 _ABOUT = re.compile(
-    r"feedback|critique|rationale|reason|expla|comment|justif|annot|note|judg|review|evaluat|principle|meta|url|path"
-    r"|source|html|model|respon|answer|complet|output|generat|candidate|chosen|rejected|raw|log|trace|hash|id$|license"
+    r"feedback|critique|rationale|reason|expla|comment|justif|annot|note|log|judg|review|eval|principle|meta|url|path"
+    r"|source|html|model|respon|answer|complet|output|generat|candidate|chosen|rejected|raw|original|trace|hash|_?id$"
+    r"|license|categor|topic|type|label|score|rating|date|time|lang|name|author|tag|split|truth|solution|rubric|test"
 )
-#: Text of this length, other in every row, was written for the row.
-_LONG = 120
 
 
 def overlooked(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Columns that nothing reads although they hold a part of the conversation that no other column has.
 
     Args:
-        spec: Format of the rows. Where no column is the prompt, any text may be.
+        spec: Format of the rows. Where no column is the prompt, or all prompts are one text, any text may be a part.
         uses: What is done with every column.
         rows: The first rows as they were found.
 
@@ -56,22 +53,50 @@ def overlooked(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping
     used = [name for name, use in uses.items() if use != NOT_USED]
     said = ["\n".join(text for name in used for text in texts_of(row.get(name))) for row in rows]
     without = spec is IMPLICIT_PREFERENCE and any(isinstance(row.get("chosen"), str) for row in rows)
+    asks_alike = _asks_alike(uses, rows)
+    names = _TELLING | _OF_EXAMPLES if spec.kind == "sft" else _TELLING
     found = []
-    for name, use in uses.items():
-        # Of a pair, supervised fine-tuning leaves the other answer out on purpose.
-        if use != NOT_USED or "rejected" in name:
-            continue
+    for name in (name for name, use in uses.items() if use == NOT_USED):
         new = [_new_text(row.get(name), others) for row, others in zip(rows, said, strict=True)]
         held = [text for text in new if text]
         plain = name.lower().strip()
-        telling = plain in _TELLING or _TELLING_TOO.fullmatch(plain) is not None
-        telling = telling or any(is_messages(decoded_or_same(row.get(name))) for row in rows)
+        prose = 2 * sum(map(_is_prose, held)) > len(held)
         # A source or a model that many rows share asks nothing.
         varied = len(held) < 4 or len(set(held)) > len(held) // 2
-        telling = telling or (without and varied and any(map(_is_prose, held)))
-        if held and (telling or _is_written(plain, held, len(rows))):
+        telling = plain in names and (prose or _is_tools(plain, rows[0].get(name)))
+        telling = telling or any(_is_conversation(row.get(name)) for row in rows)
+        telling = telling or (without and varied and prose)
+        telling = telling or (asks_alike and varied and len(held) > 2 and _ABOUT.search(plain) is None)
+        # Of a pair, supervised fine-tuning leaves the other answer out on purpose.
+        if held and telling and "rejected" not in name:
             found.append(name)
     return found
+
+
+def _asks_alike(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all prompts are one text, or have places that something is to be put into."""
+    names = [name for name, use in uses.items() if use in ("the prompt", "the user turn") and name != "input"]
+    asked = [row[name] for row in rows for name in names if isinstance(row.get(name), str)]
+    if len(asked) < 3:
+        return False
+    return len(set(asked)) == 1 or all(_PLACE.search(text) for text in asked)
+
+
+#: A place in a prompt that another column fills.
+_PLACE = re.compile(r"\{\{? ?\w+ ?\}?\}")
+
+
+def _is_tools(name: str, value: Any) -> bool:
+    return name in ("tools", "functions") and bool(decoded_or_same(value))
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is turns of the user and the model, and not what others said about them."""
+    turns = decoded_or_same(value)
+    if not is_messages(turns):
+        return False
+    roles = [str(next((turn[key] for key in ROLE_KEYS if key in turn), "")).lower() for turn in turns]
+    return all(role in ROLE_NAMES for role in roles)
 
 
 def _new_text(value: Any, others: str) -> str:
@@ -83,9 +108,3 @@ def _new_text(value: Any, others: str) -> str:
 def _is_prose(text: str) -> bool:
     """Several words, or letters of a script that is written without spaces."""
     return " " in text.strip() or any(ord(char) > 0x2E80 and char.isalpha() for char in text)
-
-
-def _is_written(name: str, texts: Sequence[str], num_rows: int) -> bool:
-    """Whether a column holds long texts that differ from row to row, and not notes about the answers."""
-    long = [text for text in texts if len(text) >= _LONG and " " in text]
-    return 2 * len(long) > num_rows and len(set(long)) > len(long) // 2 and _ABOUT.search(name) is None

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from preftune.data import DataOptions, batches, locations
 from preftune.data.convert import canonical_rows, convert_row
-from preftune.data.formats import FORMATS, resolve
+from preftune.data.first_rows import look
+from preftune.data.formats import FORMATS, column_uses, resolve
 from preftune.data.preference import PAIR_COLUMNS, PairWorker, TokenisedWorker
 from preftune.data.rows import NEUTRAL, BadRowHandler, left_out
 from preftune.data.tables import RawTable
@@ -170,13 +171,15 @@ def prepare_pairs(
         )
     handler = BadRowHandler(options.on_bad_rows, options.quarantine_path)
     notes: list[str] = []
+    shown: list[str] = []
     worker: PairWorker | TokenisedWorker
     rows: list[dict[str, Any]]
     if all(name in columns for name in PAIR_COLUMNS[:3]):
         worker = TokenisedWorker(options, table.name)
         rows = [dict(row) | {_SOURCE: row.get(source_column)} for _, row in table]
     else:
-        spec = resolve(options.dataset_format, columns, table.example(), where=table.name)
+        first = table.first()
+        spec = resolve(options.dataset_format, columns, table.example(first), where=table.name)
         if spec.kind == "sft":
             raise DataError(
                 f"an evaluation needs chosen and rejected answers, and this is SFT data ({spec.name})",
@@ -184,6 +187,7 @@ def prepare_pairs(
                 value=columns,
                 remedy="rename columns with dataset_columns: {theirs: ours}",
             )
+        shown = look(spec, column_uses(spec, columns), first, table.name)
         chosen_column = source_column or _guess_source(table, columns)
         if spec.kind in ("unpaired", "rated"):
             rows, notes = canonical_rows(table, spec, handler, pairing)
@@ -211,7 +215,7 @@ def prepare_pairs(
         worker = PairWorker(tokenizer, options, FORMATS["preference"], table.name)
     found = _run(worker, rows, table.name, source_column)
     found.num_rows = len(table)
-    found.notes = notes + found.notes
+    found.notes = [*shown, *notes, *found.notes]
     lost = left_out(handler.counts, options.on_bad_rows)
     found.dropped = dict(Counter(found.dropped) + Counter(lost))
     num_lost = sum(count for reason, count in found.dropped.items() if reason not in NEUTRAL)

@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from transformers.trainer_utils import seed_worker
 
 from preftune.data import DataOptions, PrepareReport
+from preftune.data.arrow import with_class_names
 from preftune.data.loader import load_report
 from preftune.data.script_words import told_in_python
 from preftune.errors import DataError, TrainingError
@@ -69,6 +70,7 @@ class TaskFeeding(Trainer):
         def prepare(rows: Any) -> Any:
             return self._prepared(rows, tokenizer, "train")
 
+        dataset = with_class_names(dataset)
         if is_read_late(dataset, args, self.task):
             return read_late(dataset, args, self.task, prepare)
         return prepared_train(dataset, args, prepare)

@@ -60,8 +60,8 @@ def convert_preference(row: Mapping[str, Any]) -> Row:
                 f"'output' holds two answers, and {verdict!r} beside it may say which is better",
                 where=f"field {verdict!r}",
                 value=row[verdict],
-                remedy="name the answers (`dataset_columns: {output.0: response_1, output.1: response_2}`), or leave"
-                " the column out if the first answer is the better one",
+                remedy="write the answers into columns `chosen` and `rejected`, or leave the column out if the first"
+                " answer is the better one",
             )
         row = {**row, "chosen": row["output"][0], "rejected": row["output"][1]}
     answers = {name: answer(need_text_or_messages(row, name)) for name in ("chosen", "rejected")}

@@ -145,14 +145,16 @@ def need_number(value: Any, field: str) -> float:
     return number
 
 
-#: A rating as people write it: 4,5 or 4.5; 8/10; 90%; 5 stars.
-_RATING = re.compile(r"\s*(-?\d+(?:[.,]\d+)?)\s*(?:/\s*\d+|%|stars?|points?)?\s*", re.IGNORECASE)
+#: A rating as people write it: 4,5 or 4.5; 8/10; 90%; 5 stars. A comma before three digits may stand between thousands.
+_RATING = re.compile(r"\s*(-?\d+(?:\.\d+|,\d{1,2})?)\s*(?:/\s*([1-9]\d*)|%|stars?|points?)?\s*", re.IGNORECASE)
 
 
 def need_score(value: Any, field: str) -> float:
     """A rating as a finite float, however it is written; ratings of one file are on one scale."""
     written = _RATING.fullmatch(value) if isinstance(value, str) else None
-    return need_number(value if written is None else written[1].replace(",", "."), field)
+    if written is None:
+        return need_number(value, field)
+    return need_number(written[1].replace(",", "."), field) / float(written[2] or 1)
 
 
 def not_text(field: str, value: Any) -> BadRow:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
-from preftune.data.formats.openings import opened, prompted
+from preftune.data.formats.openings import opened, prompted, shared_turns
 from preftune.data.formats.turns import need_text_or_messages
 
 #: Names of two whole conversations, in the order in which they are looked for.
@@ -35,10 +35,6 @@ def split_index(chosen: Any, rejected: Any) -> int:
     return index - 1 if chosen[index - 1] == " " else index
 
 
-def _said(turn: Any) -> tuple[Any, ...]:
-    return turn.get("role"), turn.get("content"), turn.get("tool_calls")
-
-
 def convert(row: Mapping[str, Any]) -> Row:
     """Split the shared beginning off both answers, exactly where TRL does."""
     names = _names(row) or ANSWERS[0]
@@ -52,9 +48,9 @@ def convert(row: Mapping[str, Any]) -> Row:
         raise BadRow(
             "mixed_types", names[1], "one answer is text and the other messages", remedy="use one form for both"
         )
-    if not isinstance(chosen, str):
+    if not isinstance(chosen, str) and not isinstance(rejected, str):
         # Two turns are one if they say the same, whatever else is noted about them.
-        index = split_index(*([_said(turn) for turn in side] for side in (chosen, rejected)))
+        index = shared_turns(chosen, rejected)
         return {"prompt": opened(row, chosen[:index]), "chosen": chosen[index:], "rejected": rejected[index:]} | extras(
             row
         )

@@ -8,7 +8,7 @@ from typing import Any
 from preftune.data.formats.alpaca import INSTRUCTION_USES
 from preftune.data.formats.base import EXTRA_USES, FormatSpec, Row, extras
 from preftune.data.formats.openings import answer, questioned
-from preftune.data.formats.question_answer import ANSWERS, QUESTIONS, names
+from preftune.data.formats.question_answer import ANSWERS, QUESTIONS, names, whole_answer
 from preftune.data.formats.turns import need_text_or_messages
 from preftune.data.formats.unpaired import LABEL_USES, LABELS, label_column, label_of
 
@@ -27,6 +27,7 @@ def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
 def convert(row: Mapping[str, Any]) -> Row:
     """The question is the user turn, below an optional system turn and history."""
     question, given = _names(row) or ("instruction", "output")
+    given = whole_answer(row, given)
     completion = answer(need_text_or_messages(row, given))
     return {"prompt": questioned(row, question), "completion": completion, "label": label_of(row), **extras(row)}
 
@@ -45,5 +46,5 @@ LABELLED_ALPACA = FormatSpec(
         **LABEL_USES,
         **EXTRA_USES,
     },
-    either=(tuple(name for name in QUESTIONS if name != "input"), ANSWERS, LABELS),
+    either=(tuple(name for name in QUESTIONS if name != "input"), ANSWERS[:2], LABELS),
 )

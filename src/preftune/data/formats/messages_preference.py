@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
-from preftune.data.formats.openings import answer, last_answer, opened, prompted, unanswered
+from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, extras, has
+from preftune.data.formats.openings import answer, last_answer, opened, prompted, shared_turns, unanswered
 from preftune.data.formats.turns import is_messages, message, need_messages, need_text_or_messages
 
 REJECTED = ("rejected_response", "rejected_messages", "rejected")
@@ -39,7 +39,7 @@ def convert(row: Mapping[str, Any]) -> Row:
         row = {**row, field: given[0]}
     if field == "rejected_messages" or (is_messages(given) and message(given[0], field)["role"] != "assistant"):
         other = opened(row, need_messages(row, field))
-        shared = min(common_prefix(messages, other), len(messages) - 1, len(other) - 1)
+        shared = shared_turns(messages, other)
         if not shared:
             raise BadRow(
                 "no_shared_prompt",

@@ -216,6 +216,15 @@ def _spoken(turns: list[Message]) -> list[tuple[str, str]]:
     return [_said(turn) for turn in turns if turn.get("role") != "system"]
 
 
+def shared_turns(first: list[Message], second: list[Message]) -> int:
+    """How many turns two conversations begin with in common, whatever else is noted about a turn.
+
+    The last turn of each is an answer, and shared by none.
+    """
+    several = [[(*_said(turn), repr(turn.get("tool_calls"))) for turn in turns] for turns in (first, second)]
+    return min(common_prefix(*several), len(first) - 1, len(second) - 1)
+
+
 def unanswered(turns: list[Message], field: str, *answers: list[Message]) -> list[Message]:
     """A prompt that ends with one of its own answers, without it.
 

@@ -2,136 +2,168 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats import named_pair, two_answers
-from preftune.data.formats.base import BELOW_USES, EXTRA_USES, OPENING_USES, BadRow, FormatSpec, Row
+from preftune.data.formats import two_answers
+from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatSpec, Row
+from preftune.data.formats.named_pair import QUESTIONS
 from preftune.data.formats.ranked import RESPONSES
+from preftune.data.formats.turns import parsed
 from preftune.errors import DataError
 
 #: Columns that name the better and the worse answer, in the order in which they are looked for.
 POINTERS = (("chosen", "rejected"), ("preferred", "dispreferred"), ("accepted", "rejected"))
-#: Endings of columns that hold the texts where ``chosen`` and ``rejected`` hold names of models, or scores.
-_ENDINGS = ("response", "text", "answer", "completion", "output")
-_IDS = ("id", "response_id", "answer_id", "name", "model", "model_name")
-_TEXTS = ("text", "response", "answer", "content", "completion")
-#: No name of an answer is longer.
-_LONGEST = 60
+#: Columns that hold the texts where the pointers hold names of models, letters or scores.
+_TEXT_WORDS = ("response", "text", "answer", "completion", "output", "content")
+#: A name of a column, a model or an answer; no answer of several words.
+_NAME = re.compile(r"[\w.:@/-]{1,60}")
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?|true|false|[a-zA-Z]", re.IGNORECASE)
+#: One of several answers, by its letter or number.
+_ENDED = re.compile(r"(?:response|answer|completion|output|candidate|reply)[_ ]?([a-zA-Z]|\d)")
+_IDS = ("id", "response_id", "answer_id", "name", "model", "model_name", "generator")
+_TEXTS = ("text", "response", "answer", "content", "completion", "output")
 
 
 def _pointers(columns: Collection[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The two columns that may name answers: words, numbers or truth values."""
+    """The two columns whose values may be names."""
     for pair in POINTERS:
-        if pair[0] in columns and pair[1] in columns and all(_is_short(row.get(name)) for name in pair):
+        if pair[0] in columns and pair[1] in columns and all(_NAME.fullmatch(_word(row.get(one))) for one in pair):
             return pair
     return None
 
 
-def _is_short(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, str) and 0 < len(value) <= _LONGEST)
+def _word(value: Any) -> str:
+    return str(value).strip() if isinstance(value, str | int | float) else ""
 
 
-def _named_texts(columns: Collection[str], row: Mapping[str, Any], pointers: tuple[str, str]) -> tuple[str, str] | None:
-    """Columns such as ``chosen_response`` and ``rejected_response``, whose texts are not those of the pointers."""
-    for ending in _ENDINGS:
-        pair = (f"{pointers[0]}_{ending}", f"{pointers[1]}_{ending}")
-        texts = [row.get(name) for name in pair]
-        if pair[0] in columns and all(isinstance(text, str) and text for text in texts):
-            said = [str(row[name]).strip() for name in pointers]
-            if not any(str(text).strip() in one or one in str(text) for text, one in zip(texts, said, strict=True)):
-                return pair
+def _text_columns(columns: Collection[str], pointers: tuple[str, str]) -> tuple[str, str] | None:
+    """Columns such as ``chosen_response`` and ``rejected_response``."""
+    better, worse = pointers
+    names = [(f"{better}_{word}", f"{worse}_{word}") for word in _TEXT_WORDS]
+    names += [(f"{word}_{better}", f"{word}_{worse}") for word in _TEXT_WORDS]
+    return next((pair for pair in names if pair[0] in columns and pair[1] in columns), None)
+
+
+def _are_about(row: Mapping[str, Any], pointers: tuple[str, str], texts: tuple[str, str]) -> bool:
+    """Whether the pointers of a row are about the texts, and no answers with a longer form beside them."""
+    pairs = [(_word(row.get(name)), row.get(text)) for name, text in zip(pointers, texts, strict=True)]
+    if not all(isinstance(text, str) and text.strip() for _, text in pairs):
+        return False
+    if all(_NUMBER.fullmatch(name) for name, _ in pairs):
+        return True
+    return all(len(str(text)) > len(name) and name not in str(text) for name, text in pairs)
+
+
+def _pair(columns: Collection[str]) -> tuple[str, str] | None:
+    """Two answers, where there is no third: of more, letters may be the choices of a question."""
+    for first, second in two_answers.ANSWERS:
+        if first in columns and second in columns:
+            third = second[:-1] + chr(ord(second[-1]) + 1)
+            return None if third in columns else (first, second)
     return None
 
 
-def _answers(columns: Collection[str]) -> tuple[str, str] | None:
-    return next((pair for pair in two_answers.ANSWERS if pair[0] in columns and pair[1] in columns), None)
-
-
-def _points(row: Mapping[str, Any], pointers: tuple[str, str], pair: tuple[str, str]) -> float:
-    """Above 0 where the first of two answers is named as the better one.
+def _better(row: Mapping[str, Any], pointers: tuple[str, str], pair: tuple[str, str]) -> str:
+    """The column of the better answer.
 
     Raises:
-        BadRow: The columns do not name one answer each.
+        BadRow: The pointers do not name one answer each.
         DataError: They count in a way that leaves two readings.
     """
-    texts = [str(row.get(name)).strip() for name in pair]
-    gaps = []
-    for name in pointers:
-        said = str(row.get(name)).strip()
-        # The whole answer once more names it too.
-        gap = 1.0 if said == texts[0] else -1.0 if said == texts[1] else two_answers.named(row, name, pair)
-        gaps.append(gap)
+    gaps = [two_answers.named(row, name, pair) for name in pointers]
     if gaps[0] * gaps[1] >= 0:
-        what = f"{pointers[0]!r} and {pointers[1]!r} do not name one answer each"
-        values = [row.get(name) for name in pointers]
-        raise BadRow("not_a_label", pointers[0], what, value=values, remedy="name the better and the other answer")
-    return gaps[0]
+        raise _names_none(row, pointers)
+    return pair[0] if gaps[0] > 0 else pair[1]
 
 
-def _listed(columns: Collection[str], row: Mapping[str, Any]) -> str | None:
-    """A column of answers that have names."""
-    for name in RESPONSES:
-        items = row.get(name) if name in columns else None
-        if isinstance(items, list) and items and all(isinstance(item, Mapping) for item in items):
-            return name
-    return None
+def _names_none(row: Mapping[str, Any], pointers: tuple[str, str]) -> BadRow:
+    what = f"{pointers[0]!r} and {pointers[1]!r} do not name one answer each"
+    values = [row.get(name) for name in pointers]
+    return BadRow("not_a_label", pointers[0], what, value=values, remedy="name the better and the other answer")
 
 
-def _texts_by_name(items: Any) -> dict[str, Any]:
+def _texts_by_name(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Answers of a row by the name that each has: an id or model in a list, a key, or their own column."""
     out: dict[str, Any] = {}
-    for item in items if isinstance(items, list) else []:
-        text = next((item[key] for key in _TEXTS if key in item), None) if isinstance(item, Mapping) else None
-        out |= {str(item[key]): text for key in _IDS if text is not None and item.get(key) is not None}
-    return out
+    for name in RESPONSES:
+        items = row.get(name)
+        items = parsed(items) if isinstance(items, str) and items.lstrip()[:1] in ("[", "{") else items
+        if isinstance(items, Mapping):
+            out |= {str(key): text for key, text in items.items() if isinstance(text, str)}
+        for item in items if isinstance(items, list) else []:
+            text = next((item[key] for key in _TEXTS if key in item), None) if isinstance(item, Mapping) else None
+            out |= {str(item[key]): text for key in _IDS if text is not None and item.get(key) is not None}
+    if out:
+        return out
+    columns = {key: value for key, value in row.items() if isinstance(value, str | list) and value}
+    endings = {found[1].lower(): columns[key] for key in columns if (found := _ENDED.fullmatch(key))}
+    # One letter alone may be a choice of the question, and is what is to be answered then.
+    return {key: value for key, value in (endings | columns).items() if len(key) > 1 or key in endings}
 
 
-def _resolved(columns: Collection[str], row: Mapping[str, Any]) -> Row | None:
-    """The row with a question and its two answers under names that are known; ``None`` where nothing is pointed at.
+def _resolved(columns: Collection[str], row: Mapping[str, Any], *, sure: bool) -> Row | None:
+    """The row as one of another format, with the answers in place of their names; ``None`` where nothing is named.
+
+    Args:
+        columns: Names of the columns.
+        row: The row.
+        sure: The file is known to be of this format.
 
     Raises:
-        BadRow: See :func:`_points`.
+        BadRow: Names of no answer.
     """
     pointers = _pointers(columns, row)
-    if pointers is None or not any(name in columns for name in named_pair.QUESTIONS):
+    if pointers is None:
         return None
     rest = {key: value for key, value in row.items() if key not in pointers}
-    texts = _named_texts(columns, row, pointers)
+    texts = _text_columns(columns, pointers)
     if texts is not None:
-        return {**rest, "chosen": row[texts[0]], "rejected": row[texts[1]]}
-    pair = _answers(columns)
+        found = sure or _are_about(row, pointers, texts)
+        return {**rest, "chosen": row[texts[0]], "rejected": row[texts[1]]} if found else None
+    pair = _pair(columns)
     if pair is not None:
-        better, worse = pair if _points(row, pointers, pair) > 0 else pair[::-1]
+        better = _better(row, pointers, pair)
+        without = {key: value for key, value in rest.items() if key not in two_answers.WINNERS}
+        voted = {**without, "winner": better}
+        if two_answers.detect(voted, voted):
+            return voted
+        worse = pair[1] if better == pair[0] else pair[0]
         return {**rest, "chosen": row[better], "rejected": row[worse]}
-    listed = _listed(columns, row)
-    if listed is not None:
-        by_name = _texts_by_name(row[listed])
-        found = [by_name.get(str(row[name])) for name in pointers]
-        if None not in found:
-            return {**rest, "chosen": found[0], "rejected": found[1]}
-        what = f"{pointers[0]!r} and {pointers[1]!r} name no answers of {listed!r}"
-        values = [row[name] for name in pointers]
-        raise BadRow("not_a_label", pointers[0], what, value=values, remedy=f"use the names {', '.join(by_name)}")
-    return None
+    by_name = _texts_by_name(rest)
+    answers = [by_name.get(_word(row[name])) for name in pointers]
+    if None in answers:
+        if sure:
+            raise _names_none(row, pointers)
+        return None
+    return {**rest, "chosen": answers[0], "rejected": answers[1]}
 
 
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
-    """Two short values that name answers which stand elsewhere in the row."""
+    """Two words that name answers which stand elsewhere in the row."""
     try:
-        return _resolved(columns, row) is not None
+        found = _resolved(columns, row, sure=False)
     except (BadRow, DataError):
         return False
+    return found is not None and _other(found) is not None
+
+
+def _other(row: Mapping[str, Any]) -> FormatSpec | None:
+    from preftune.data.formats import detect as recognise
+
+    other = recognise(list(row), row)
+    return other if other is not None and other.kind == "preference" and other is not POINTED else None
 
 
 def convert(row: Mapping[str, Any]) -> Row:
-    """As a question and two answers, after the answers were looked up."""
-    found = _resolved(row, row)
-    if found is None:
-        pointers = POINTERS[0]
-        what = f"{pointers[0]!r} and {pointers[1]!r} name no answers"
-        values = [row.get(name) for name in pointers]
-        raise BadRow("not_a_label", pointers[0], what, value=values, remedy="name the better and the other answer")
-    return named_pair.convert(found)
+    """As the format that the row has once the answers are looked up."""
+    pointers = next((pair for pair in POINTERS if pair[0] in row and pair[1] in row), POINTERS[0])
+    found = _resolved(row, row, sure=True)
+    other = None if found is None else _other(found)
+    if found is None or other is None:
+        raise _names_none(row, pointers)
+    return other.convert(found)
 
 
 POINTED = FormatSpec(
@@ -143,18 +175,16 @@ POINTED = FormatSpec(
     summary="two answers in columns of their own, and chosen and rejected that name them (a column, model, id or"
     " number)",
     uses={
-        **BELOW_USES,
-        **dict.fromkeys(named_pair.QUESTIONS, "the prompt"),
+        **dict.fromkeys((*QUESTIONS, "messages", "conversations"), "the prompt"),
         **dict.fromkeys((name for pair in POINTERS for name in pair), "which answer is better"),
         **dict.fromkeys((name for pair in two_answers.ANSWERS for name in pair), "one of the two answers"),
-        **dict.fromkeys((f"{name}_{end}" for name in ("chosen", "preferred", "accepted") for end in _ENDINGS),
-                        "the preferred answer"),
-        **dict.fromkeys((f"{name}_{end}" for name in ("rejected", "dispreferred") for end in _ENDINGS),
-                        "the other answer"),
+        **{f"{name}_{word}": "the preferred answer" for name, _ in POINTERS for word in _TEXT_WORDS},
+        **{f"{word}_{name}": "the preferred answer" for name, _ in POINTERS for word in _TEXT_WORDS},
+        **{f"{name}_{word}": "the other answer" for _, name in POINTERS for word in _TEXT_WORDS},
+        **{f"{word}_{name}": "the other answer" for _, name in POINTERS for word in _TEXT_WORDS},
         **dict.fromkeys(RESPONSES, "the answers, by name"),
         **dict.fromkeys(("model_a", "model_b"), "which answer one named so gave"),
         **OPENING_USES,
         **EXTRA_USES,
     },
-    either=(tuple(name for name in named_pair.QUESTIONS if name not in BELOW_USES),),
-)  # fmt: skip
+)

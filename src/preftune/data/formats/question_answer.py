@@ -10,8 +10,9 @@ from preftune.data.formats.openings import answer, questioned
 from preftune.data.formats.turns import need_text_or_messages
 
 QUESTIONS = ("prompt", "question", "query", "instruction", "input", "problem")
-#: The first that is there; a column ``answer`` beside another is the short result of it.
+#: The first that is there; of the last three, one is often the short result of another.
 ANSWERS = ("response", "completion", "output", "solution", "answer")
+_EITHER = ANSWERS[2:]
 
 
 def names(columns: Collection[str]) -> tuple[str, str] | None:
@@ -19,6 +20,12 @@ def names(columns: Collection[str]) -> tuple[str, str] | None:
     question = next((name for name in QUESTIONS if name in columns), None)
     found = next((name for name in ANSWERS if name in columns), None)
     return None if question is None or found is None else (question, found)
+
+
+def whole_answer(row: Mapping[str, Any], found: str) -> str:
+    """The column of the whole answer, where its short result stands beside it: the longer text."""
+    texts = [name for name in _EITHER if isinstance(row.get(name), str)]
+    return max(texts, key=lambda name: len(row[name])) if found in texts else found
 
 
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
@@ -34,6 +41,7 @@ def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
 def convert(row: Mapping[str, Any]) -> Row:
     """The question is the user turn, below an optional system turn and history; the answer the assistant's."""
     question, given = names(row) or ("question", "answer")
+    given = whole_answer(row, given)
     return {
         "prompt": questioned(row, question),
         "completion": answer(need_text_or_messages(row, given)),
@@ -53,8 +61,9 @@ QUESTION_ANSWER = FormatSpec(
         **BELOW_USES,
         **dict.fromkeys(QUESTIONS, "the user turn"),
         **dict.fromkeys(ANSWERS, "the answer"),
+        **dict.fromkeys(_EITHER, "the answer, or a short result of it: the longer text is learned"),
         **OPENING_USES,
         **TEMPLATE_USES,
     },
-    either=(tuple(name for name in QUESTIONS if name != "input"), ANSWERS),
+    either=(tuple(name for name in QUESTIONS if name != "input"), ANSWERS[:2]),
 )

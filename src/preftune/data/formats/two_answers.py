@@ -14,13 +14,12 @@ from preftune.data.formats.base import (
     FormatSpec,
     Message,
     Row,
-    common_prefix,
     need,
     need_number,
     need_score,
     template_extras,
 )
-from preftune.data.formats.openings import answer, asked, opened, prompted, question
+from preftune.data.formats.openings import answer, asked, opened, prompted, question, shared_turns
 from preftune.data.formats.turns import is_messages, need_messages, need_text_or_messages, parsed
 from preftune.errors import DataError
 
@@ -66,7 +65,8 @@ _ANSWER = re.compile(
 )
 
 
-def _pair(columns: Collection[str]) -> tuple[str, str] | None:
+def answers_of(columns: Collection[str]) -> tuple[str, str] | None:
+    """The columns of the two answers."""
     return next((pair for pair in ANSWERS if pair[0] in columns and pair[1] in columns), None)
 
 
@@ -77,7 +77,7 @@ def _has_verdict(columns: Collection[str]) -> bool:
 
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
     """Two answers beside something that says which is better."""
-    pair = _pair(columns)
+    pair = answers_of(columns)
     if pair is None or not _has_verdict(columns):
         return False
     return pair[0].startswith(_WHOLE) or any(name in columns for name in QUESTIONS)
@@ -85,7 +85,7 @@ def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
 
 def convert(row: Mapping[str, Any]) -> Row:
     """The better answer is chosen. A tie says nothing about which to prefer, so that the row is left out."""
-    first, second = pair = _pair(row) or ("response_a", "response_b")
+    first, second = pair = answers_of(row) or ("response_a", "response_b")
     gap = _verdict(row, pair)
     if not gap:
         raise BadRow("no_preference", "verdict", "a tie: neither answer is preferred", remedy="set on_bad_rows: skip")
@@ -108,7 +108,7 @@ def _question(row: Mapping[str, Any]) -> str:
 
 def _divided(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Message], list[Message], list[Message]]:
     chosen, rejected = (_judged(need_messages(row, name), row.get("turn")) for name in (better, worse))
-    shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    shared = shared_turns(chosen, rejected)
     if not shared:
         raise BadRow(
             "no_shared_prompt", worse, "the two conversations do not begin with the same turn", remedy="remove the row"
@@ -119,8 +119,9 @@ def _divided(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Mess
 def _judged(turns: list[Message], number: Any) -> list[Message]:
     """A conversation up to the answer that the vote is about, where the row has its number, as MT-bench's rows do."""
     ends = [place for place, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
-    one = isinstance(number, int) and not isinstance(number, bool) and 0 < number <= len(ends)
-    return turns[: ends[number - 1]] if one else turns
+    told = str(number).strip().removesuffix(".0")
+    one = told.isdigit() and 0 < int(told) <= len(ends)
+    return turns[: ends[int(told) - 1]] if one else turns
 
 
 def _asked(row: Mapping[str, Any], better: str, worse: str) -> tuple[list[Message], list[Message], list[Message]]:
@@ -168,10 +169,10 @@ def _verdict(row: Mapping[str, Any], pair: tuple[str, str]) -> float:
             try:
                 told = name, named(row, name, pair)
             except BadRow as bad:
-                if name not in _UNSURE:
-                    # Somebody looked at the row, and did not decide.
-                    raise
                 unreadable = unreadable or bad
+    # Somebody looked at the row, and did not decide.
+    if unreadable is not None and unreadable.field not in _UNSURE and (told is None or told[0] in _UNSURE):
+        raise unreadable
     if told is not None and told[0] not in _UNSURE:
         return told[1]
     numbers = _by_numbers(row)

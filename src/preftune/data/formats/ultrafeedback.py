@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, common_prefix, extras, has
-from preftune.data.formats.openings import opened
+from preftune.data.formats.base import OPENING_USES, PAIR_USES, BadRow, FormatSpec, Row, extras, has
+from preftune.data.formats.openings import opened, shared_turns
 from preftune.data.formats.turns import is_messages, need_messages
 
 
@@ -25,7 +25,7 @@ def convert(row: Mapping[str, Any]) -> Row:
     The ``prompt`` column repeats the first user turn and is used only where the conversations do not hold it.
     """
     chosen, rejected = need_messages(row, "chosen"), need_messages(row, "rejected")
-    shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    shared = shared_turns(chosen, rejected)
     prompt = chosen[:shared]
     if all(turn["role"] == "system" for turn in prompt):
         text = row.get("prompt")

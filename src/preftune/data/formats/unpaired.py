@@ -13,13 +13,19 @@ from preftune.data.formats.turns import need_text_or_messages
 _YES = (
     *("true", "1", "1.0", "+1", "yes", "y", "t", "desirable", "chosen", "accepted", "thumbs_up", "thumbs up", "up"),
     *("like", "liked", "good", "positive", "pos", "correct", "right", "👍"),
+    *("helpful", "safe", "accept", "approved"),
 )
 _NO = (
     *("false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "undesirable", "rejected", "thumbs_down", "thumbs down"),
     *("down", "dislike", "disliked", "bad", "negative", "neg", "incorrect", "wrong", "👎"),
+    *("not_helpful", "unhelpful", "unsafe", "reject"),
 )
 #: Names of columns whose truth means that something is wrong, or nothing about the answer.
-_FAULTS = re.compile(r"toxic|harm|flag|redact|unsafe|bad|reject|spam|hate|offens|error|wrong|incorrect|fail|delet|hid")
+_FAULTS = re.compile(
+    r"toxic|harm|flag|redact|unsafe|bad|reject|spam|hate|offens|error|wrong|incorrect|fail|delet|hid|undes|unhelp|not_"
+    r"|dislik|downvot|violat|mislead|broken|bug|low_|halluc|fabric|false|nsfw|jailb|block|refus|issue|problem|trunc|dup"
+    r"|abus|bias|unsupp|ungr|irrel|poor|worse"
+)
 _LABELS = {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}
 #: Columns that say whether an answer is desirable, in the order in which they are looked for.
 LABELS = ("label", "kto_tag", "desirable")
