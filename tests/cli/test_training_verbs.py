@@ -166,7 +166,7 @@ def test_data_show_prepares_rows_as_each_verb_does(verb: str, shown: str, cli: C
 
 def test_data_show_goes_on_without_rows_that_cannot_be_shown(cli: Cli) -> None:
     rows = [
-        {"prompt": "the plot", "chosen": " was nice", "rejected": answer, "context": "aside"}
+        {"prompt": "the plot", "chosen": " was nice", "rejected": answer, "context": "an aside"}
         for answer in (" no", None)
     ]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

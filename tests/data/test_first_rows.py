@@ -234,6 +234,12 @@ def test_a_strength_that_is_never_below_0_is_told(tmp_path: Path) -> None:
         ({"question": "2 + 2", "answer": "4"}, "4"),
         ({"question": "2 + 2", "answer": "It is 4.", "solution": "4"}, "It is 4."),
         ({"question": "2 + 2", "answer": "print(2 + 2)", "output": "4"}, "print(2 + 2)"),
+        ({"question": "q", "answer": "print('x' * 20)", "output": "x" * 20}, "print('x' * 20)"),
+        (
+            {"question": "q", "answer": "It cannot be done, I am afraid.", "output": "error: no " * 9},
+            "It cannot be done, I am afraid.",
+        ),
+        ({"problem": "q", "solution": "print(1)", "output": "1 and 2 and 3"}, "print(1)"),
     ],
 )
 def test_the_whole_answer_is_learned_and_not_its_result(tmp_path: Path, row: dict[str, Any], answer: str) -> None:
@@ -351,13 +357,15 @@ def test_a_part_of_the_question_that_is_not_read_is_told(tmp_path: Path, row: di
     assert name in told(read(tmp_path, [row, row]))
 
 
-@pytest.mark.parametrize("prompt", ["Does it follow?", "Translate {text} into French.", "Sum up: {{ doc }}"])
+@pytest.mark.parametrize("prompt", ["Does it follow?", "Translate {premise} into French.", "Sum up: {{ premise }}"])
 def test_where_all_prompts_are_alike_the_question_is_elsewhere(tmp_path: Path, prompt: str) -> None:
     def rows(name: str) -> list[dict[str, Any]]:
         asks = f"{prompt} {{n}}" if "{" in prompt else prompt
-        return [{"prompt": asks, "chosen": "c", "rejected": "r", name: f"snow{n}"} for n in range(4)]
+        return [{"prompt": asks, "chosen": "c", "rejected": "r", name: f"snow fell {n}"} for n in range(4)]
 
     assert "premise" in told(read(tmp_path, rows("premise")))
+    if "{" not in prompt:
+        assert "review_text" in told(read(tmp_path, rows("review_text")))
     for name in ("critique", "annotator_notes", "model_rationale", "generations", "source_url", "prompt_id"):
         assert told(read(tmp_path, rows(name))) == ""
 
@@ -370,7 +378,8 @@ def test_where_all_prompts_are_alike_the_question_is_elsewhere(tmp_path: Path, p
         {"preference_statement": "The first is a little better, since it says more. " * 4, "num_steps": "3 steps"},
         {"annotators": [{"role": "expert", "text": "fine"}], "ground_truth": "It is a cat, as everybody can see. " * 5},
         {"response_3": "another one", "completion_c": "one more", "knowledge": "biology of cats", "intent": "to ask"},
-        {"url": "https://a.example/File:Map.png", "avatar": "a.jpg", "title": "report.gif"},
+        {"labelling_prompt": [{"role": "system", "content": "Judge."}, {"role": "user", "content": "This one."}]},
+        {"url": "https://a.example/File:Map.png", "author_photo": "b.png", "avatar": "a.jpg", "title": "report.gif"},
     ],
 )  # fmt: skip
 def test_ordinary_columns_are_no_finding(tmp_path: Path, more: dict[str, Any]) -> None:
@@ -626,3 +635,71 @@ def test_classes_of_a_stream_are_words_too() -> None:
 def test_labels_as_people_write_them(tmp_path: Path, words: tuple[str, str]) -> None:
     rows = [{"prompt": "p", "completion": f"c{n}", "label": word} for n, word in enumerate(words)]
     assert [row["label"] for row in read(tmp_path, rows, pairing="none")] == [True, False]
+
+
+def test_one_short_row_does_not_make_names_of_answers(tmp_path: Path) -> None:
+    def row(chosen: str, rejected: str) -> dict[str, Any]:
+        return {
+            "prompt": "List.",
+            "chosen": chosen,
+            "rejected": rejected,
+            "chosen_output": "a b",
+            "rejected_output": "not",
+        }
+
+    rows = [row("ls", "dir"), *(row(f"ls -la {n}", f"cat {n}") for n in range(20))]
+    data = read(tmp_path, rows, on_bad_rows="skip")
+    assert (len(data), data[1]["chosen"]) == (21, "ls -la 0")
+
+
+def test_words_that_differ_from_row_to_row_are_no_names(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Q", "chosen": f"City{n}", "rejected": f"Town{n}", "chosen_text": "It is a capital.",
+         "rejected_text": "Many people would say so, too."}
+        for n in range(8)
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="may both be the answers"):
+        read(tmp_path, rows)
+    path, wanted = str(tmp_path / "rows.jsonl"), ["question", "chosen", "rejected"]
+    assert said(load(path, columns=wanted)["train"][0]["chosen"]) == "City0"
+
+
+def test_letters_are_the_answers_to_a_question_that_lists_them(tmp_path: Path) -> None:
+    row = {"question": "Is it? A. yes B. no", "answer_a": "yes", "answer_b": "no", "chosen": "B", "rejected": "A"}
+    assert said(read(tmp_path, [row, row])[0]["chosen"]) == "B"
+
+
+def test_a_sorted_file_is_looked_through_for_its_votes(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "response_1": "a", "response_2": "b", "preference": int(n > 119)} for n in range(240)]
+    with pytest.raises(DataError, match="counts the answers from 0"):
+        read(tmp_path, rows, on_bad_rows="skip")
+    with pytest.raises(DataError, match="counts the answers from 0"):
+        prepared(prepare, Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("scores", [("4/5", "3"), ("90%", "0.95"), ("8/10", "7")])
+def test_ratings_in_two_notations_are_refused(tmp_path: Path, scores: tuple[str, str]) -> None:
+    rows = [{"prompt": "p", "response": f"r{score}", "score": score} for score in scores]
+    with pytest.raises(DataError, match="written in two ways"):
+        read(tmp_path, rows)
+
+
+def test_names_of_answers_do_not_hide_that_the_prompt_is_elsewhere(tmp_path: Path) -> None:
+    row = {"post": "What is it?", "response_a": "A cat.", "response_b": "Dogs.", "chosen": "response_a"}
+    with pytest.raises(DataError, match=r"dataset_columns: \{post: prompt\}"):
+        read(tmp_path, [{**row, "rejected": "response_b"}] * 3)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Show that $\\frac{a}{b}$ is 3.", "What is <Foo bar={x} /> {n}?", "Tell me a joke."]
+)
+def test_braces_and_equal_prompts_make_no_questions_of_notes(tmp_path: Path, prompt: str) -> None:
+    about = {"expected": "9 or so", "worker": "w 1", "created_at": "May 2", "repo": "a b", "user": "u 1", "key": "k 1"}
+    rows = [{"question": prompt, "chosen": f"c{n}", "rejected": "r", **{k: f"{v}{n}" for k, v in about.items()}}
+            for n in range(6)]  # fmt: skip
+    assert told(read(tmp_path, rows)) == ""
+
+
+def test_na_may_be_sodium(tmp_path: Path) -> None:
+    row = {"instruction": "Name the element.", "input": "Na", "output": "Sodium"}
+    assert said(read(tmp_path, [row, row], for_sft=True)[0]["prompt"]) == "Name the element.\nNa"

@@ -8,47 +8,43 @@ it is worth refusing every row for. So the first hundred rows are looked at as t
 from __future__ import annotations
 
 import re
-import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from preftune.data.formats import NOT_USED, FormatSpec, decoded_or_same, texts_of, two_answers
-from preftune.data.formats.base import BadRow, Row, need_number
+from preftune.data.formats import FormatSpec, decoded_or_same, texts_of
+from preftune.data.formats.base import BadRow, Row
 from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
 from preftune.data.formats.ranked import RANKED, RANKS
 from preftune.data.formats.ranked import SCORES as SCORE_LISTS
 from preftune.data.formats.rated import RATED, SCORES
-from preftune.data.formats.turns import ROLE_NAMES, decode_columns
+from preftune.data.formats.turns import decode_columns
 from preftune.data.formats.two_answers import STRENGTHS, TWO_ANSWERS, WINNERS
 from preftune.data.formats.ultrafeedback import ULTRAFEEDBACK
+from preftune.data.refusals import number_of, refuse
 from preftune.data.transcripts import turns_of
-from preftune.data.unused_columns import overlooked
-from preftune.errors import DataError, PreftuneError
+from preftune.errors import PreftuneError
 
 #: Marks that chat templates write around turns.
 TEMPLATE_MARKS = (
     *("<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|user|>", "<|assistant|>", "<extra_id_1>"),
     *("<|start_of_role|>", "<|turn>", "<\uff5cUser\uff5c>"),
 )
-#: So many characters at the beginning of two answers are alike by chance.
-_SHARED_BY_CHANCE = 12
 #: What stands in a text in place of something that is not text.
 _PLACEHOLDERS = ("<image>", "<|image|>", "<|vision_start|>", "<image_placeholder>", "<video>", "<audio>")
-#: Pictures and sounds written out as text, names of such files, and of columns that hold them.
-_WRITTEN_OUT = ("data:image/", "data:audio/", "data:video/")
-_MEDIUM = re.compile(r".*\.(?:png|jpe?g|gif|webp|bmp|tiff?|heic|mp3|mp4|m4a|webm|wav|flac)(?:\?\S*)?$", re.IGNORECASE)
-_MEDIUM_NAME = re.compile(r"image|img|picture|photo|audio|sound|speech|video|clip")
 #: The last mark before an answer in texts that hold prompt and answer.
 _ANSWERING = re.compile(
     r"(?:\bassistant:|\bai:|\ba:|### ?response:|<\|im_start\|>assistant\n|<\|assistant\|>|\[/INST\])", re.IGNORECASE
 )
-#: Names of columns that hold an answer, and values that say how good one is.
-_ANSWER = re.compile(r"(?:model_|assistant_)?(?:response|answer|completion|output|generation)(?:_(?:text|long|\w))?")
-_VERDICT = re.compile(r"true|false|[01](?:\.\d+)?")
 
 
-def look(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> list[str]:
+def look(
+    spec: FormatSpec,
+    uses: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+    where: str,
+    every: Callable[[], Iterable[Any]] = tuple,
+) -> list[str]:
     """Findings about the first rows of a data set.
 
     Args:
@@ -56,6 +52,7 @@ def look(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, 
         uses: What is done with every column.
         rows: The first rows as they were found.
         where: The data set, for messages.
+        every: All rows, for what a sorted file would not show in its first ones.
 
     Returns:
         One finding a line.
@@ -63,12 +60,8 @@ def look(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, 
     Raises:
         DataError: Reading on would train on something else than answers, or on the wrong ones.
     """
-    _refuse_votes_from_zero(spec, rows, where)
-    _refuse_media(uses, rows, where)
-    _refuse_values(uses, rows, where)
-    _refuse_trees(spec, uses, rows, where)
     read = list(_read(spec, rows))
-    _refuse_no_prompt(spec, uses, rows, read, where)
+    refuse(spec, uses, rows, [row for _, row in read], where, every)
     return [*_of_verdicts(spec, uses, rows), *_of_prompts(spec, rows, read), *_of_texts(read)]
 
 
@@ -81,106 +74,12 @@ def _read(spec: FormatSpec, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple
             continue
 
 
-def _refuse_votes_from_zero(spec: FormatSpec, rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """0 is a draw in AlpacaEval's files, whose votes are 1 and 2; in files of 0 and 1 it is an answer."""
-    pair = two_answers.answers_of(rows[0]) if rows and spec is TWO_ANSWERS else None
-    if pair is None or (pair[0][-1], pair[1][-1]) != ("1", "2"):
-        return
-    # A winner under a name that is looked for first decides, whatever this column holds.
-    first = ("winner", "preferred")
-    votes = [row.get("preference") for row in rows if all(row.get(name) in (None, "") for name in first)]
-    said = {str(vote).strip().removesuffix(".0") for vote in votes if vote is not None}
-    if said == {"0", "1"}:
-        raise DataError(
-            "'preference' counts the answers from 0, and their names from 1",
-            where=f"{where}, field 'preference'",
-            value=sorted(said),
-            remedy=f"set `dataset_columns: {{{pair[0]}: response_0, {pair[1]}: response_1}}`; if 0 is a draw, leave"
-            " these rows out",
-        )
-
-
-def _refuse_media(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Pictures and sounds that the rows are about: files, addresses, bytes, under names that say so."""
-    for name in (name for name, use in uses.items() if use == NOT_USED):
-        held = [row[name] for row in rows if _is_medium(row.get(name), name)]
-        if 2 * len(held) > len(rows):
-            raise DataError(
-                f"the column {name!r} holds pictures or sounds, which are not read, and the text may be about them",
-                where=where,
-                value=held[0] if isinstance(held[0], str) else sorted(held[0]),
-                remedy="remove the column (or select others with `dataset_columns`) to train on the text alone",
-            )
-
-
-def _is_medium(value: Any, name: str) -> bool:
-    if isinstance(value, Mapping):
-        return {"bytes", "path"} <= value.keys() and any(value[key] is not None for key in ("bytes", "path"))
-    text = value.strip() if isinstance(value, str) else ""
-    return text.startswith(_WRITTEN_OUT) or bool(_MEDIUM_NAME.search(name.lower()) and _MEDIUM.match(text))
-
-
-def _refuse_values(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Truth values and scores in ``chosen`` and ``rejected`` are no answers where an answer stands beside them."""
-    beside = [
-        name for name, use in uses.items() if use == NOT_USED and _ANSWER.fullmatch(name) and _is_text(rows, name)
-    ]
-    if not beside or not {"chosen", "rejected"} <= uses.keys():
-        return
-    values = [str(row[name]).strip().lower() for row in rows for name in ("chosen", "rejected")
-              if row.get(name) not in (None, "")]  # fmt: skip
-    if values and all(_VERDICT.fullmatch(value) for value in values):
-        raise DataError(
-            f"'chosen' and 'rejected' hold numbers or truth values, and {beside[0]!r} beside them is not used",
-            where=where,
-            value=values[:4],
-            remedy="name an answer and its label with `dataset_columns: {theirs: completion, chosen: label}`; if these"
-            " are the answers, leave the other column out (`dataset_columns: [prompt, chosen, rejected]`)",
-        )
-
-
-def _is_text(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return any(isinstance(row.get(name), str) and " " in row[name].strip() for row in rows)
-
-
-def _refuse_no_prompt(
-    spec: FormatSpec,
-    uses: Mapping[str, str],
-    rows: Sequence[Mapping[str, Any]],
-    read: Sequence[tuple[Mapping[str, Any], Row]],
-    where: str,
-) -> None:
-    """Answers that share no beginning have their prompt in another column, if there is one of text."""
-    prompts = [row["prompt"] for _, row in read if isinstance(row.get("prompt"), str)]
-    if spec is not IMPLICIT_PREFERENCE or not prompts or statistics.median(map(len, prompts)) > _SHARED_BY_CHANCE:
-        return
-    names = overlooked(spec, uses, rows)
-    if names:
-        raise DataError(
-            "no column is called as a prompt is, and prompts would be empty, or a word that the answers share; the"
-            f" columns are {', '.join(uses)}",
-            where=where,
-            remedy=f"set `dataset_columns: {{{names[0]}: prompt}}` if that is the prompt; otherwise keep the columns of"
-            " the answers alone (`dataset_columns: [chosen, rejected]`)",
-        )
-
-
-def _refuse_trees(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    roles = {str(row.get("role")).lower() for row in rows}
-    if spec.name == "text" and {"parent_id", "role"} <= uses.keys() and roles <= ROLE_NAMES.keys():
-        raise DataError(
-            "the rows are single messages of conversations (parent_id, role), and each would be learned on its own",
-            where=where,
-            remedy="put the messages of a conversation together, as a list `messages` of role and content",
-        )
-
-
 def _of_verdicts(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which answer is better may be said in two ways, and not in the same sense."""
     found = []
     if spec is TWO_ANSWERS and not any(row.get(name) is not None for row in rows for name in WINNERS):
         for name in STRENGTHS:
-            values = [value for row in rows if (value := _number(row.get(name))) is not None]
+            values = [value for row in rows if (value := number_of(row.get(name))) is not None]
             if len(values) > 1 and min(values) >= 0 < max(values):
                 found.append(
                     f"no value of {name!r} is below 0 in the first {len(values)} rows: above 0 the second answer is"
@@ -201,18 +100,11 @@ def _of_verdicts(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mappi
     return found
 
 
-def _number(value: Any) -> float | None:
-    try:
-        return need_number(value, "")
-    except BadRow:
-        return None
-
-
 def _ranked_otherwise(row: Mapping[str, Any]) -> bool:
     lists: list[list[Any]] = [
         next((row[name] for name in names if isinstance(row.get(name), list)), []) for names in (SCORE_LISTS, RANKS)
     ]
-    scores, ranks = ([_number(value) for value in each] for each in lists)
+    scores, ranks = ([number_of(value) for value in each] for each in lists)
     if not scores or len(scores) != len(ranks):
         return False
     if None in scores or None in ranks:

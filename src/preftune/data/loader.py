@@ -114,7 +114,7 @@ class Loader:
         uses = column_uses(spec, columns, for_sft=self.for_sft)
         self.columns |= uses
         self.overlooked += [name for name in overlooked(spec, uses, first) if name not in self.overlooked]
-        self.findings += look(spec, uses, first, table.name)
+        self.findings += look(spec, uses, first, table.name, lambda: (row for _, row in table))
         self.example = self.example or example
         self.notes += [f"{table.name}: {note}" for note in notes]
         return rows

@@ -77,9 +77,10 @@ class Stages:
             self.findings += self.loaded.findings
             return
         self.columns = column_uses(spec, self.dataset.column_names, for_sft=for_sft)
-        first = from_dataset(self.name, self.dataset).first()
+        table = from_dataset(self.name, self.dataset)
+        first = table.first()
         self.overlooked = overlooked(spec, self.columns, first)
-        self.findings += look(spec, self.columns, first, f"{self.name} data set")
+        self.findings += look(spec, self.columns, first, f"{self.name} data set", lambda: (row for _, row in table))
 
     def became(self, dataset: Dataset, bad: Mapping[str, int], notes: Sequence[str], first: str = "") -> None:
         """Go on with other rows, such as pairs that were made of the given ones."""

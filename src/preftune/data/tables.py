@@ -106,9 +106,11 @@ class RawTable:
         kinds = {name: Counter(type(row[name]) for row in rows) for name in rows[0]}
         usual = {name: found.most_common(2) for name, found in kinds.items()}
 
-        def ordinary(row: Mapping[str, Any]) -> tuple[int, int]:
+        def ordinary(row: Mapping[str, Any]) -> tuple[int, int, int]:
             alike = sum(type(row[name]) is _kind(usual[name]) for name in kinds)
-            return alike, sum(row[name] not in (None, "") for name in kinds)
+            # A short answer may look like a name or a label, a long one does not.
+            length = sum(len(value) for value in row.values() if isinstance(value, str))
+            return alike, sum(row[name] not in (None, "") for name in kinds), length
 
         return max(rows, key=ordinary)
 

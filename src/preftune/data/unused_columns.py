@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preftune.data.formats import NOT_USED, FormatSpec, decoded_or_same, texts_of
+from preftune.data.formats import NOT_USED, POINTED, FormatSpec, decoded_or_same, texts_of
 from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
 from preftune.data.formats.turns import ROLE_KEYS, ROLE_NAMES, is_messages
 
@@ -33,9 +33,9 @@ _TELLING = frozenset(
 _OF_EXAMPLES = frozenset(["thinking", "reasoning", "output", "response", "completion"])
 #: Columns that are about the answers or the row, and no part of what is asked.
 _ABOUT = re.compile(
-    r"feedback|critique|rationale|reason|expla|comment|justif|annot|note|log|judg|review|eval|principle|meta|url|path"
+    r"feedback|critique|rationale|reason|expla|comment|justif|annot|note|(?:^|_)log|judg|review|eval|principle|meta|url|path"
     r"|source|html|model|respon|answer|complet|output|generat|candidate|chosen|rejected|raw|original|trace|hash|_?id$"
-    r"|license|categor|topic|type|label|score|rating|date|time|lang|name|author|tag|split|truth|solution|rubric|test"
+    r"|license|categor|topic|type|label|score|rating|date|time|lang|name|author|tag|split|truth|solution|rubric|test|worker|created|user|sha|key|seed|repo|commit|file|expected"
 )
 
 
@@ -52,10 +52,11 @@ def overlooked(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping
     """
     used = [name for name, use in uses.items() if use != NOT_USED]
     said = ["\n".join(text for name in used for text in texts_of(row.get(name))) for row in rows]
-    without = spec is IMPLICIT_PREFERENCE and any(isinstance(row.get("chosen"), str) for row in rows)
+    without = spec in (IMPLICIT_PREFERENCE, POINTED) and any(isinstance(row.get("chosen"), str) for row in rows)
     asks_alike = _asks_alike(uses, rows)
     names = _TELLING | _OF_EXAMPLES if spec.kind == "sft" else _TELLING
-    found = []
+    found: list[str] = []
+    about: list[str] = []
     for name in (name for name, use in uses.items() if use == NOT_USED):
         new = [_new_text(row.get(name), others) for row, others in zip(rows, said, strict=True)]
         held = [text for text in new if text]
@@ -64,13 +65,13 @@ def overlooked(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping
         # A source or a model that many rows share asks nothing.
         varied = len(held) < 4 or len(set(held)) > len(held) // 2
         telling = plain in names and (prose or _is_tools(plain, rows[0].get(name)))
-        telling = telling or any(_is_conversation(row.get(name)) for row in rows)
-        telling = telling or (without and varied and prose)
-        telling = telling or (asks_alike and varied and len(held) > 2 and _ABOUT.search(plain) is None)
+        talks = any(_is_conversation(row.get(name)) for row in rows)
+        asks = (without or (asks_alike and len(held) > 2)) and varied and prose
         # Of a pair, supervised fine-tuning leaves the other answer out on purpose.
-        if held and telling and "rejected" not in name:
-            found.append(name)
-    return found
+        if held and (telling or talks or asks) and "rejected" not in name:
+            (found if telling or _ABOUT.search(plain) is None else about).append(name)
+    # A review or a source may be what is asked about, where nothing else can be.
+    return found or [name for name in about if asks_alike and _SUBJECT.search(name.lower())]
 
 
 def _asks_alike(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -79,11 +80,13 @@ def _asks_alike(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> b
     asked = [row[name] for row in rows for name in names if isinstance(row.get(name), str)]
     if len(asked) < 3:
         return False
-    return len(set(asked)) == 1 or all(_PLACE.search(text) for text in asked)
+    places = [{*_PLACE.findall(text)} & uses.keys() for text in asked]
+    return len(set(asked)) == 1 or all(places)
 
 
-#: A place in a prompt that another column fills.
-_PLACE = re.compile(r"\{\{? ?\w+ ?\}?\}")
+#: A place in a prompt that another column fills, and columns that may be asked about.
+_PLACE = re.compile(r"\{\{? ?(\w+) ?\}?\}")
+_SUBJECT = re.compile(r"review|text|topic|comment|html|sentence|^source$")
 
 
 def _is_tools(name: str, value: Any) -> bool:

@@ -187,7 +187,7 @@ def prepare_pairs(
                 value=columns,
                 remedy="rename columns with dataset_columns: {theirs: ours}",
             )
-        shown = look(spec, column_uses(spec, columns), first, table.name)
+        shown = look(spec, column_uses(spec, columns), first, table.name, lambda: (row for _, row in table))
         chosen_column = source_column or _guess_source(table, columns)
         if spec.kind in ("unpaired", "rated"):
             rows, notes = canonical_rows(table, spec, handler, pairing)
@@ -216,6 +216,12 @@ def prepare_pairs(
     found = _run(worker, rows, table.name, source_column)
     found.num_rows = len(table)
     found.notes = [*shown, *notes, *found.notes]
+    _count_lost(found, handler, options, table.name)
+    return found
+
+
+def _count_lost(found: EvalPairs, handler: BadRowHandler, options: DataOptions, name: str) -> None:
+    """Enter rows that were left out, and refuse to go on without too many of them."""
     lost = left_out(handler.counts, options.on_bad_rows)
     found.dropped = dict(Counter(found.dropped) + Counter(lost))
     num_lost = sum(count for reason, count in found.dropped.items() if reason not in NEUTRAL)
@@ -223,11 +229,10 @@ def prepare_pairs(
     if most is not None and num_lost > most * (len(found.pairs) + num_lost):
         raise DataError(
             f"{num_lost} of {len(found.pairs) + num_lost} rows are lost: {_reasons(found.dropped)}",
-            where=table.name,
+            where=name,
             allowed=f"up to {most:.0%}",
             remedy="raise max_length, correct the data, or set allow_drops",
         )
-    return found
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

@@ -20,7 +20,7 @@ from preftune.data.formats.messages_preference import MESSAGES_PREFERENCE
 from preftune.data.formats.named_pair import NAMED_PAIR
 from preftune.data.formats.openai_preference import OPENAI_PREFERENCE
 from preftune.data.formats.orca import ORCA
-from preftune.data.formats.pointed import POINTED
+from preftune.data.formats.pointed import pointed_format
 from preftune.data.formats.preference import PREFERENCE
 from preftune.data.formats.prompt_completion import PROMPT_COMPLETION
 from preftune.data.formats.question_answer import QUESTION_ANSWER
@@ -37,6 +37,7 @@ from preftune.errors import ConfigError, DataError
 __all__ = [
     "FORMATS",
     "NOT_USED",
+    "POINTED",
     "BadRow",
     "FormatSpec",
     "Kind",
@@ -49,6 +50,8 @@ __all__ = [
     "resolve",
     "texts_of",
 ]
+
+POINTED = pointed_format(lambda columns, row: detect(columns, row))
 
 # The order is the order of detection: a format comes before any whose columns it contains.
 _IN_ORDER = (

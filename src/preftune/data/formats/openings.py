@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 #: Columns whose text stands below a question.
 BELOW = ("input", "context")
 #: What tables of texts write where there is none.
-_NOTHING = ("nan", "none", "null", "<na>", "n/a", "#n/a", "na")
+_NOTHING = ("nan", "none", "null", "<na>", "n/a", "#n/a")
 
 
 def opening(row: Mapping[str, Any]) -> list[Message]:
@@ -66,7 +67,7 @@ def question(row: Mapping[str, Any], name: str) -> str | list[Message]:
     texts = [text for other in below if not is_messages(row[other]) and _says(text := _text_below(row, other))]
     if isinstance(asks, str):
         # A question that was put together holds them already.
-        texts = [text for text in texts if text.strip() not in asks]
+        texts = [text for text in texts if not re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", asks)]
     if not isinstance(asks, str):
         return [*before, *_with_below(asks, texts)]
     text = "\n".join(part for part in (asks, *texts) if part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from preftune.data.formats import two_answers
@@ -13,6 +13,7 @@ from preftune.data.formats.ranked import RESPONSES
 from preftune.data.formats.turns import parsed
 from preftune.errors import DataError
 
+_NAMED = "pointed"
 #: Columns that name the better and the worse answer, in the order in which they are looked for.
 POINTERS = (("chosen", "rejected"), ("preferred", "dispreferred"), ("accepted", "rejected"))
 #: Columns that hold the texts where the pointers hold names of models, letters or scores.
@@ -62,6 +63,21 @@ def _pair(columns: Collection[str]) -> tuple[str, str] | None:
         if first in columns and second in columns:
             third = second[:-1] + chr(ord(second[-1]) + 1)
             return None if third in columns else (first, second)
+    return None
+
+
+def _are_choices(row: Mapping[str, Any], pair: tuple[str, str]) -> bool:
+    """Whether a question lists its two answers, so that their letters are what is to be answered."""
+    asked = next((row[name] for name in QUESTIONS if isinstance(row.get(name), str)), "")
+    return all(str(row.get(name)).strip() in asked for name in pair)
+
+
+def text_columns(columns: Collection[str]) -> tuple[tuple[str, str], tuple[str, str]] | None:
+    """The columns that name answers, and those of the texts where the texts have such columns of their own."""
+    for pointers in POINTERS:
+        texts = _text_columns(columns, pointers) if {*pointers} <= {*columns} else None
+        if texts is not None:
+            return pointers, texts
     return None
 
 
@@ -123,7 +139,7 @@ def _resolved(columns: Collection[str], row: Mapping[str, Any], *, sure: bool) -
         found = sure or _are_about(row, pointers, texts)
         return {**rest, "chosen": row[texts[0]], "rejected": row[texts[1]]} if found else None
     pair = _pair(columns)
-    if pair is not None:
+    if pair is not None and not (_are_choices(row, pair) and not sure):
         better = _better(row, pointers, pair)
         without = {key: value for key, value in rest.items() if key not in two_answers.WINNERS}
         voted = {**without, "winner": better}
@@ -140,51 +156,53 @@ def _resolved(columns: Collection[str], row: Mapping[str, Any], *, sure: bool) -
     return {**rest, "chosen": answers[0], "rejected": answers[1]}
 
 
-def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
-    """Two words that name answers which stand elsewhere in the row."""
-    try:
-        found = _resolved(columns, row, sure=False)
-    except (BadRow, DataError):
-        return False
-    return found is not None and _other(found) is not None
+_USES: Mapping[str, str] = {
+    **dict.fromkeys((*QUESTIONS, "messages", "conversations"), "the prompt"),
+    **dict.fromkeys((name for pair in POINTERS for name in pair), "which answer is better"),
+    **dict.fromkeys((name for pair in two_answers.ANSWERS for name in pair), "one of the two answers"),
+    **{f"{name}_{word}": "the preferred answer" for name, _ in POINTERS for word in _TEXT_WORDS},
+    **{f"{word}_{name}": "the preferred answer" for name, _ in POINTERS for word in _TEXT_WORDS},
+    **{f"{name}_{word}": "the other answer" for _, name in POINTERS for word in _TEXT_WORDS},
+    **{f"{word}_{name}": "the other answer" for _, name in POINTERS for word in _TEXT_WORDS},
+    **dict.fromkeys(RESPONSES, "the answers, by name"),
+    **dict.fromkeys(("model_a", "model_b"), "which answer one named so gave"),
+    **OPENING_USES,
+    **EXTRA_USES,
+}
 
 
-def _other(row: Mapping[str, Any]) -> FormatSpec | None:
-    from preftune.data.formats import detect as recognise
+def pointed_format(recognise: Callable[[Collection[str], Mapping[str, Any]], FormatSpec | None]) -> FormatSpec:
+    """The format, made with what recognises the others: a row is one of them once its answers are looked up.
 
-    other = recognise(list(row), row)
-    return other if other is not None and other.kind == "preference" and other is not POINTED else None
+    Args:
+        recognise: Columns and a row -> the format of rows whose answers stand where they are expected.
+    """
 
+    def other_of(row: Mapping[str, Any]) -> FormatSpec | None:
+        other = recognise(list(row), row)
+        return other if other is not None and other.kind == "preference" and other.name != _NAMED else None
 
-def convert(row: Mapping[str, Any]) -> Row:
-    """As the format that the row has once the answers are looked up."""
-    pointers = next((pair for pair in POINTERS if pair[0] in row and pair[1] in row), POINTERS[0])
-    found = _resolved(row, row, sure=True)
-    other = None if found is None else _other(found)
-    if found is None or other is None:
-        raise _names_none(row, pointers)
-    return other.convert(found)
+    def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
+        try:
+            found = _resolved(columns, row, sure=False)
+        except (BadRow, DataError):
+            return False
+        return found is not None and other_of(found) is not None
 
+    def convert(row: Mapping[str, Any]) -> Row:
+        found = _resolved(row, row, sure=True)
+        other = None if found is None else other_of(found)
+        if found is None or other is None:
+            raise _names_none(row, next((pair for pair in POINTERS if pair[0] in row and pair[1] in row), POINTERS[0]))
+        return other.convert(found)
 
-POINTED = FormatSpec(
-    name="pointed",
-    kind="preference",
-    required=(),
-    detect=detect,
-    convert=convert,
-    summary="two answers in columns of their own, and chosen and rejected that name them (a column, model, id or"
-    " number)",
-    uses={
-        **dict.fromkeys((*QUESTIONS, "messages", "conversations"), "the prompt"),
-        **dict.fromkeys((name for pair in POINTERS for name in pair), "which answer is better"),
-        **dict.fromkeys((name for pair in two_answers.ANSWERS for name in pair), "one of the two answers"),
-        **{f"{name}_{word}": "the preferred answer" for name, _ in POINTERS for word in _TEXT_WORDS},
-        **{f"{word}_{name}": "the preferred answer" for name, _ in POINTERS for word in _TEXT_WORDS},
-        **{f"{name}_{word}": "the other answer" for _, name in POINTERS for word in _TEXT_WORDS},
-        **{f"{word}_{name}": "the other answer" for _, name in POINTERS for word in _TEXT_WORDS},
-        **dict.fromkeys(RESPONSES, "the answers, by name"),
-        **dict.fromkeys(("model_a", "model_b"), "which answer one named so gave"),
-        **OPENING_USES,
-        **EXTRA_USES,
-    },
-)
+    return FormatSpec(
+        name=_NAMED,
+        kind="preference",
+        required=(),
+        detect=detect,
+        convert=convert,
+        summary="two answers in columns of their own, and chosen and rejected that name them (a column, model, id or"
+        " number)",
+        uses=_USES,
+    )

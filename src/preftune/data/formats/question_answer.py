@@ -10,9 +10,9 @@ from preftune.data.formats.openings import answer, questioned
 from preftune.data.formats.turns import need_text_or_messages
 
 QUESTIONS = ("prompt", "question", "query", "instruction", "input", "problem")
-#: The first that is there; of the last three, one is often the short result of another.
-ANSWERS = ("response", "completion", "output", "solution", "answer")
-_EITHER = ANSWERS[2:]
+#: In the order in which they are looked for; what ``answer`` holds may be the short result of a solution.
+ANSWERS = ("response", "completion", "answer", "solution", "output")
+_SHORT = 24
 
 
 def names(columns: Collection[str]) -> tuple[str, str] | None:
@@ -23,9 +23,14 @@ def names(columns: Collection[str]) -> tuple[str, str] | None:
 
 
 def whole_answer(row: Mapping[str, Any], found: str) -> str:
-    """The column of the whole answer, where its short result stands beside it: the longer text."""
-    texts = [name for name in _EITHER if isinstance(row.get(name), str)]
-    return max(texts, key=lambda name: len(row[name])) if found in texts else found
+    """The column of the whole answer, where ``answer`` is a word or a number and the text that leads to it is there."""
+    short = row.get(found)
+    if found == "answer" and isinstance(short, str) and len(short) <= _SHORT:
+        for name in ("solution", "output"):
+            text = row.get(name)
+            if isinstance(text, str) and " " in text.strip() and len(text) > len(short):
+                return name
+    return found
 
 
 def detect(columns: Collection[str], row: Mapping[str, Any]) -> bool:
@@ -61,7 +66,7 @@ QUESTION_ANSWER = FormatSpec(
         **BELOW_USES,
         **dict.fromkeys(QUESTIONS, "the user turn"),
         **dict.fromkeys(ANSWERS, "the answer"),
-        **dict.fromkeys(_EITHER, "the answer, or a short result of it: the longer text is learned"),
+        "answer": "the answer, unless it is the short result of a solution or output beside it",
         **OPENING_USES,
         **TEMPLATE_USES,
     },

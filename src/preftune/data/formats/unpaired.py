@@ -18,7 +18,7 @@ _YES = (
 _NO = (
     *("false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "undesirable", "rejected", "thumbs_down", "thumbs down"),
     *("down", "dislike", "disliked", "bad", "negative", "neg", "incorrect", "wrong", "👎"),
-    *("not_helpful", "unhelpful", "unsafe", "reject"),
+    *("not_helpful", "not helpful", "unhelpful", "unsafe", "reject", "not_approved"),
 )
 #: Names of columns whose truth means that something is wrong, or nothing about the answer.
 _FAULTS = re.compile(
