@@ -125,7 +125,7 @@ def learn(data: str, peft: str, seed: int, work: Path) -> dict[str, Any]:
     results = json.loads((run / "all_results.json").read_text())
     return {
         "data": data, "peft": peft, "seed": seed, "settings": settings, "source": workloads.source_of(data),
-        stale.KEY: stale.stamp(*SOURCES),
+        "digest": stale.stamp(*SOURCES)["digest"],
         "training": training, "train_loss": results.get("train_loss"), "evaluation": evaluation,
         **{key: found[key] for key in ("num_pairs", "metrics", "calibration", "kl", "lengths", "seconds")},
         "samples": {str(n): _without_system(each) for n, each in enumerate(found["samples"])} if seed == 0 else {},
@@ -321,8 +321,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _save(report: dict[str, Any], path: Path) -> None:
     # What was kept of earlier code makes the whole result that code's.
-    stamps = [run[stale.KEY] for run in report["runs"]]
-    report[stale.KEY] = next((each for each in stamps if stale.why_stale({stale.KEY: each})), stamps[-1])
+    report[stale.KEY] = made = stale.stamp(*SOURCES)
+    made["digest"] = next((run["digest"] for run in report["runs"] if run["digest"] != made["digest"]), made["digest"])
     report["runs"].sort(key=lambda run: (run["data"], run["peft"], run["seed"]))
     path.write_text(json.dumps(report, indent=1) + "\n")
 

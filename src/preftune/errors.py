@@ -54,10 +54,15 @@ class PreftuneError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception pickles positional arguments only; worker processes must hand over the whole error.
+        return (_rebuild, (type(self), self.what, self._fields()))
+
+    def _fields(self) -> dict[str, Any]:
         fields = {"where": self.where, "allowed": self.allowed, "remedy": self.remedy}
-        if self.value is not _UNSET:
-            fields["value"] = self.value
-        return (_rebuild, (type(self), self.what, fields))
+        return fields if self.value is _UNSET else fields | {"value": self.value}
+
+    def with_remedy(self, remedy: str | None) -> PreftuneError:
+        """The same error with another remedy."""
+        return _rebuild(type(self), self.what, self._fields() | {"remedy": remedy})
 
     def _line(self) -> str:
         parts = [f"{self.where}: {self.what}" if self.where else self.what]

@@ -703,3 +703,37 @@ def test_braces_and_equal_prompts_make_no_questions_of_notes(tmp_path: Path, pro
 def test_na_may_be_sodium(tmp_path: Path) -> None:
     row = {"instruction": "Name the element.", "input": "Na", "output": "Sodium"}
     assert said(read(tmp_path, [row, row], for_sft=True)[0]["prompt"]) == "Name the element.\nNa"
+
+
+def test_names_of_answers_beside_a_short_prompt_and_notes_are_no_finding(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{n} + 2", "chosen_text": "It is so, I think.", "rejected_text": "Who knows?", "chosen": "A",
+         "rejected": "B", "rationale": f"note {n} about it", "remarks": f"the {n}th of many"}
+        for n in range(6)
+    ]  # fmt: skip
+    data = read(tmp_path, rows)
+    assert (said(data[0]["prompt"]), said(data[0]["chosen"]), told(data)) == ("0 + 2", "It is so, I think.", "")
+
+
+def test_small_letters_are_choices_too(tmp_path: Path) -> None:
+    row = {"question": "Is it? a. yes b. no", "answer_a": "yes", "answer_b": "no", "chosen": "b", "rejected": "a"}
+    assert said(read(tmp_path, [row, row])[0]["chosen"]) == "b"
+
+
+def test_a_transform_is_applied_to_rows_with_classes() -> None:
+    features = Features(
+        {name: Value("string") for name in ("prompt", "completion")} | {"label": ClassLabel(names=["n", "y"])}
+    )
+    rows = [{"prompt": "p", "completion": "c", "label": 1}, {"prompt": "q", "completion": "d", "label": 0}]
+
+    def louder(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return batch | {"completion": [f"{text}!" for text in batch["completion"]]}
+
+    found, report = prepared(prepare_unpaired, Dataset.from_list(rows, features=features).with_transform(louder))
+    assert [bool(label) for label in found["label"]] == [True, False]
+    assert "the transform of the data set" in "".join(report.warnings)
+
+
+def test_a_stray_quote_in_a_header_is_a_part_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('size 5",chosen,rejected\n' + "p,c,r\n" * 3, encoding="utf-8")
+    assert len(load(str(tmp_path / "a.csv"))["train"]) == 3

@@ -16,6 +16,9 @@ from preftune.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+#: Fields of a canonical row that are text or messages.
+_SIDES = ("prompt", "chosen", "rejected", "completion")
+
 
 def canonical_rows(
     numbered: Iterable[tuple[str, Any]], spec: FormatSpec, handler: BadRowHandler, pairing: str = "best_worst"
@@ -145,8 +148,7 @@ def in_one_form(rows: list[Row]) -> tuple[list[Row], int]:
     Returns:
         The rows, and how many were text. A transcript becomes its turns, any other text a question and its answer.
     """
-    names = ("prompt", "chosen", "rejected", "completion")
-    texts = [any(isinstance(row.get(name), str) for name in names) for row in rows]
+    texts = [any(isinstance(row.get(name), str) for name in _SIDES) for row in rows]
     if all(texts) or not any(texts):
         return rows, 0
     return [_as_messages(row) if text else row for row, text in zip(rows, texts, strict=True)], sum(texts)
@@ -156,9 +158,8 @@ def _as_messages(row: Row) -> Row:
     found = as_conversation(row)
     if found is not None:
         return found
-    made: Row = {name: asked(row[name]) if name == "prompt" else answer(row[name])
-            for name in ("prompt", "chosen", "rejected", "completion") if name in row}  # fmt: skip
-    return {**row, **made}
+    made = {name: asked(row[name]) if name == "prompt" else answer(row[name]) for name in _SIDES if name in row}
+    return row | made
 
 
 def to_dataset(rows: list[Row], where: str, lost: Sequence[str] = ()) -> Dataset:

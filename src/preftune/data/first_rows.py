@@ -1,8 +1,8 @@
 """What the first rows of a data set show that a user should know before trusting a run.
 
-A file can be read without a fault and still be read wrongly: the prompt stands in a column of another name, two columns
-say which answer is better and disagree, a template was applied before. None of this can be seen in one row, and none of
-it is worth refusing every row for. So the first hundred rows are looked at as they were found and as they were read.
+A file may be readable and still be misread: the prompt may be in a column of an unknown name, two columns may disagree
+about which answer is better, or a chat template may have been applied already. A single row does not show this. So the
+first hundred rows are checked, both as they were found and as they were converted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from preftune.data.formats import FormatSpec, decoded_or_same, texts_of
-from preftune.data.formats.base import BadRow, Row
+from preftune.data.formats.base import BadRow, Row, number_of
 from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
 from preftune.data.formats.ranked import RANKED, RANKS
 from preftune.data.formats.ranked import SCORES as SCORE_LISTS
@@ -21,16 +21,12 @@ from preftune.data.formats.rated import RATED, SCORES
 from preftune.data.formats.turns import decode_columns
 from preftune.data.formats.two_answers import STRENGTHS, TWO_ANSWERS, WINNERS
 from preftune.data.formats.ultrafeedback import ULTRAFEEDBACK
-from preftune.data.refusals import number_of, refuse
+from preftune.data.marks import MARKS
+from preftune.data.refusals import refuse
 from preftune.data.transcripts import turns_of
 from preftune.errors import PreftuneError
 
-#: Marks that chat templates write around turns.
-TEMPLATE_MARKS = (
-    *("<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|user|>", "<|assistant|>", "<extra_id_1>"),
-    *("<|start_of_role|>", "<|turn>", "<\uff5cUser\uff5c>"),
-)
-#: What stands in a text in place of something that is not text.
+#: Placeholders for media in a text.
 _PLACEHOLDERS = ("<image>", "<|image|>", "<|vision_start|>", "<image_placeholder>", "<video>", "<audio>")
 #: The last mark before an answer in texts that hold prompt and answer.
 _ANSWERING = re.compile(
@@ -43,7 +39,7 @@ def look(
     uses: Mapping[str, str],
     rows: Sequence[Mapping[str, Any]],
     where: str,
-    every: Callable[[], Iterable[Any]] = tuple,
+    every: Callable[[], Iterable[Any]],
 ) -> list[str]:
     """Findings about the first rows of a data set.
 
@@ -66,7 +62,7 @@ def look(
 
 
 def _read(spec: FormatSpec, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Row]]:
-    """Rows as they were found, each with the canonical row that it becomes; bad ones are told elsewhere."""
+    """Each row with its canonical form. Rows that cannot be converted are skipped: reading the data reports them."""
     for row in rows:
         try:
             yield row, spec.convert(decode_columns(row, spec.uses))
@@ -174,7 +170,7 @@ def _of_texts(read: Sequence[tuple[Mapping[str, Any], Row]]) -> list[str]:
         sides = [row[name] for name in ("prompt", "chosen", "rejected", "completion", "messages") if name in row]
         texts = [text for side in sides for text in texts_of(side)]
         chat = any(isinstance(side, list) for side in sides)
-        marked += chat and any(mark in text for text in texts for mark in TEMPLATE_MARKS)
+        marked += chat and any(mark in text for text in texts for mark in MARKS)
         twice += _asks_twice(row)
         repeated += _repeats_question(row)
         empty += any(
@@ -211,7 +207,7 @@ def _of_texts(read: Sequence[tuple[Mapping[str, Any], Row]]) -> list[str]:
 
 def _marks_in(read: Sequence[tuple[Mapping[str, Any], Row]]) -> list[str]:
     said = "\n".join(text for _, row in read for value in row.values() for text in texts_of(value))
-    return [mark for mark in TEMPLATE_MARKS if mark in said][:3]
+    return [mark for mark in MARKS if mark in said][:3]
 
 
 def _asks_twice(row: Row) -> bool:

@@ -73,9 +73,10 @@ _OTHER_KINDS = {
     ".yaml": "write the rows as JSON lines",
     ".yml": "write the rows as JSON lines",
 }
+#: What the file that Git LFS leaves in place of another begins with.
+_POINTER = b"version https://git-lfs"
 #: What files begin with that are not what their name says, and what to do about it.
 _MISNAMED = (
-    (b"version https://git-lfs", "a Git LFS pointer in place of the file", "fetch it with `git lfs pull`"),
     (b"<!DOCTYPE html", "this is a web page, not the file", "download the file itself"),
     (b"<html", "this is a web page, not the file", "download the file itself"),
     (b"PAR1", "this is a Parquet file under another name", "rename it to .parquet"),
@@ -127,7 +128,7 @@ def read_file(path: Path) -> RawTable:
 
 def _suffix_within(path: Path) -> str | None:
     """What a file without a known suffix is, if it holds JSON: objects on lines of their own, or one array."""
-    if path.suffix.lower() not in ("", ".txt", ".data", ".ndjson", ".log"):
+    if path.suffix.lower() not in ("", ".txt", ".data", ".log"):
         return None
     with suppress(OSError), open(path, "rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -136,11 +137,11 @@ def _suffix_within(path: Path) -> str | None:
 
 
 def _refuse_pointer(path: Path) -> None:
-    """Tell of a Git LFS pointer under the name of a packed or binary file."""
+    """Refuse a Git LFS pointer, whatever kind of file it stands for."""
     with suppress(OSError), open(path, "rb") as file:
-        mark, what, remedy = _MISNAMED[0]
-        if file.read(len(mark)) == mark:
-            raise DataError(what, where=str(path), remedy=remedy)
+        if file.read(len(_POINTER)) == _POINTER:
+            remedy = "fetch it with `git lfs pull`"
+            raise DataError("a Git LFS pointer in place of the file", where=str(path), remedy=remedy)
 
 
 def _no_row(table: RawTable) -> DataError:
@@ -183,11 +184,13 @@ def _decode(data: bytes) -> str:
 
 def _first_line(text: str) -> str:
     """A header, whose names may hold line ends between quotes."""
-    end = -1
-    while True:
-        end = text.find("\n", end + 1)
-        if end < 0 or text.count('"', 0, end) % 2 == 0:
-            return text if end < 0 else text[:end]
+    start, quotes = 0, 0
+    while (end := text.find("\n", start)) >= 0:
+        quotes += text.count('"', start, end)
+        if quotes % 2 == 0:
+            return text[:end]
+        start = end + 1
+    return text
 
 
 def _delimiter(text: str) -> str:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from preftune.data.formats import NOT_USED, POINTED, FormatSpec, pointed, two_answers
-from preftune.data.formats.base import BadRow, Row, need_number
-from preftune.data.formats.implicit_preference import IMPLICIT_PREFERENCE
+from preftune.data.formats.base import Row, number_of
 from preftune.data.formats.turns import ROLE_NAMES
 from preftune.data.formats.two_answers import TWO_ANSWERS
-from preftune.data.unused_columns import overlooked
+from preftune.data.unused_columns import lacks_prompt, overlooked
 from preftune.errors import DataError
 
 #: So many characters at the beginning of two answers are alike by chance.
@@ -145,7 +144,7 @@ def _is_medium(value: Any, name: str) -> bool:
 
 
 def _refuse_values(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Truth values and scores in ``chosen`` and ``rejected`` are no answers where an answer stands beside them."""
+    """Refuse truth values and scores in ``chosen`` and ``rejected`` where a column of answers is not used."""
     beside = [
         name for name, use in uses.items() if use == NOT_USED and _ANSWER.fullmatch(name) and _is_text(rows, name)
     ]
@@ -176,11 +175,7 @@ def _refuse_no_prompt(
 ) -> None:
     """Answers that share no beginning have their prompt in another column, if there is one of text."""
     prompts = [row["prompt"] for row in read if isinstance(row.get("prompt"), str)]
-    if (
-        spec not in (IMPLICIT_PREFERENCE, POINTED)
-        or not prompts
-        or statistics.median(map(len, prompts)) > _SHARED_BY_CHANCE
-    ):
+    if not lacks_prompt(spec, uses) or not prompts or statistics.median(map(len, prompts)) > _SHARED_BY_CHANCE:
         return
     names = overlooked(spec, uses, rows)
     if names:
@@ -194,6 +189,7 @@ def _refuse_no_prompt(
 
 
 def _refuse_trees(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Refuse rows that are single messages, of which text alone would be learned one by one."""
     roles = {str(row.get("role")).lower() for row in rows}
     if spec.name == "text" and {"parent_id", "role"} <= uses.keys() and roles <= ROLE_NAMES.keys():
         raise DataError(
@@ -201,11 +197,3 @@ def _refuse_trees(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapp
             where=where,
             remedy="put the messages of a conversation together, as a list `messages` of role and content",
         )
-
-
-def number_of(value: Any) -> float | None:
-    """A value as a number; ``None`` where it is none."""
-    try:
-        return need_number(value, "")
-    except BadRow:
-        return None

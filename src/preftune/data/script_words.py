@@ -33,7 +33,4 @@ def in_python(text: str) -> str:
 
 def told_in_python(error: PreftuneError) -> PreftuneError:
     """An error with its remedy in the words of a Python script."""
-    kind, arguments = error.__reduce__()[1][0], error.__reduce__()[1][2]
-    remedy = arguments["remedy"]
-    again: PreftuneError = kind(error.what, **{**arguments, "remedy": remedy and in_python(remedy)})
-    return again
+    return error.with_remedy(error.remedy and in_python(error.remedy))

@@ -13,30 +13,30 @@ from preftune.data.formats.turns import ROLE_KEYS, ROLE_NAMES, is_messages
 #: Names of columns that hold a part of a conversation, or of what is asked.
 _TELLING = frozenset(
     [
-        *(
-            "system",
-            "system_prompt",
-            "system_message",
-            "history",
-            "prompt",
-            "question",
-            "query",
-            "instruction",
-            "input",
-        ),
-        *("context", "messages", "conversation", "conversations", "dialogue", "tools", "functions", "documents"),
-        *("document", "passage", "passages", "article", "paragraph", "background", "facts", "choices", "options"),
-        *("persona", "character", "sys_prompt", "initial_reason_steps", "starter_code", "retrieved_docs"),
+        *("system", "system_prompt", "system_message", "sys_prompt", "history", "prompt", "question", "query"),
+        *("instruction", "input", "context", "messages", "conversation", "conversations", "dialogue"),
+        *("tools", "functions", "documents", "document", "passage", "passages", "article", "paragraph"),
+        *("background", "facts", "choices", "options", "persona", "character", "initial_reason_steps"),
+        *("starter_code", "retrieved_docs"),
     ]
 )
 #: Of supervised examples, what the answer would be without.
 _OF_EXAMPLES = frozenset(["thinking", "reasoning", "output", "response", "completion"])
 #: Columns that are about the answers or the row, and no part of what is asked.
 _ABOUT = re.compile(
-    r"feedback|critique|rationale|reason|expla|comment|justif|annot|note|(?:^|_)log|judg|review|eval|principle|meta|url|path"
-    r"|source|html|model|respon|answer|complet|output|generat|candidate|chosen|rejected|raw|original|trace|hash|_?id$"
-    r"|license|categor|topic|type|label|score|rating|date|time|lang|name|author|tag|split|truth|solution|rubric|test|worker|created|user|sha|key|seed|repo|commit|file|expected"
+    r"feedback|critique|rationale|reason|expla|comment|justif|annot|note|(?:^|_)log|judg|review|eval|principle|meta|url"
+    r"|path|source|html|model|respon|answer|complet|output|generat|candidate|chosen|rejected|raw|original|trace|hash"
+    r"|_?id$|license|categor|topic|type|label|score|rating|date|time|lang|name|author|tag|split|truth|solution|rubric"
+    r"|test|worker|created|user|sha|key|seed|repo|commit|file|expected"
 )
+#: A place in a prompt that another column fills, and columns that may be asked about.
+_PLACE = re.compile(r"\{\{? ?(\w+) ?\}?\}")
+_SUBJECT = re.compile(r"review|text|topic|comment|html|sentence|^source$")
+
+
+def lacks_prompt(spec: FormatSpec, uses: Mapping[str, str]) -> bool:
+    """Whether no column is the prompt, so that it can only be the common beginning of the answers."""
+    return spec in (IMPLICIT_PREFERENCE, POINTED) and "the prompt" not in uses.values()
 
 
 def overlooked(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -52,7 +52,7 @@ def overlooked(spec: FormatSpec, uses: Mapping[str, str], rows: Sequence[Mapping
     """
     used = [name for name, use in uses.items() if use != NOT_USED]
     said = ["\n".join(text for name in used for text in texts_of(row.get(name))) for row in rows]
-    without = spec in (IMPLICIT_PREFERENCE, POINTED) and any(isinstance(row.get("chosen"), str) for row in rows)
+    without = lacks_prompt(spec, uses) and any(isinstance(row.get("chosen"), str) for row in rows)
     asks_alike = _asks_alike(uses, rows)
     names = _TELLING | _OF_EXAMPLES if spec.kind == "sft" else _TELLING
     found: list[str] = []
@@ -82,11 +82,6 @@ def _asks_alike(uses: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> b
         return False
     places = [{*_PLACE.findall(text)} & uses.keys() for text in asked]
     return len(set(asked)) == 1 or all(places)
-
-
-#: A place in a prompt that another column fills, and columns that may be asked about.
-_PLACE = re.compile(r"\{\{? ?(\w+) ?\}?\}")
-_SUBJECT = re.compile(r"review|text|topic|comment|html|sentence|^source$")
 
 
 def _is_tools(name: str, value: Any) -> bool:

@@ -61,7 +61,9 @@ class TaskFeeding(Trainer):
             prepared, report = self.task.prepare(dataset, tokenizer, name)
         except DataError as error:
             # What the command line loads is renamed by settings, what a script hands over by the script.
-            raise error if load_report(dataset) is not None else told_in_python(error) from error
+            if load_report(dataset) is not None:
+                raise
+            raise told_in_python(error) from error
         if report is not None:
             self.reports[name] = report
         return prepared
@@ -70,9 +72,8 @@ class TaskFeeding(Trainer):
         def prepare(rows: Any) -> Any:
             return self._prepared(rows, tokenizer, "train")
 
-        dataset = with_class_names(dataset)
         if is_read_late(dataset, args, self.task):
-            return read_late(dataset, args, self.task, prepare)
+            return read_late(with_class_names(dataset), args, self.task, prepare)
         return prepared_train(dataset, args, prepare)
 
     def _evaluated(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from preftune.data.audit.report import Finding, Severity
 from preftune.data.audit.rows import Rows
 from preftune.data.audit.text import excerpt
 from preftune.data.formats.base import BadRow, Row, common_prefix
+from preftune.data.marks import MARKS
 from preftune.data.options import DataOptions
 from preftune.data.preference import enclosed
 from preftune.data.tokenise import Encoder, TokenisedPair, sequences, tokenise_pairs
@@ -24,24 +25,6 @@ if TYPE_CHECKING:
 _BATCH = 500
 _NUM_EXAMPLES = 3
 
-#: Marks of chat templates; in the text of a row they are left over from another template, or an attack.
-MARKS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|start_header_id|>",
-    "<|begin_of_text|>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|user|>",
-    "<|assistant|>",
-    "[INST]",
-    "[/INST]",
-    "<<SYS>>",
-    "<s>",
-    "</s>",
-)
 #: Beginnings of turns in plain transcripts; in an answer they mean that it speaks for the other side too.
 TURNS = ("\n\nHuman:", "\n\nAssistant:", "\nUser:", "\n### Instruction:", "\n### Human:")
 

@@ -145,6 +145,14 @@ def need_number(value: Any, field: str) -> float:
     return number
 
 
+def number_of(value: Any) -> float | None:
+    """``value`` as a finite float; ``None`` where it is none."""
+    try:
+        return need_number(value, "")
+    except BadRow:
+        return None
+
+
 #: A rating as people write it: 4,5 or 4.5; 8/10; 90%; 5 stars. A comma before three digits may stand between thousands.
 _RATING = re.compile(r"\s*(-?\d+(?:\.\d+|,\d{1,2})?)\s*(?:/\s*([1-9]\d*)|%|stars?|points?)?\s*", re.IGNORECASE)
 

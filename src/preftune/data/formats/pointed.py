@@ -1,4 +1,4 @@
-"""Columns ``chosen`` and ``rejected`` that name the answers, which stand in columns of their own."""
+"""Pairs whose columns ``chosen`` and ``rejected`` name the answers instead of holding them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from preftune.data.formats import two_answers
 from preftune.data.formats.base import EXTRA_USES, OPENING_USES, BadRow, FormatSpec, Row
 from preftune.data.formats.named_pair import QUESTIONS
-from preftune.data.formats.ranked import RESPONSES
+from preftune.data.formats.ranked import RESPONSES, TEXT_KEYS
 from preftune.data.formats.turns import parsed
 from preftune.errors import DataError
 
@@ -24,7 +24,6 @@ _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?|true|false|[a-zA-Z]", re.IGNORECASE)
 #: One of several answers, by its letter or number.
 _ENDED = re.compile(r"(?:response|answer|completion|output|candidate|reply)[_ ]?([a-zA-Z]|\d)")
 _IDS = ("id", "response_id", "answer_id", "name", "model", "model_name", "generator")
-_TEXTS = ("text", "response", "answer", "content", "completion", "output")
 
 
 def _pointers(columns: Collection[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -109,7 +108,7 @@ def _texts_by_name(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(items, Mapping):
             out |= {str(key): text for key, text in items.items() if isinstance(text, str)}
         for item in items if isinstance(items, list) else []:
-            text = next((item[key] for key in _TEXTS if key in item), None) if isinstance(item, Mapping) else None
+            text = next((item[key] for key in TEXT_KEYS if key in item), None) if isinstance(item, Mapping) else None
             out |= {str(item[key]): text for key in _IDS if text is not None and item.get(key) is not None}
     if out:
         return out
@@ -139,7 +138,9 @@ def _resolved(columns: Collection[str], row: Mapping[str, Any], *, sure: bool) -
         found = sure or _are_about(row, pointers, texts)
         return {**rest, "chosen": row[texts[0]], "rejected": row[texts[1]]} if found else None
     pair = _pair(columns)
-    if pair is not None and not (_are_choices(row, pair) and not sure):
+    if pair is not None:
+        if not sure and _are_choices(row, pair):
+            return None
         better = _better(row, pointers, pair)
         without = {key: value for key, value in rest.items() if key not in two_answers.WINNERS}
         voted = {**without, "winner": better}

@@ -25,7 +25,8 @@ PROMPTS = ("prompt", "question", "instruction", "query", "context")
 RESPONSES = ("responses", "completions", "answers", "candidates", "generations", "outputs", "output")
 SCORES = ("scores", "ratings", "rewards")
 RANKS = ("ranks", "ranking", "rank")
-_TEXT_KEYS = ("response", "answer", "text", "content", "completion")
+#: What an entry of such a list calls its text.
+TEXT_KEYS = ("response", "answer", "text", "content", "completion", "output")
 _SCORE_KEYS = ("score", "overall_score", "rating", "reward", "pm_score")
 
 
@@ -80,7 +81,7 @@ def _need_scored(item: tuple[Any, float | None]) -> tuple[Any, float]:
 
 
 def _read_item(item: Any, field: str) -> tuple[Any, float | None]:
-    text = _first(_TEXT_KEYS, item) if isinstance(item, Mapping) else None
+    text = _first(TEXT_KEYS, item) if isinstance(item, Mapping) else None
     score = _first((*_SCORE_KEYS, "rank"), item) if isinstance(item, Mapping) else None
     if text is None or score is None:
         raise BadRow(
@@ -88,7 +89,7 @@ def _read_item(item: Any, field: str) -> tuple[Any, float | None]:
             field,
             f"an entry of {field!r} has no text or no score",
             value=item,
-            remedy=f"give each entry one of {', '.join(_TEXT_KEYS)} and one of {', '.join(_SCORE_KEYS)} or rank",
+            remedy=f"give each entry one of {', '.join(TEXT_KEYS)} and one of {', '.join(_SCORE_KEYS)} or rank",
         )
     if _is_missing(item[score]):
         return item[text], None
