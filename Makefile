@@ -15,7 +15,7 @@ TEST_ARGS ?=
 PROCESSES ?= 4
 OUT ?= demo-out
 
-.PHONY: help setup demo real test test-ci test-all test-extras distributed setup-low test-low setup-zero test-zero docs check lint types format bench gpu learning real-page noise experiments parity differential faults reliability audit guards fuzz coverage advisories stale clean
+.PHONY: help setup demo real test test-ci test-all test-extras distributed setup-low test-low setup-zero test-zero docs check lint types format bench gpu learning real-page noise experiments parity differential faults reliability audit fuzz coverage advisories stale clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -152,9 +152,6 @@ reliability: setup  ## the same beside TRL, counted; writes docs/reliability.md
 
 audit: setup  ## the noise estimate against the truth, and two real files; writes docs/audit.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.audit
-
-guards: setup  ## each guard on a run made to misbehave, all of them on healthy ones; writes docs/guards.md
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.guards
 
 fuzz: setup  ## hostile rows, files, configurations, command lines; losses and packing under extremes; guided by coverage
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz

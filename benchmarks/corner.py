@@ -1,9 +1,11 @@
 """What a sweep picks where the best cell is a corner: ``python -m benchmarks.corner``.
 
-As ``python -m benchmarks.sweep --demo``, with grids whose learning rates all lie to one side: *timid*, where the
-highest is the best, and *bold*, where the lowest is. Every trial is sampled on 100 or on 1,000 held-out prompts, which
-says whether more samples rule out good cells. Beside the sweet spot stand a rule that looks at nothing (the middle
-rate, the lowest beta) and the trial with the highest held-out mean, whether it has left the reference or not.
+In the demo's world, where the reward of a text is known exactly, a 3x3 sweep of beta and learning rate picks its sweet
+spot from held-out pairs and samples alone; then every cell's policy is scored by the truth. The learning rates all lie
+to one side: *timid*, where the highest is the best, and *bold*, where the lowest is. Every trial is sampled on 100 or
+on 1,000 held-out prompts, which says whether more samples rule out good cells. Beside the sweet spot stand a rule that
+looks at nothing (the middle rate, the lowest beta) and the trial with the highest held-out mean, whether it has left
+the reference or not.
 
 Cells go into a file beside the result (``--go_on`` keeps them), and from the result into ``docs/sweep.md``. A *loss* is
 the true reward of the truly best cell less that of the cell that was picked; what may be said of two ways of picking is
@@ -13,14 +15,20 @@ laid down in `benchmarks.seeded`.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import seeded, stale, sweep, toy
+from benchmarks.sweep import RESULTS, params_of
 
-OUT = sweep.RESULTS / "corner.json"
+from benchmarks import seeded, stale, toy
+from preftune.errors import SetupError
+
+OUT = RESULTS / "corner.json"
 DOCUMENT = toy.DOCS / "sweep.md"
 KEYS = ("world", "num_samples", "seed")
 SEEDS = (300, 310, 320, 330, 340, 350, 360, 370)
@@ -37,6 +45,107 @@ PATTERNS = (
     "benchmarks/sweep.py",
 )
 _SWEET, _FIXED, _HIGHEST = "sweet spot", "middle rate, lowest beta", "highest held-out mean"
+
+
+def sweep_of(
+    seed: int,
+    settings: Any,
+    folder: Path,
+    grid: dict[str, tuple[float, ...]],
+    num_samples: int,
+    num_held_out: int,
+    truths: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """One sweep in the demo's world, and the true reward of every cell.
+
+    Args:
+        seed: Of world, data, weights and samples.
+        settings: Sizes and rates.
+        folder: For everything.
+        grid: What is searched.
+        num_samples: Held-out prompts on which each trial is sampled.
+        num_held_out: Held-out prompts.
+        truths: True scores of policies by digest of their weights; those that are missing are added.
+    """
+    from preftune.cli.main import main as preftune
+    from preftune.demo.pairs import make_pairs
+    from preftune.demo.training import quiet
+
+    bench = toy.make_bench(seed, settings, folder)
+    for part in (bench.reference, bench.tokenizer):
+        part.save_pretrained(folder / "model")
+    # Pairs to choose by, apart from those that the truth is measured beside.
+    choosing = make_pairs(
+        bench.reference,
+        bench.tokenizer,
+        bench.world,
+        num_held_out,
+        seed + 1,
+        split="heldout",
+    )
+    for name, pairs in (("train", bench.pairs), ("test", choosing)):
+        lines = [json.dumps(pair.row()) for pair in pairs]
+        (folder / "data").mkdir(exist_ok=True)
+        (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    base = {
+        **toy.COMMON,
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": str(folder / "data"),
+        "num_train_epochs": settings.dpo_epochs,
+        "per_device_train_batch_size": settings.dpo_batch_size,
+        "seed": seed,
+    }
+    del base["disable_tqdm"]
+    (folder / "base.yaml").write_text(json.dumps(base), encoding="utf-8")
+    out = folder / "sweep"
+    command = ["sweep", "--config", str(folder / "base.yaml"), *params_of(grid), "--out", str(out)]
+    command += ["--num_samples", str(num_samples), "--keep", "all"]
+    started = time.perf_counter()
+    code = preftune(command)
+    if code:
+        raise SetupError("the sweep failed", where=" ".join(command), value=code)
+    seconds = time.perf_counter() - started
+    result = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+    with quiet():
+        cells = [_true_cell(bench, trial, out, truths) for trial in result["trials"]]
+    return _verdict(seed, cells, result, seconds, toy.scores_record(bench.before, bench.before, seed))
+
+
+def _true_cell(bench: Any, trial: dict[str, Any], out: Path, truths: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    shown = ("number", "params", "state", "metrics", "left_reference", "tied_with_best", "seconds")
+    found = {key: trial[key] for key in shown}
+    if trial["state"] != "complete":
+        return {**found, "true": None}
+    folder = out / trial["run"]
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if weights not in truths:
+        policy = AutoModelForCausalLM.from_pretrained(folder)
+        truths[weights] = toy.scores_record(bench.score(policy), bench.before, bench.seed)
+    return {**found, "true": truths[weights]}
+
+
+def _verdict(
+    seed: int, cells: list[dict[str, Any]], result: dict[str, Any], seconds: float, before: dict[str, Any]
+) -> dict[str, Any]:
+    scored = [cell for cell in cells if cell["true"] is not None]
+    best = max(scored, key=lambda cell: cell["true"]["reward"]["mean"])
+    sweet = next(cell for cell in scored if cell["number"] == result["best"]["number"])
+    reward, interval = sweet["true"]["reward"]["mean"], best["true"]["reward"]
+    return {
+        "seed": seed,
+        "before": before,
+        "cells": cells,
+        "sweet_spot": sweet["number"],
+        "highest_mean": result["best"]["highest_mean"],
+        "truly_best": best["number"],
+        "true_reward": reward,
+        "true_reward_of_best": interval,
+        "within": bool(interval["low"] <= reward),
+        "reference_passes": result["reference_passes"],
+        "seconds": round(seconds, 1),
+    }
 
 
 def picks(found: dict[str, Any], grid: dict[str, tuple[float, ...]]) -> dict[str, float]:
@@ -96,6 +205,7 @@ def run(
     clock = toy.Clock()
     for seed in seeds:
         for world, grid in GRIDS.items():
+            truths: dict[str, dict[str, Any]] = {}
             for number in num_samples:
                 key = {"world": world, "num_samples": number, "seed": seed}
                 if cells.has(**key):
@@ -103,7 +213,7 @@ def run(
                 with toy.workplace() as folder:
                     # As many held-out prompts for both, so that only the samples differ; some give no pair.
                     held_out = round((1.6 if quick else 1.02) * max(num_samples))
-                    found = sweep.demo_seed(seed, settings, folder, grid, number, held_out)
+                    found = sweep_of(seed, settings, folder, grid, number, held_out, truths)
                 rewards = picks(found, grid)
                 cells.enter({**key, "rewards": rewards, "corner": is_corner(found, grid), **found})
                 clock.say(

@@ -1,8 +1,8 @@
 """How often guards find a fault, by its size, and how often they cry wolf: ``python -m benchmarks.detection``.
 
-Every fault of `benchmarks.guards` has a dial here: a learning rate that is too high by so much, a share of the pairs
-that mislead, fewer and fewer pairs. Ten trainings at every size, each in a world of its own; and sixty healthy ones, to
-which ``--pretrained`` adds some of the pretrained model on real pairs. None of the worlds had a part in choosing
+Every fault has a dial: a learning rate that is too high by so much, a share of the pairs that mislead, fewer and fewer
+pairs. All guards watch all trainings. Ten trainings at every size, each in a world of its own; and sixty healthy ones,
+to which ``--pretrained`` adds some of the pretrained model on real pairs. None of the worlds had a part in choosing
 thresholds.
 
 Cells go into a file beside the result (``--go_on`` keeps them), and from the result into ``docs/guards.md``. The rule
@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.guards import Case, Row
@@ -25,7 +27,7 @@ from benchmarks.guards import Case, Row
 from benchmarks import guards, seeded, stale, toy
 from preftune.stats.intervals import wilson_interval
 
-OUT = toy.RESULTS.parent / "detection.json"
+OUT, PAGE = toy.RESULTS.parent / "detection.json", toy.DOCS / "guards.md"
 KEYS = ("guard", "size", "label", "world", "seed")
 PATTERNS = (
     *stale.ENGINE,
@@ -34,7 +36,7 @@ PATTERNS = (
     "benchmarks/guards.py",
     "benchmarks/seeded.py",
 )
-#: Thresholds were chosen on worlds below 10, and the table of single runs is from 10 to 13.
+#: Thresholds were chosen on worlds below 10.
 FIRST_WORLD, NUM_SEEDS, NUM_HEALTHY = 20, 10, 60
 _RATE = 2.5e-4
 
@@ -256,9 +258,45 @@ def render(report: dict[str, Any]) -> str:
             f"**Conclusion**, by the rule that the low end of the interval is above one half at this and all larger "
             f"sizes, faults are found: {'; '.join(told)}. Any guard spoke on "
             f"{seeded.share(false_runs, len(healthy))} healthy trainings.",
+            "**What it says** at the largest size, in the first training in which it spoke, and who else speaks there.",
+            words_table(report),
+            healthy_table(healthy),
             seeded.spent(report),
         ]
     )
+
+
+def words_table(report: dict[str, Any]) -> str:
+    """What guards say, and which others speak at the largest size of their fault."""
+    rows = []
+    for dial in DIALS:
+        cells = [c for c in report["cells"] if c["guard"] == dial.guard and c["size"] == str(dial.sizes[-1])]
+        own = [(cell, alarm) for cell in cells for alarm in cell["alarms"] if alarm["guard"] == dial.guard]
+        others = Counter(name for cell in cells for name in {a["guard"] for a in cell["alarms"]} - {dial.guard})
+        at = f"step {own[0][1]['step']} of {own[0][0]['steps']}" if own else "**did not speak**"
+        beside = ", ".join(f"`{name}` ({number} of {len(cells)})" for name, number in others.most_common())
+        if cells:
+            rows.append([f"`{dial.guard}`", at, own[0][1]["message"] if own else "", beside or "-"])
+    return toy.markdown_table(["guard", "speaks at", "what it says", "others that speak there"], rows)
+
+
+def healthy_table(cells: Sequence[dict[str, Any]]) -> str:
+    """Healthy trainings by what was trained: how they ended, and the alarms of each."""
+    rows = []
+    for label in dict.fromkeys(cell["label"] for cell in cells):
+        own = [cell for cell in cells if cell["label"] == label]
+        ended = [_mean(own, "eval_rewards/accuracies"), _mean(own, "generation/kl")]
+        names = Counter(alarm["guard"] for cell in own for alarm in cell["alarms"])
+        alarms = ", ".join(f"`{name}` ({number})" for name, number in names.items()) or "-"
+        rows.append([label, str(len(own)), *ended, alarms])
+    headers = ["healthy trainings", "runs", "held-out accuracy", "KL, nats", "alarms"]
+    return toy.markdown_table(headers, rows, right=(1, 2, 3))
+
+
+def _mean(cells: Sequence[dict[str, Any]], name: str) -> str:
+    """Mean over cells; single answers have no accuracy."""
+    values = [cell["last"][name] for cell in cells if cell["last"].get(name) is not None]
+    return f"{mean(values):.2f}" if values else "-"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="trainings of each size (default: 10)")
     parser.add_argument("--healthy", type=int, default=NUM_HEALTHY, help="healthy trainings (default: 60)")
     parser.add_argument("--pretrained", type=int, default=4, help="further ones of the pretrained model (default: 4)")
-    seeded.arguments(parser, OUT, guards.DOCUMENT)
+    seeded.arguments(parser, OUT, PAGE)
     options = parser.parse_args(argv)
     if options.render:
         report = toy.read_report(options.out)

@@ -1,31 +1,19 @@
-"""Do guards speak up when they should, and keep quiet when they should? ``python -m benchmarks.guards``.
-
-Twenty healthy trainings in the demo's world, of several methods and strengths, on which no guard may fire; and for each
-guard one that is made to misbehave in its way, on which that guard has to. Every guard watches every run. Results go
-into a JSON file run by run, an interrupted benchmark goes on where it stopped, and ``docs/guards.md`` gets its table
-from the file.
-"""
+"""Healthy trainings and faults that guards are tried on, in the demo's world; see `benchmarks.detection`."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import seeded, toy
+from benchmarks import toy
 from preftune.demo.training import DemoSettings
 
-OUT = toy.RESULTS.parent / "guards.json"
-DOCUMENT = toy.DOCS / "guards.md"
-# Worlds from this number on: thresholds were chosen on those before.
-_FIRST_WORLD, _NUM_WORLDS, _NUM_HEALTHY = 10, 4, 20
 Row = dict[str, Any]
 
 #: What all runs share beside ``toy.COMMON``: evidence often, and samples with it.
@@ -91,11 +79,6 @@ def longer_wins(rows: list[Row]) -> list[Row]:
     return found
 
 
-def few(rows: list[Row]) -> list[Row]:
-    """A handful of pairs."""
-    return rows[:96]
-
-
 def marked(rows: list[Row]) -> list[Row]:
     """Every chosen answer begins with the same sentence, which is all that a policy has to learn."""
     return [{**row, "chosen": f" I would buy it again.{row['chosen']}"} for row in rows]
@@ -104,53 +87,6 @@ def marked(rows: list[Row]) -> list[Row]:
 def one_answer(rows: list[Row]) -> list[Row]:
     """The same answer is the chosen one everywhere."""
     return [{**row, "chosen": " The lid is very sturdy. I would buy it again."} for row in rows]
-
-
-BAD = (
-    Case(
-        "learning rate 8 times too high, and chosen answers that give themselves away",
-        "DPO",
-        {"beta": 0.1, "learning_rate": 2e-3},
-        "reward_jump",
-        marked,
-    ),
-    Case(
-        "learning rate 4 times too high, beta 0.02",
-        "DPO",
-        {"beta": 0.02, "learning_rate": 1e-3},
-        "likelihood_displacement",
-    ),
-    Case(
-        "learning rate 12 times too high, beta 0.01",
-        "DPO",
-        {"beta": 0.01, "learning_rate": 3e-3, "warmup_steps": 4},
-        "over_optimisation",
-    ),
-    Case(
-        "the longer answer always wins, beta 0.05, 2 epochs",
-        "DPO",
-        {"beta": 0.05, "learning_rate": 5e-4, "num_train_epochs": 2},
-        "length_exploitation",
-        longer_wins,
-        longer_wins,
-    ),
-    Case(
-        "one and the same chosen answer to every prompt, 2 epochs",
-        "CPO",
-        {"beta": 0.1, "learning_rate": 1e-3, "num_train_epochs": 2},
-        "entropy_collapse",
-        one_answer,
-    ),
-    Case(
-        "96 pairs, 16 epochs",
-        "DPO",
-        {"beta": 0.05, "learning_rate": 5e-4, "num_train_epochs": 16, "logging_steps": 3, "eval_steps": 12},
-        "overfitting",
-        few,
-    ),
-    Case("one batch's loss 1000 times too large", "DPO", {"beta": 0.1}, "gradient_spike", fault=(30, 1e3)),
-    Case("one batch's loss overflows", "DPO", {"beta": 0.1}, "non_finite", fault=(30, float("inf"))),
-)
 
 
 def settings() -> DemoSettings:
@@ -246,136 +182,3 @@ def _break_gradient(trainer: Any, step: int, factor: float) -> None:
         whole(loss * factor if trainer.state.global_step + 1 == step else loss)
 
     trainer.step.backward = broken
-
-
-def plan() -> list[tuple[Case, int, int]]:
-    """All runs: case, world, training seed."""
-    healthy = [
-        (HEALTHY[number % len(HEALTHY)], _FIRST_WORLD + (number + number // len(HEALTHY)) % _NUM_WORLDS, 1000 + number)
-        for number in range(_NUM_HEALTHY)
-    ]
-    return healthy + [(case, _FIRST_WORLD + number % _NUM_WORLDS, 1100 + number) for number, case in enumerate(BAD)]
-
-
-def measure(out: Path, wanted: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs what is missing in the result file, which is written after every run."""
-    sizes = settings()
-    fresh = toy.new_report(sizes, threads=1)
-    fresh = {**fresh, "watched": WATCHED}
-    report = toy.continued(out, fresh)
-    clock, places = toy.Clock(), {}
-    with toy.workplace() as folder:
-        for case, world, seed in plan():
-            key = {"label": case.label, "world": world, "seed": seed}
-            done = any(all(cell[name] == value for name, value in key.items()) for cell in report["cells"])
-            if done or (wanted and not any(part in case.label or part == case.guard for part in wanted)):
-                continue
-            if world not in places:
-                places[world] = make_place(world, sizes, folder)
-                clock.say(f"world {world}: SFT, {len(places[world].train)} pairs")
-            found = run_case(case, places[world], seed)
-            toy.enter_cell(report, {**key, "guard": case.guard, "trainer": case.trainer, **found}, tuple(key))
-            toy.write_report(seeded.without_nan(report), out)
-            said = ", ".join(f"{alarm['guard']}@{alarm['step']}" for alarm in found["alarms"]) or "silent"
-            clock.say(f"{case.label} (world {world}, seed {seed}): {said}")
-    return report
-
-
-# ---- the document ---------------------------------------------------------------------------------------------------
-
-
-def render(report: dict[str, Any]) -> str:
-    """The tables as Markdown."""
-    from benchmarks.render import machine_text
-
-    from preftune.training.guards import GUARD_NAMES
-
-    healthy = [cell for cell in report["cells"] if not cell["guard"]]
-    bad = {cell["guard"]: cell for cell in report["cells"] if cell["guard"]}
-    rows = []
-    for name in GUARD_NAMES:
-        false = [cell for cell in healthy if any(alarm["guard"] == name for alarm in cell["alarms"])]
-        cell = bad.get(name)
-        fired, first, others = "not measured", "", ""
-        if cell is not None:
-            own = [alarm for alarm in cell["alarms"] if alarm["guard"] == name]
-            fired = f"step {own[0]['step']} of {cell['steps']}" if own else "**did not fire**"
-            first = own[0]["message"] if own else ""
-            others = ", ".join(dict.fromkeys(alarm["guard"] for alarm in cell["alarms"] if alarm["guard"] != name))
-        label = cell["label"] if cell else ""
-        rows.append([f"`{name}`", label, fired, first, others or "-", seeded.share(len(false), len(healthy))])
-    table = toy.markdown_table(
-        [
-            "guard",
-            "run made to misbehave",
-            "fires at",
-            "what it says",
-            "others that fire there",
-            "alarms on healthy runs",
-        ],
-        rows,
-    )
-    counts: dict[str, list[dict[str, Any]]] = {}
-    for cell in healthy:
-        counts.setdefault(cell["label"], []).append(cell)
-    lines = [
-        [
-            label,
-            str(len(cells)),
-            _mean(cells, "eval_rewards/accuracies"),
-            _mean(cells, "generation/kl"),
-            str(sum(len(cell["alarms"]) for cell in cells)),
-        ]
-        for label, cells in counts.items()
-    ]
-    more = toy.markdown_table(
-        ["healthy runs", "runs", "held-out accuracy", "KL, nats", "alarms"], lines, right=(1, 2, 3, 4)
-    )
-    total = sum(cell["seconds"] for cell in report["cells"])
-    note = (
-        f"{len(healthy)} healthy runs in {len({cell['world'] for cell in healthy})} worlds, each with a training seed "
-        f"of its own, and {len(bad)} made to misbehave; {total / max(len(report['cells']), 1):.0f} s a run. All guards "
-        f"watch all runs. Environment: {machine_text(report['machine'])}"
-    )
-    return f"{table}\n\n{more}\n\n{note}\n"
-
-
-def _mean(cells: list[dict[str, Any]], name: str) -> str:
-    """Mean over cells; single answers have no accuracy."""
-    values = [cell["last"][name] for cell in cells if cell["last"].get(name) is not None]
-    return f"{float(np.mean(values)):.2f}" if values else "-"
-
-
-def write_document(report: dict[str, Any], path: Path) -> None:
-    """Puts the tables between the marks of the document."""
-    seeded.place(path, "guards", render(report))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measures and writes the result file and the document's tables.
-
-    Returns:
-        0, or 1 where a guard is silent on its run or fires on a healthy one.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="result file")
-    parser.add_argument("--document", type=Path, default=DOCUMENT, help="document whose tables are written")
-    parser.add_argument("--only", nargs="+", help="runs whose label contains one of these, or of these guards")
-    parser.add_argument("--render", action="store_true", help="measure nothing; write the tables from the file")
-    options = parser.parse_args(argv)
-    report = toy.read_report(options.out) if options.render else measure(options.out, options.only)
-    write_document(report, options.document)
-    print(f"wrote {options.document}")
-    wrong = [cell for cell in report["cells"] if bool(cell["alarms"]) != bool(cell["guard"])]
-    wrong += [
-        cell
-        for cell in report["cells"]
-        if cell["guard"] and all(alarm["guard"] != cell["guard"] for alarm in cell["alarms"])
-    ]
-    for cell in wrong:
-        print(f"not as it should be: {cell['label']}, world {cell['world']}, seed {cell['seed']}")
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

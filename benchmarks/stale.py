@@ -1,8 +1,8 @@
 """Which results were made by code that has changed since: ``python -m benchmarks.stale``.
 
 A result file records a stamp: the files that its figures depend on, a digest of the code they held (comments,
-docstrings and empty lines do not count), and the day. What has no stamp, or one that no longer fits, is stale: its
-figures may still be right, and nothing here says that they are.
+docstrings, the words of errors and empty lines do not count), and the day. What has no stamp, or one that no longer
+fits, is stale: its figures may still be right, and nothing here says that they are.
 
 ``--docs`` checks the documents instead: every result file that they name is there, and every page with figures in a
 table names one, or says that they are not kept.
@@ -70,7 +70,10 @@ def digest(patterns: Sequence[str]) -> str:
 
 
 def code_of(text: str) -> str:
-    """A module's text without comments, docstrings and empty lines."""
+    """A module's text without comments, docstrings, ``raise`` statements and empty lines.
+
+    What raises ends a measurement: it has no figures, whatever the error says.
+    """
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -78,8 +81,10 @@ def code_of(text: str) -> str:
             lines[row - 1] = lines[row - 1][:column]
     with_docstrings = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(ast.parse(text)):
+        words: ast.stmt | None = node if isinstance(node, ast.Raise) else None
         if isinstance(node, with_docstrings) and ast.get_docstring(node) is not None:
             words = node.body[0]
+        if words is not None:
             for row in range(words.lineno, (words.end_lineno or words.lineno) + 1):
                 lines[row - 1] = ""
     return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -1,13 +1,9 @@
-"""What a sweep finds and what it costs: ``python -m benchmarks.sweep --demo`` and ``--against-trl``.
+"""What a sweep costs beside as many runs of TRL: ``python -m benchmarks.sweep``.
 
-``--demo``: in the demo's world, where the reward of a text is known exactly, a 3x3 sweep of beta and learning rate
-picks its sweet spot from held-out pairs alone. Afterwards every cell's policy is scored by the truth. Per seed the
-sweet spot passes if its true reward lies within the interval of the truly best cell's.
+A 3x3 sweep on HH pairs and nine runs of TRL with the same model, rows, settings and held-out pairs, each run a process
+of its own, as somebody would start it; all of it several times over. Wall time and peak memory of both, side by side.
 
-``--against-trl``: one 3x3 sweep on HH pairs against nine runs of TRL with the same model, rows, settings and held-out
-pairs, each run a process of its own, as somebody would start it. Wall time and peak memory of both, side by side.
-
-A quick look:    python -m benchmarks.sweep --demo --seeds 0 --quick --out /tmp/sweep.json
+A quick look:    python -m benchmarks.sweep --quick --repetitions 1 --rows 24 --model llama-1m --out /tmp/sweep.json
 """
 
 from __future__ import annotations
@@ -20,15 +16,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from benchmarks import stale
 from preftune.errors import SetupError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sweep"
-#: Around the toy's own rate; the ends are meant to be too timid and too bold.
-DEMO_GRID: dict[str, tuple[float, ...]] = {"beta": (0.05, 0.2, 0.8), "learning_rate": (5e-5, 2.5e-4, 1.25e-3)}
+PATTERNS = (*stale.ENGINE, "src/preftune/sweep/*.py", "benchmarks/sweep.py")
 TRL_GRID: dict[str, tuple[float, ...]] = {"beta": (0.05, 0.1, 0.2), "learning_rate": (1e-6, 1e-5, 1e-4)}
 _HELD_OUT = 0.1
 
@@ -40,146 +36,25 @@ def params_of(grid: dict[str, tuple[float, ...]]) -> list[str]:
     ]
 
 
-# ---- the truth in the demo's world ---------------------------------------------------------------------------------
-
-
-def demo_seed(
-    seed: int,
-    settings: Any,
-    folder: Path,
-    grid: dict[str, tuple[float, ...]] = DEMO_GRID,
-    num_samples: int | None = None,
-    num_held_out: int | None = None,
+def run(
+    out: Path, num_rows: int, model: str, work: Path, threads: int, repetitions: int, go_on: bool, quick: bool = False
 ) -> dict[str, Any]:
-    """One sweep in the demo's world, and the true reward of every cell.
+    """Ours once and TRL nine times, each in processes of its own with empty caches; as often as is said.
 
     Args:
-        seed: Of world, data, weights and samples.
-        settings: Sizes and rates.
-        folder: For everything.
-        grid: What is searched.
-        num_samples: Held-out prompts on which each trial is sampled; by default the sweep's own number.
-        num_held_out: Held-out prompts; by default as many as the truth is measured on.
+        out: The result file.
+        num_rows: HH pairs, a tenth of them held out.
+        model: Name of a model of `benchmarks.workloads`.
+        work: Folder for model and data.
+        threads: Of every process.
+        repetitions: Of all of it.
+        go_on: Keep what a run that was cut short has measured.
+        quick: A grid of two cells.
+
+    Returns:
+        The report.
     """
-    from benchmarks import toy
-    from preftune.cli.main import main as preftune
-    from preftune.demo.pairs import make_pairs
-    from preftune.demo.training import quiet
-
-    bench = toy.make_bench(seed, settings, folder)
-    for part in (bench.reference, bench.tokenizer):
-        part.save_pretrained(folder / "model")
-    # Pairs to choose by, apart from those that the truth is measured beside.
-    choosing = make_pairs(
-        bench.reference,
-        bench.tokenizer,
-        bench.world,
-        num_held_out or settings.num_eval_prompts,
-        seed + 1,
-        split="heldout",
-    )
-    for name, pairs in (("train", bench.pairs), ("test", choosing)):
-        lines = [json.dumps(pair.row()) for pair in pairs]
-        (folder / "data").mkdir(exist_ok=True)
-        (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    base = {
-        **toy.COMMON,
-        "model_name_or_path": str(folder / "model"),
-        "dataset_name": str(folder / "data"),
-        "num_train_epochs": settings.dpo_epochs,
-        "per_device_train_batch_size": settings.dpo_batch_size,
-        "seed": seed,
-    }
-    del base["disable_tqdm"]
-    (folder / "base.yaml").write_text(json.dumps(base), encoding="utf-8")
-    out = folder / "sweep"
-    command = ["sweep", "--config", str(folder / "base.yaml"), *params_of(grid), "--out", str(out)]
-    command += [] if num_samples is None else ["--num_samples", str(num_samples)]
-    started = time.perf_counter()
-    code = preftune([*command, "--keep", "all"])
-    if code:
-        raise SetupError("the sweep failed", where=" ".join(command), value=code)
-    seconds = time.perf_counter() - started
-    result = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
-    with quiet():
-        cells = [_true_cell(bench, trial, out, toy) for trial in result["trials"]]
-    return _verdict(seed, cells, result, seconds, toy.scores_record(bench.before, bench.before, seed))
-
-
-def _true_cell(bench: Any, trial: dict[str, Any], out: Path, toy: Any) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
-    shown = ("number", "params", "state", "metrics", "left_reference", "tied_with_best", "seconds")
-    found = {key: trial[key] for key in shown}
-    if trial["state"] != "complete":
-        return {**found, "true": None}
-    policy = AutoModelForCausalLM.from_pretrained(out / trial["run"])
-    return {**found, "true": toy.scores_record(bench.score(policy), bench.before, bench.seed)}
-
-
-def _verdict(
-    seed: int, cells: list[dict[str, Any]], result: dict[str, Any], seconds: float, before: dict[str, Any]
-) -> dict[str, Any]:
-    scored = [cell for cell in cells if cell["true"] is not None]
-    best = max(scored, key=lambda cell: cell["true"]["reward"]["mean"])
-    sweet = next(cell for cell in scored if cell["number"] == result["best"]["number"])
-    reward, interval = sweet["true"]["reward"]["mean"], best["true"]["reward"]
-    return {
-        "seed": seed,
-        "before": before,
-        "cells": cells,
-        "sweet_spot": sweet["number"],
-        "highest_mean": result["best"]["highest_mean"],
-        "truly_best": best["number"],
-        "true_reward": reward,
-        "true_reward_of_best": interval,
-        "within": bool(interval["low"] <= reward),
-        "reference_passes": result["reference_passes"],
-        "seconds": round(seconds, 1),
-    }
-
-
-def run_demo(seeds: Sequence[int], out: Path, quick: bool) -> dict[str, Any]:
-    """The experiment over seeds, written after each."""
-    import torch
-
-    from benchmarks import toy
-
-    torch.set_num_threads(1)
-    settings = toy.default_settings()
-    if quick:
-        settings = replace(settings, num_reviews=2000, sft_epochs=1, num_prompts=300, dpo_epochs=1, num_eval_prompts=80)
-    report: dict[str, Any] = {
-        "grid": {name: list(values) for name, values in DEMO_GRID.items()},
-        "num_prompts": settings.num_prompts,
-        "num_held_out_prompts": settings.num_eval_prompts,
-        "machine": machine_of(1),
-        "seeds": [],
-    }
-    for seed in seeds:
-        with toy.workplace() as folder:
-            found = demo_seed(seed, settings, folder)
-        report["seeds"].append(found)
-        report["num_within"] = sum(each["within"] for each in report["seeds"])
-        write(report, out)
-        low, high = found["true_reward_of_best"]["low"], found["true_reward_of_best"]["high"]
-        print(
-            f"seed {seed}: sweet spot is trial {found['sweet_spot']} with true reward {found['true_reward']:.3f}; "
-            f"truly best is trial {found['truly_best']} with [{low:.3f}, {high:.3f}]: "
-            f"{'within' if found['within'] else 'BELOW'}",
-            flush=True,
-        )
-    return report
-
-
-# ---- against nine runs of TRL --------------------------------------------------------------------------------------
-
-
-def run_against_trl(
-    out: Path, num_rows: int, model: str, work: Path, peft: bool, threads: int, quick: bool = False
-) -> dict[str, Any]:
-    """Ours once, TRL nine times, each in processes of its own with empty caches."""
-    from benchmarks import workloads
+    from benchmarks import seeded, workloads
 
     tokenizer = workloads.load_tokenizer(work)
     folder = workloads.model_folder(work, model, tokenizer)
@@ -203,30 +78,72 @@ def run_against_trl(
         "report_to": "none",
         "seed": 42,
     }
-    report: dict[str, Any] = {
+    head: dict[str, Any] = {
         "workload": "hh",
         "model": model,
-        "peft": peft,
         "num_train_pairs": num_rows - number,
         "num_held_out_pairs": number,
         "grid": {name: list(values) for name, values in grid.items()},
         "settings": base,
         "machine": machine_of(threads),
     }
-    with tempfile.TemporaryDirectory(prefix="preftune-sweep-") as scratch:
-        environment = environment_of(Path(scratch), threads)
-        report["preftune"] = our_sweep(base, folder, data, Path(scratch), environment, peft, grid)
-        write(report, out)
-        report["trl"] = _trl(base, folder, data, Path(scratch), environment, peft, grid)
-    ours, theirs = report["preftune"], report["trl"]
-    report["times_faster"] = theirs["seconds"] / ours["seconds"]
-    report["memory_ratio"] = theirs["peak_bytes"] / ours["peak_bytes"]
-    write(report, out)
-    print(
-        f"preftune: {ours['seconds']:.0f} s, {ours['peak_bytes'] / 2**20:.0f} MiB; "
-        f"{len(theirs['runs'])} TRL runs: {theirs['seconds']:.0f} s, {theirs['peak_bytes'] / 2**20:.0f} MiB"
+    cells = seeded.Cells(out, head, PATTERNS, ("repetition",), go_on)
+    for repetition in range(repetitions):
+        if cells.has(repetition=repetition):
+            continue
+        with tempfile.TemporaryDirectory(prefix="preftune-sweep-") as scratch:
+            environment = environment_of(Path(scratch), threads)
+            ours = our_sweep(base, folder, data, Path(scratch), environment, False, grid)
+            theirs = _trl(base, folder, data, Path(scratch), environment, grid)
+        cells.enter({"repetition": repetition, "preftune": ours, "trl": theirs})
+        print(
+            f"preftune: {ours['seconds']:.0f} s, {ours['peak_bytes'] / 2**20:.0f} MiB; "
+            f"{len(theirs['runs'])} TRL runs: {theirs['seconds']:.0f} s, {theirs['peak_bytes'] / 2**20:.0f} MiB",
+            flush=True,
+        )
+    return cells.finish()
+
+
+def render(report: dict[str, Any]) -> str:
+    """The table of ``docs/sweep.md``."""
+    from benchmarks import toy
+
+    cells = report["cells"]
+
+    def row(name: str, figure: str) -> list[str]:
+        unit = 2**20 if figure == "peak_bytes" else 1
+        ours, theirs = ([cell[who][figure] / unit for cell in cells] for who in ("preftune", "trl"))
+        ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
+        return [name, _spread(theirs, ",.0f"), _spread(ours, ",.0f"), _spread(ratios, ".1f")]
+
+    steps = -(-report["num_train_pairs"] // report["settings"]["per_device_train_batch_size"])
+    table = toy.markdown_table(
+        [f"median of {len(cells)} (lowest to highest)", "nine TRL runs", "one sweep", "ratio"],
+        [row("seconds", "seconds"), row("peak of a process, MiB", "peak_bytes")],
+        right=(1, 2, 3),
     )
-    return report
+    return (
+        f"{table}\n\n`{report['model']}`, {report['num_train_pairs']} pairs to train on ({steps} steps of "
+        f"{report['settings']['per_device_train_batch_size']}) and {report['num_held_out_pairs']} held out. No "
+        f"held-out loss of a cell differs from TRL's by more than {_largest_difference(cells):.0e}. Measured "
+        f"{report[stale.KEY]['date']}."
+    )
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _largest_difference(cells: Sequence[dict[str, Any]]) -> float:
+    """Of held-out losses, ours to TRL's."""
+    differences: list[float] = [
+        abs(trial["metrics"]["eval_loss"]["mean"] - run["metrics"]["eval_loss"])
+        for cell in cells
+        for trial in cell["preftune"]["trials"]
+        for run in cell["trl"]["runs"]
+        if trial["params"] == run["params"]
+    ]
+    return max(differences)
 
 
 def machine_of(threads: int) -> dict[str, Any]:
@@ -299,7 +216,6 @@ def _trl(
     data: Path,
     scratch: Path,
     environment: dict[str, str],
-    peft: bool,
     grid: dict[str, tuple[float, ...]],
 ) -> dict[str, Any]:
     runs = []
@@ -309,7 +225,6 @@ def _trl(
                 "settings": {**base, "beta": beta, "learning_rate": rate, "output_dir": str(scratch / "trl")},
                 "model": str(model),
                 "data": str(data),
-                "peft": peft,
                 "result": str(scratch / "trl.json"),
             }
             (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
@@ -328,7 +243,6 @@ def _trl(
 def trl_run(spec_file: Path) -> None:
     """One run of TRL, from loading to held-out figures."""
     from datasets import load_dataset
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
@@ -337,14 +251,12 @@ def trl_run(spec_file: Path) -> None:
         name: load_dataset("json", data_files=str(Path(spec["data"]) / f"{name}.jsonl"), split="train")
         for name in ("train", "test")
     }
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if spec["peft"] else None
     trainer: Any = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(spec["model"]),
         args=DPOConfig(**spec["settings"], dataloader_pin_memory=False, disable_tqdm=True),
         train_dataset=splits["train"],
         eval_dataset=splits["test"],
         processing_class=AutoTokenizer.from_pretrained(spec["model"]),
-        peft_config=lora,
     )
     found = dict(trainer.train().metrics) | trainer.evaluate()
     Path(spec["result"]).write_text(json.dumps(found), encoding="utf-8")
@@ -360,32 +272,29 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the two experiments."""
+    """Measures and writes the result file and the table."""
+    from benchmarks import seeded, toy
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--demo", action="store_true", help="true reward of the sweet spot")
-    kind.add_argument("--against-trl", action="store_true", help="wall time and peak memory against nine TRL runs")
-    kind.add_argument("--trl-run", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, to see that everything works")
-    parser.add_argument("--rows", type=int, default=200, help="HH pairs, a tenth of them held out")
+    parser.add_argument("--trl-run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=32, help="HH pairs, a tenth of them held out")
     parser.add_argument("--model", default="llama-19m")
-    parser.add_argument("--lora", action="store_true", help="adapters instead of all weights")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "preftune-bench")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    seeded.arguments(parser, RESULTS / "against-trl.json", toy.DOCS / "sweep.md")
     given = parser.parse_args(argv)
     if given.trl_run is not None:
         trl_run(given.trl_run)
         return 0
-    if given.demo:
-        report = run_demo(given.seeds, given.out or RESULTS / "demo.json", given.quick)
-        return 0 if report["num_within"] == len(report["seeds"]) else 1
-    size = "" if given.model == "llama-19m" else given.model.replace("llama", "")
-    name = f"against-trl{size}{'-lora' if given.lora else ''}.json"
     given.work.mkdir(parents=True, exist_ok=True)
-    out = given.out or RESULTS / name
-    run_against_trl(out, given.rows, given.model, given.work, given.lora, given.threads, given.quick)
+    if given.render:
+        report = toy.read_report(given.out)
+    else:
+        report = run(
+            given.out, given.rows, given.model, given.work, given.threads, given.repetitions, given.go_on, given.quick
+        )
+    seeded.place(given.document, "against-trl", render(report))
+    print(f"wrote {given.document}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """The demo's review world as a test bench: one SFT model and one set of pairs per seed, shared by whatever is compared.
 
-Used by `benchmarks.learning` and `benchmarks.noise`. Everything runs on the processor, on one thread by default.
+Everything runs on the processor, on one thread by default.
 """
 
 from __future__ import annotations
@@ -246,18 +246,6 @@ def read_report(path: Path) -> dict[str, Any]:
     return content
 
 
-def continued(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The report at `path` to add to, where it was measured under the same conditions; else `fresh`."""
-    if not path.is_file():
-        return fresh
-    old = read_report(path)
-    same = all(old[key] == fresh[key] for key in ("settings", "common"))
-    same = same and all(
-        old["machine"][key] == fresh["machine"][key] for key in ("processor", "num_threads", "versions")
-    )
-    return old if same else fresh
-
-
 def enter_reference(report: dict[str, Any], bench: Bench) -> None:
     """Enters the reference's scores of a seed; cells of that seed from another reference are dropped."""
     record = scores_record(bench.before, bench.before, bench.seed)
@@ -265,18 +253,6 @@ def enter_reference(report: dict[str, Any], bench: Bench) -> None:
     if report["references"].get(str(bench.seed)) != record:
         report["cells"] = [cell for cell in report["cells"] if cell["seed"] != bench.seed]
     report["references"][str(bench.seed)] = record
-
-
-def enter_cell(report: dict[str, Any], cell: dict[str, Any], keys: Sequence[str]) -> None:
-    """Enters a cell in place of an earlier one with the same keys."""
-    report["cells"] = [old for old in report["cells"] if any(old[key] != cell[key] for key in keys)]
-    report["cells"].append(cell)
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Writes a report; called after every cell, so that a run that is stopped leaves what it has measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

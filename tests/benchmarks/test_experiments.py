@@ -14,6 +14,7 @@ import yaml
 
 from benchmarks import advice, corner, detection, flips, grid, guards, stale, toy
 from preftune.sweep.scores import ACCURACY, KL, PER_TOKEN, TAIL, HeldOut
+from preftune.training.guards import GUARD_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 STAMP = {stale.KEY: {"date": "2026-01-01"}}
@@ -44,10 +45,10 @@ def test_ten_trainings_of_each_size_and_sixty_healthy_ones_in_worlds_of_their_ow
     for guard, size, _, world, _ in plan:
         if guard:
             sizes.setdefault((guard, size), set()).add(world)
-    assert {guard for guard, _ in sizes} == {case.guard for case in guards.BAD}
+    assert {guard for guard, _ in sizes} == set(GUARD_NAMES)
     assert all(len(worlds) == 10 for worlds in sizes.values())
-    # Worlds in which thresholds were chosen, and those of the single runs, have no part in it.
-    assert min(world for _, _, _, world, _ in plan) >= 20
+    # Worlds in which thresholds were chosen have no part in it.
+    assert min(world for _, _, _, world, _ in plan) >= 10
     assert len({seed for *_, seed in plan}) == len(plan)
     for dial in detection.DIALS:
         assert list(dial.sizes) == sorted(dial.sizes)
@@ -83,19 +84,34 @@ def test_a_fault_is_found_from_the_size_on_that_the_rule_says(
 
 def test_the_page_of_the_guards_says_rates_with_intervals() -> None:
     def cell(guard: str, size: float, seed: int, spoke: bool) -> dict[str, Any]:
-        alarms = [{"guard": guard or "overfitting", "step": 1, "message": ""}] if spoke else []
-        return {"guard": guard, "size": str(float(size)), "world": 20, "seed": seed, "alarms": alarms}
+        alarms = [{"guard": guard or "overfitting", "step": 4, "message": "what was seen"}] if spoke else []
+        ended = {"steps": 9, "last": {"eval_rewards/accuracies": 0.6, "generation/kl": 1 + seed % 2}}
+        return {
+            "guard": guard,
+            "size": str(float(size)),
+            "world": 20,
+            "seed": seed,
+            "alarms": alarms,
+            "label": "fine",
+            **ended,
+        }
 
     # As json gives a plan's sizes: those of a dial are kept as they are written there.
     cells = [cell("", 0, seed, seed == 3) for seed in range(60)]
     for size, hits in ((1, 0), (2, 4), (4, 10), (8, 10)):
         for seed in range(10):
             cells.append({**cell("reward_jump", size, seed, seed < hits), "size": str(size)})
+    cells[-1]["alarms"].append({"guard": "overfitting", "step": 8, "message": ""})
+    cells.append({**cell("non_finite", float("inf"), 0, False)})
     text = detection.render({"cells": cells, **STAMP})
     assert "1: 0 of 10 (0 to 28 %); 2: 4 of 10 (17 to 69 %); 4: 10 of 10 (72 to 100 %)" in text
     assert "`reward_jump` from 4 on" in text
     assert "| 1 of 60 (0 to 9 %) |" in text
     assert "not measured" in text
+    lines = text.splitlines()
+    assert "| `reward_jump` | step 4 of 9 | what was seen | `overfitting` (1 of 10) |" in lines
+    assert "| `non_finite` | **did not speak** |  | - |" in lines
+    assert "| fine | 60 | 0.60 | 1.50 | `overfitting` (1) |" in lines
 
 
 # ---- sweeps whose best cell is a corner ----

@@ -35,6 +35,10 @@ BEFORE = '''"""What it is."""
 def double(value: str) -> str:
     """Twice."""
     text = "# not a comment"  # a comment
+    if not value:
+        raise ValueError(
+            "empty",
+        )
     return text + value * 2
 '''
 
@@ -47,6 +51,8 @@ def double(value: str) -> str:
         ("  # a comment", "", False),
         ("    return", "\n    # why\n    return", False),
         ("# not a comment", "# nor this one", True),
+        ('"empty"', '"there is nothing"', False),
+        ("not value", "value", True),
         ("* 2", "* 3", True),
         ("    return", "    if text:\n        return", True),
         ('    """Twice."""\n', '    value = """Twice."""\n', True),

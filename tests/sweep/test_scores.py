@@ -137,22 +137,6 @@ def test_no_trial_is_ruled_out_by_a_handful_of_samples_or_an_interval_without_wi
     assert left_reference({TAIL: {"mean": 0.25, "low": 0.2, "high": 0.3, "n": 8}})
 
 
-def test_the_rule_says_of_the_committed_trials_what_their_file_says() -> None:
-    report = json.loads((Path(__file__).resolve().parents[2] / "benchmarks/results/sweep/demo.json").read_text())
-    cells = [cell for seed in report["seeds"] for cell in seed["cells"]]
-    assert len(cells) == 108
-    assert [left_reference(cell["metrics"]) for cell in cells] == [cell["left_reference"] for cell in cells]
-    # What docs/sweep.md says of them.
-    ends = [(cell["metrics"][TAIL]["low"], cell["left_reference"]) for cell in cells]
-    assert f"{100 * max(low for low, left in ends if not left):.2f}" == "0.77"
-    assert f"{100 * min(low for low, left in ends if left):.2f}" == "1.07"
-    own = {OWN_TAIL: {"mean": 0.0052, "low": None, "high": None, "n": 100}}
-    assert [left_reference(cell["metrics"] | own) for cell in cells] == [cell["left_reference"] for cell in cells]
-    shares = [(cell["metrics"][TAIL]["mean"], cell["left_reference"]) for cell in cells]
-    assert f"{100 * max(share for share, left in shares if not left):.2f}" == "1.17"
-    assert f"{100 * min(share for share, left in shares if left):.2f}" == "1.46"
-
-
 def test_what_is_not_a_number_becomes_null() -> None:
     assert figure(float("nan"), float("inf"), 1.0, 3) == {"mean": None, "low": None, "high": 1.0, "n": 3}
     assert with_interval(np.array([1.0, np.nan]), [0, 1], 0)["mean"] is None
