@@ -22,9 +22,17 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import stale
+
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "audit" / "noise.json"
 DOCS = HERE.parent / "docs"
+PATTERNS = (
+    "src/preftune/data/audit/**/*.py",
+    "src/preftune/demo/lexicon.py",
+    "src/preftune/demo/world.py",
+    "benchmarks/audit.py",
+)
 SHARED = HERE.parents[1] / "shared" / "data"
 FILES = ("hh_harmless_1700.jsonl.gz", "dpo_en_demo.json")
 
@@ -142,10 +150,11 @@ def run(
     from benchmarks.cell import machine
 
     fresh: dict[str, Any] = {"machine": machine({"threads": 1}), "cases": CASES, "cells": [], "files": []}
+    fresh[stale.KEY] = stale.stamp(*PATTERNS)
     report = fresh
     if out.is_file():
         old = json.loads(out.read_text(encoding="utf-8"))
-        if old["cases"] == CASES and old["machine"]["versions"] == fresh["machine"]["versions"]:
+        if old["cases"] == CASES and old.get(stale.KEY, {}).get("digest") == fresh[stale.KEY]["digest"]:
             report = old
     done = {(cell["case"], cell["noise"], cell["seed"]) for cell in report["cells"]}
     for case in cases:

@@ -27,7 +27,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import seeded
+from benchmarks import seeded, stale
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "evaluation" / "speed.json"
@@ -263,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         "model": MODEL,
         "reps": args.reps,
         "machine": about,
+        stale.KEY: stale.stamp(*stale.ENGINE, "src/preftune/evaluation/*.py", "benchmarks/evaluation.py"),
         "cells": cells,
         "ratio": {dtype: ratios(cells, dtype) for dtype in args.dtype},
     }

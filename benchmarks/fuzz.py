@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.fuzz`` feeds generated rows, damaged files, configurations and command lines to the code that a
 user's input meets first, extreme numbers and lengths to losses and packing, and writes
-``benchmarks/results/fuzz.json``, where kinds that are not run this time stay as they are. Counted are exceptions that
-are no :class:`~preftune.errors.PreftuneError` (a user would see a traceback), errors of more than one line, rows that
-are neither kept nor accounted for, and results that an independent computation contradicts.
+``benchmarks/results/fuzz.json``, where kinds that are not run this time stay if their code is that of now. Counted are
+exceptions that are no :class:`~preftune.errors.PreftuneError` (a user would see a traceback), errors of more than one
+line, rows that are neither kept nor accounted for, and results that an independent computation contradicts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,16 @@ from benchmarks.fuzz_tally import Tally
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from benchmarks import stale
+
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
+PATTERNS = (
+    *stale.ENGINE,
+    "src/preftune/data/**/*.py",
+    "src/preftune/config/*.py",
+    "src/preftune/cli/*.py",
+    "benchmarks/fuzz*.py",
+)
 #: Share of ``--inputs`` that each kind gets.
 SHARES = {"rows": 0.35, "files": 0.1, "configs": 0.25, "command lines": 0.3, "losses": 0.5, "packing": 0.25}
 #: Rows of a hundred thousand tokens take minutes each.
@@ -365,14 +374,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_kind(out: Path, found: dict[str, Any]) -> None:
-    """Put one kind's result into the file, in place of an earlier one of that kind."""
-    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"kinds": []}
-    # Results from before each kind had its own note of the environment.
-    shared = {"wrong": 0, "note": "", "environment": before.get("environment"), "seed": before.get("seed")}
-    kinds = {each["kind"]: {**shared, **each} for each in before["kinds"]}
+    """Put one kind's result into the file, in place of an earlier one; those of other code leave it."""
+    made = stale.stamp(*PATTERNS)
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    same = before.get(stale.KEY, {}).get("digest") == made["digest"]
+    kinds = {each["kind"]: each for each in before["kinds"]} if same else {}
     kinds[found["kind"]] = found
     order = {name: number for number, name in enumerate([*KINDS, GUIDED])}
-    document = {"kinds": sorted(kinds.values(), key=lambda each: order.get(each["kind"], len(order)))}
+    document = {stale.KEY: made, "kinds": sorted(kinds.values(), key=lambda each: order.get(each["kind"], len(order)))}
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_suffix(".tmp")
     beside.write_text(json.dumps(document, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.render import machine_text
 
-from benchmarks import cell, seeded, workloads
+from benchmarks import cell, seeded, stale, workloads
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "preparing.json"
@@ -136,6 +136,7 @@ def main() -> int:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["benchmarks/preparing.py", *sys.argv[1:]]),
         "machine": cell.machine({"threads": None}),
+        stale.KEY: stale.stamp("src/preftune/data/**/*.py", "benchmarks/preparing.py"),
         "cells": [],
     }
     for workload in WORKLOADS:

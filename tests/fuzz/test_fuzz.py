@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmarks.fuzz_tally import Tally, WrongError
 
-from benchmarks import fuzz, fuzz_guided, fuzz_losses, fuzz_packing, loss_formulas
+from benchmarks import fuzz, fuzz_guided, fuzz_losses, fuzz_packing, loss_formulas, stale
 from preftune.objectives import METHODS, numerics
 from preftune.packing import rows
 
@@ -137,15 +137,12 @@ def test_guided(monkeypatch: pytest.MonkeyPatch) -> None:
     good(fuzz_guided.run_guided(3, 0))
 
 
-def test_one_kind_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+def test_one_kind_leaves_the_others_of_the_same_code_as_they_are(tmp_path: Path) -> None:
     out = tmp_path / "fuzz.json"
-    old = {
-        "kinds": [{"kind": "rows", "inputs": 3}, {"kind": "losses", "inputs": 4}],
-        "seed": 5,
-        "environment": {"a": 1},
-    }
-    out.write_text(json.dumps(old), encoding="utf-8")
-    fuzz.write_kind(out, {"kind": "losses", "inputs": 9})
-    kept, new = json.loads(out.read_text(encoding="utf-8"))["kinds"]
-    assert (kept["kind"], kept["inputs"], kept["seed"], kept["environment"]) == ("rows", 3, 5, {"a": 1})
-    assert new == {"kind": "losses", "inputs": 9}
+    kinds = [{"kind": "rows", "inputs": 3}, {"kind": "losses", "inputs": 4}]
+    for digest, kept in ((stale.digest(fuzz.PATTERNS), [kinds[0]]), ("of other code", [])):
+        out.write_text(json.dumps({stale.KEY: {"digest": digest}, "kinds": kinds}), encoding="utf-8")
+        fuzz.write_kind(out, {"kind": "losses", "inputs": 9})
+        written = json.loads(out.read_text(encoding="utf-8"))
+        assert written["kinds"] == [*kept, {"kind": "losses", "inputs": 9}]
+        assert stale.why_stale(written) is None
