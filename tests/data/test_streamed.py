@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -99,6 +100,19 @@ def test_columns_are_renamed_and_looked_into(tmp_path: Path) -> None:
     names = {"q": "prompt", "a.good": "chosen", "a.bad": "rejected"}
     found = list(load(str(tmp_path / "rows.jsonl"), columns=names, streaming=True)["train"])
     assert found == [{"prompt": "why", "chosen": " so", "rejected": " no"}] * 5
+
+
+def test_what_the_first_rows_show_is_told_once(tmp_path: Path) -> None:
+    lines(tmp_path / "rows.jsonl", [{**row, "passage": f"It says {row['extra']}."} for row in ROWS])
+    with pytest.warns(UserWarning, match=r"rows\.jsonl: not used, although .*'passage'; name them with `dataset_col"):
+        stream = load(str(tmp_path / "rows.jsonl"), streaming=True)["train"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(stream)) == len(ROWS)
+    # What cannot be used is refused before anything is built.
+    lines(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": 1, "rejected": "r"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1"):
+        load(str(tmp_path / "rows.jsonl"), streaming=True)
 
 
 def test_a_bad_line_is_named_wherever_it_stands(tmp_path: Path) -> None:

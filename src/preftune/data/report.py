@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from preftune.data.rows import NEUTRAL, shorten
+from preftune.data.unused_columns import told_of
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -262,20 +263,7 @@ def _of_columns(
     given = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in columns]
     if given:
         notes.append(f"{' and '.join(given)} are left aside: the reference is computed anew")
-    if overlooked:
-        found.append(
-            f"not used, although they hold a part of the conversation: {', '.join(map(repr, overlooked))};"
-            f" {_remedy(columns, overlooked)}, or remove them"
-        )
-    return notes, found
-
-
-def _remedy(columns: Mapping[str, str], overlooked: Sequence[str]) -> str:
-    """What makes a part of the conversation of columns that are not used."""
-    if "prompt" in columns and {*overlooked} <= {"input", "context"}:
-        # TRL's own columns are read as they stand; those of other formats have text below their question.
-        return "`dataset_columns: {prompt: question}` puts their text below the prompt"
-    return "name them with `dataset_columns: {theirs: ours}`"
+    return notes, [*found, *told_of(overlooked, columns)]
 
 
 def range_of(column: str, dataset: Dataset) -> tuple[float, float] | None:

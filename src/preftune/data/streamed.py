@@ -20,6 +20,7 @@ from preftune.data.mixtures import entries_of, shape, share_of
 from preftune.data.reading import suffix_of
 from preftune.data.rows import BadRowHandler
 from preftune.data.tables import OPENING, RawTable, from_dataset
+from preftune.data.unused_columns import told_of
 from preftune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -60,17 +61,16 @@ def stream(
         what = "a part of a split has no place in a stream"
         raise ConfigError(what, where="dataset_train_split", value=split, remedy="end it with max_steps")
     pieces = _Pieces(name, config, split)
-    # What is wrong with the name is said now, not when training begins.
-    if next(pieces.tables(), None) is None:
+    loader = replace(loader.another(), handler=_OncePerRow(loader.handler.policy, loader.handler.quarantine_path))
+    # What is wrong with the name or shows in the first rows is said now, not when training begins.
+    first = next(pieces.tables(), None)
+    if first is None:
         raise DataError("the stream holds no rows", where=name, remedy="check the split")
-    found: IterableDataset = IterableDataset.from_generator(
-        _rows,
-        gen_kwargs={
-            "pieces": pieces,
-            "columns": columns,
-            "loader": replace(loader, handler=_OncePerRow(loader.handler.policy, loader.handler.quarantine_path)),
-        },
-    )
+    loader.rows(shape(first, columns))
+    for finding in (*told_of(loader.overlooked, loader.columns), *loader.findings):
+        warnings.warn(f"{name}: {finding}", UserWarning, stacklevel=2)
+    gen_kwargs = {"pieces": pieces, "columns": columns, "loader": loader}
+    found: IterableDataset = IterableDataset.from_generator(_rows, gen_kwargs=gen_kwargs)
     return found
 
 

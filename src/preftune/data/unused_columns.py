@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from preftune.data.formats import NOT_USED, POINTED, FormatSpec, decoded_or_same, texts_of
@@ -106,3 +106,20 @@ def _new_text(value: Any, others: str) -> str:
 def _is_prose(text: str) -> bool:
     """Several words, or letters of a script that is written without spaces."""
     return " " in text.strip() or any(ord(char) > 0x2E80 and char.isalpha() for char in text)
+
+
+def told_of(overlooked: Sequence[str], columns: Collection[str]) -> list[str]:
+    """The finding about columns that hold a part of the conversation and are not used; none where there are none.
+
+    Args:
+        overlooked: Their names, from :func:`overlooked`.
+        columns: All columns of the data.
+    """
+    if not overlooked:
+        return []
+    remedy = "name them with `dataset_columns: {theirs: ours}`"
+    if "prompt" in columns and {*overlooked} <= {"input", "context"}:
+        # TRL's own columns are read as they stand; those of other formats have text below their question.
+        remedy = "`dataset_columns: {prompt: question}` puts their text below the prompt"
+    names = ", ".join(map(repr, overlooked))
+    return [f"not used, although they hold a part of the conversation: {names}; {remedy}, or remove them"]

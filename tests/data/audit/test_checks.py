@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from preftune.data import DataOptions
+from preftune.data import DataOptions, load
 from preftune.data.audit import Finding
 from preftune.errors import DataError
 from preftune.objectives import METHODS
@@ -33,6 +35,21 @@ def test_a_clean_set_gives_no_alarm(look: Look, seed: int) -> None:
     assert {one.check: one.severity for one in report.findings if one.severity in ("warn", "problem")} == {}
     assert report.num_rows == report.num_prompts == 120
     assert report.not_applicable == {}
+
+
+def test_what_the_first_rows_show_is_a_finding_of_the_audit_too(look: Look, tmp_path: Path) -> None:
+    rows = [{**row, "passage": f"It says {number}."} for number, row in enumerate(clean_rows(12))]
+    finding = found(look(rows), "first_rows")
+    assert finding.severity == "warn"
+    # In the words of whoever is told.
+    assert "'passage'; name them with `dataset.rename_columns(" in finding.detail
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    loaded = load(str(tmp_path / "rows.jsonl"), with_test=False)["train"]
+    assert "'passage'; name them with `dataset_columns: {" in found(look(loaded), "first_rows").detail
+    with pytest.raises(DataError, match="single messages of conversations"):
+        look(
+            [{"parent_id": str(number), "role": "assistant", "text": row["chosen"]} for number, row in enumerate(rows)]
+        )
 
 
 def test_repeated_rows_are_counted_once_each(look: Look) -> None:

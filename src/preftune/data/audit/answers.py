@@ -283,6 +283,14 @@ def check_languages(rows: Rows, seed: int) -> Finding:
     )
 
 
+def first_rows(rows: Rows) -> list[Finding]:
+    """What the first rows show about how they are read; a run over the same data says the same."""
+    if not rows.findings:
+        return []
+    said = " ".join(f"{finding[0].upper()}{finding[1:]}." for finding in rows.findings)
+    return [Finding("first_rows", "warn", "the rows may not be read as they are meant", said)]
+
+
 def check_columns(rows: Rows) -> Finding:
     """What is done with every column of the data."""
     unused = [name for name, use in rows.columns.items() if use == NOT_USED]

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from preftune.data.audit.text import flat
 from preftune.data.convert import canonical_rows, convert_row
+from preftune.data.first_rows import look
 from preftune.data.formats import FormatSpec, column_uses, resolve
 from preftune.data.formats.base import BadRow, Row
 from preftune.data.loader import load_report
 from preftune.data.options import DataOptions
 from preftune.data.rows import BadRowHandler
+from preftune.data.script_words import in_python
 from preftune.data.tables import from_dataset
 from preftune.data.transcripts import as_conversation
+from preftune.data.unused_columns import overlooked, told_of
 from preftune.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class Rows:
         bad: Bad rows: ``place`` and ``reason``.
         notes: Lines for the user.
         columns: Column of the data -> what is done with it.
+        findings: What the first rows show that a user should know.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Rows:
     bad: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
 
     @property
     def paired(self) -> bool:
@@ -122,9 +127,16 @@ def read_rows(
     recorder = _Recorder(options.quarantine_path)
     kind = "preference" if spec.kind in ("ranked", "rated") else spec.kind
     out = Rows(name, kind, spec.name, notes=list(notes), columns=column_uses(spec, dataset.column_names))
+    table = from_dataset(f"{name} data set", dataset)
+    if loaded is not None:
+        out.findings = [*told_of(loaded.overlooked, loaded.columns), *loaded.findings]
+    else:
+        first = table.first()
+        found = look(spec, out.columns, first, table.name, lambda: (row for _, row in table))
+        out.findings = [*map(in_python, (*told_of(overlooked(spec, out.columns, first), out.columns), *found))]
     then = _then(tokenizer, options)
     if spec.kind == "rated":
-        pairs, more = canonical_rows(from_dataset(f"{name} data set", dataset), spec, recorder)
+        pairs, more = canonical_rows(table, spec, recorder)
         out.notes += more
         for number, row in enumerate(pairs):
             _enter(out, number, then(row))

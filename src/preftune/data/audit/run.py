@@ -122,6 +122,7 @@ class _Audit:
         self.findings += answers.check_bad_rows(rows, self.options.max_dropped_share)
         if rows.columns:
             self.findings.append(answers.check_columns(rows))
+        self.findings += answers.first_rows(rows)
         if not len(rows):
             return
         self._repeats()
