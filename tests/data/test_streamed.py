@@ -177,6 +177,40 @@ def test_a_mixture_is_drawn_from_by_weight(tmp_path: Path) -> None:
         load(dataset_mixture={"datasets": [{**entries[0], "weight": 0}]}, streaming=True)
 
 
+def test_a_mixture_keeps_messages_as_they_are_and_makes_text_messages(tmp_path: Path) -> None:
+    named = [{**row, "prompt": [{"role": "user", "name": "Bob", "content": f"q{n}"}]} for n, row in enumerate(CHATS)]
+    for name, rows in (("calls", CHATS), ("named", named), ("texts", ROWS)):
+        lines(tmp_path / f"{name}.jsonl", rows)
+    entries = [{"id": str(tmp_path / f"{name}.jsonl")} for name in ("calls", "named", "texts")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = list(load(dataset_mixture={"datasets": entries[:2]}, streaming=True)["train"])
+    # No message has the fields of another.
+    assert all(row in [*CHATS, *named] for row in found)
+    with pytest.warns(UserWarning, match="text is made a question and its answer"):
+        found = list(load(dataset_mixture={"datasets": entries}, streaming=True)["train"])
+    assert {row["prompt"][0]["content"] for row in found} == {f"{kind}{n}" for kind in "pq" for n in range(5)} | {
+        f"p{n}" for n in range(11)
+    }
+    # Supervised examples of two forms are refused, as without a stream.
+    lines(tmp_path / "plain.jsonl", [{"text": "all of it"}] * 3)
+    lines(tmp_path / "asked.jsonl", [{"prompt": "p", "completion": " c"}] * 3)
+    pieces = [{"id": str(tmp_path / f"{name}.jsonl")} for name in ("plain", "asked")]
+    for streaming in (True, False):
+        with pytest.raises(DataError, match=r"different forms: .*plain\.jsonl \(text\); .*\(prompt, completion\)"):
+            load(dataset_mixture={"datasets": pieces}, streaming=streaming, for_sft=True)
+    # Rows of one file are told apart too; a source of which nothing can be used ends the draws.
+    lines(tmp_path / "both.jsonl", [ROWS[0], CHATS[0]])
+    with pytest.warns(UserWarning, match="text is made a question"):
+        kept = list(load(str(tmp_path / "both.jsonl"), streaming=True)["train"])
+    assert kept[0]["chosen"] == [{"role": "assistant", "content": " c0"}]
+    lines(tmp_path / "empty.jsonl", [{"prompt": "p", "chosen": "", "rejected": ""}] * 3)
+    mixture = {"datasets": [entries[2], {"id": str(tmp_path / "empty.jsonl")}]}
+    told = pytest.warns(UserWarning, match=r"empty\.jsonl:1.*left out")
+    with told, pytest.raises(DataError, match=r"empty\.jsonl: the stream holds no rows that can be used"):
+        list(load(dataset_mixture=mixture, streaming=True, on_bad_rows="skip")["train"])
+
+
 # ---- on the command line ---------------------------------------------------------------------------------------------
 
 RUN = (

@@ -148,13 +148,26 @@ def in_one_form(rows: list[Row]) -> tuple[list[Row], int]:
     Returns:
         The rows, and how many were text. A transcript becomes its turns, any other text a question and its answer.
     """
-    texts = [any(isinstance(row.get(name), str) for name in _SIDES) for row in rows]
-    if all(texts) or not any(texts):
+    texts = [is_text(row) for row in rows]
+    if not any(texts) or not any(map(is_conversation, rows)):
         return rows, 0
-    return [_as_messages(row) if text else row for row, text in zip(rows, texts, strict=True)], sum(texts)
+    return [as_messages(row) for row in rows], sum(texts)
 
 
-def _as_messages(row: Row) -> Row:
+def is_text(row: Row) -> bool:
+    """Whether a canonical row is text, not a conversation."""
+    return any(isinstance(row.get(name), str) for name in _SIDES)
+
+
+def is_conversation(row: Row) -> bool:
+    """Whether a canonical row, or a part of it, is a list of messages."""
+    return any(isinstance(row.get(name), list) for name in (*_SIDES, "messages"))
+
+
+def as_messages(row: Row) -> Row:
+    """A canonical row as a conversation: a transcript becomes its turns, other text a question and its answer."""
+    if not is_text(row):
+        return row
     found = as_conversation(row)
     if found is not None:
         return found

@@ -76,9 +76,9 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
             _pick(table, _permutation(len(table), used_seed)[: int(len(table) * weight)])
         if len(table):
             found = loader.rows(table)
-            forms.setdefault(_form_of(found), entry["id"])
+            forms.setdefault(form_of(found), entry["id"])
             rows += found
-    _check_forms(forms)
+    check_forms(forms)
     dataset = loader.unsigned(rows, "dataset_mixture")
     if mixture.get("shuffle", True):
         dataset = dataset.shuffle(seed=used_seed).flatten_indices()
@@ -90,13 +90,13 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
     return {"train": loader.signed(parts["train"].flatten_indices()), "test": parts["test"].flatten_indices()}
 
 
-def _form_of(rows: Sequence[Row]) -> str:
+def form_of(rows: Sequence[Row]) -> str:
     """What rows are made of: pairs, conversations, texts."""
     names = ("messages", "text", "prompt", "completion", "chosen", "rejected", "label")
     return ", ".join(name for name in names if rows and name in rows[0])
 
 
-def _check_forms(forms: Mapping[str, str]) -> None:
+def check_forms(forms: Mapping[str, str]) -> None:
     """Refuse to join rows of different forms, of which one alone could be read.
 
     Raises:

@@ -8,15 +8,18 @@ import lzma
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from preftune.data.convert import as_messages, is_conversation, is_text
 from preftune.data.json_text import read_lines
 from preftune.data.loader import Loader
 from preftune.data.locations import check_split, files_by_split, find, hub_errors
-from preftune.data.mixtures import entries_of, shape, share_of
+from preftune.data.mixtures import check_forms, entries_of, form_of, shape, share_of
 from preftune.data.reading import suffix_of
 from preftune.data.rows import BadRowHandler
 from preftune.data.tables import OPENING, RawTable, from_dataset
@@ -55,23 +58,7 @@ def stream(
         ConfigError: A part of a split, or a split that is not there.
         DataError: Data that cannot be found, or read piece by piece.
     """
-    from datasets import IterableDataset
-
-    if "[" in split:
-        what = "a part of a split has no place in a stream"
-        raise ConfigError(what, where="dataset_train_split", value=split, remedy="end it with max_steps")
-    pieces = _Pieces(name, config, split)
-    loader = replace(loader.another(), handler=_OncePerRow(loader.handler.policy, loader.handler.quarantine_path))
-    # What is wrong with the name or shows in the first rows is said now, not when training begins.
-    first = next(pieces.tables(), None)
-    if first is None:
-        raise DataError("the stream holds no rows", where=name, remedy="check the split")
-    loader.rows(shape(first, columns))
-    for finding in (*told_of(loader.overlooked, loader.columns), *loader.findings):
-        warnings.warn(f"{name}: {finding}", UserWarning, stacklevel=2)
-    gen_kwargs = {"pieces": pieces, "columns": columns, "loader": loader}
-    found: IterableDataset = IterableDataset.from_generator(_rows, gen_kwargs=gen_kwargs)
-    return found
+    return _drawn_from([_part(name, config, split, columns, loader)], [1.0], 0)
 
 
 def mixed(mixture: Mapping[str, Any], loader: Loader, seed: int) -> IterableDataset:
@@ -87,47 +74,117 @@ def mixed(mixture: Mapping[str, Any], loader: Loader, seed: int) -> IterableData
     Raises:
         ConfigError: A malformed mixture, or something that a stream cannot do.
     """
-    from datasets import interleave_datasets
-
     if mixture.get("test_split_size") is not None:
         what, remedy = "a stream cannot be divided", "leave it out; evaluation needs a split of its own"
         raise ConfigError(
             what, where="dataset_mixture.test_split_size", value=mixture["test_split_size"], remedy=remedy
         )
-    streams, weights = [], []
+    parts, weights = [], []
     for where, entry in entries_of(mixture):
         weight = 1.0 if entry.get("weight") is None else share_of(entry["weight"], f"{where}.weight")
         if weight:
             weights.append(weight)
             split = entry.get("split") or "train"
-            columns = entry.get("columns")
-            streams.append(stream(entry["id"], config=entry.get("config"), split=split, columns=columns, loader=loader))
-    if not streams:
+            parts.append(_part(entry["id"], entry.get("config"), split, entry.get("columns"), loader))
+    if not parts:
         raise ConfigError("nothing to train on", where="dataset_mixture", remedy="raise a weight")
-    chances = [weight / sum(weights) for weight in weights]
-    used_seed = seed if mixture.get("seed") is None else mixture["seed"]
-    found: IterableDataset = interleave_datasets(
-        streams, probabilities=chances, seed=used_seed, stopping_strategy="all_exhausted"
-    )
+    return _drawn_from(parts, weights, seed if mixture.get("seed") is None else int(mixture["seed"]))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One data set of a stream.
+
+    Attributes:
+        pieces: Its tables.
+        columns: Columns to keep, or a mapping from their name to ours.
+        loader: Makes canonical rows; every pass has a copy of its own.
+        form: What the first rows are made of.
+        texts: Whether text is among them.
+        chats: Whether conversations are.
+    """
+
+    pieces: _Pieces
+    columns: Any
+    loader: Loader
+    form: str
+    texts: bool
+    chats: bool
+
+    def rows(self, chat: bool) -> Iterator[dict[str, Any]]:
+        """One pass over canonical rows; with ``chat``, text is made conversations."""
+        reader = replace(self.loader.another(), handler=self.loader.handler)
+        opening: dict[str, None] | None = None
+        for table in self.pieces.tables():
+            shaped = shape(table, self.columns)
+            found = dict.fromkeys(name for name in OPENING if name in shaped.columns())
+            if opening is not None and found.keys() - opening.keys() and not opening:
+                # The rows before were read as text that nothing stands before.
+                raise DataError(
+                    f"rows of the stream have {', '.join(found)} where those before have not",
+                    where=table.place(0),
+                    remedy="give all rows the column, or read the data without dataset_streaming",
+                )
+            opening = (opening or {}) | found
+            shaped.opening = list(opening)
+            rows = reader.rows(shaped)
+            yield from map(as_messages, rows) if chat else rows
+
+
+def _part(name: str, config: str | None, split: str, columns: Any, loader: Loader) -> _Part:
+    """A data set whose name, split and first rows are in order; what these show is told."""
+    if "[" in split:
+        what = "a part of a split has no place in a stream"
+        raise ConfigError(what, where="dataset_train_split", value=split, remedy="end it with max_steps")
+    pieces = _Pieces(name, config, split)
+    loader = replace(loader.another(), handler=_OncePerRow(loader.handler.policy, loader.handler.quarantine_path))
+    first = next(pieces.tables(), None)
+    if first is None:
+        raise DataError("the stream holds no rows", where=name, remedy="check the split")
+    rows = loader.rows(shape(first, columns))
+    for finding in (*told_of(loader.overlooked, loader.columns), *loader.findings):
+        warnings.warn(f"{name}: {finding}", UserWarning, stacklevel=2)
+    texts, chats = (any(map(each, rows)) for each in (is_text, is_conversation))
+    return _Part(pieces, columns, loader, form_of(rows), texts, chats)
+
+
+def _drawn_from(parts: Sequence[_Part], weights: Sequence[float], seed: int) -> IterableDataset:
+    from datasets import IterableDataset
+
+    check_forms({part.form: part.pieces.name for part in parts})
+    chats = any(part.chats for part in parts)
+    if chats and any(part.texts for part in parts):
+        what = "some rows are text and the others conversations: the text is made a question and its answer, so that"
+        warnings.warn(f"{what} all are given to the model with its chat template", UserWarning, stacklevel=2)
+    # A list would be taken for shards.
+    kwargs = {"parts": tuple(parts), "weights": tuple(weights), "seed": seed, "chat": chats}
+    found: IterableDataset = IterableDataset.from_generator(_draws, gen_kwargs=kwargs)
     return found
 
 
-def _rows(pieces: _Pieces, columns: Any, loader: Loader) -> Iterator[dict[str, Any]]:
-    reader = replace(loader.another(), handler=loader.handler)
-    opening: dict[str, None] | None = None
-    for table in pieces.tables():
-        shaped = shape(table, columns)
-        found = dict.fromkeys(name for name in OPENING if name in shaped.columns())
-        if opening is not None and found.keys() - opening.keys() and not opening:
-            # The rows before were read as text that nothing stands before.
-            raise DataError(
-                f"rows of the stream have {', '.join(found)} where those before have not",
-                where=table.place(0),
-                remedy="give all rows the column, or read the data without dataset_streaming",
-            )
-        opening = (opening or {}) | found
-        shaped.opening = list(opening)
-        yield from reader.rows(shaped)
+def _draws(parts: Sequence[_Part], weights: Sequence[float], seed: int, chat: bool) -> Iterator[dict[str, Any]]:
+    """Rows of all parts, until each has come to its end once.
+
+    ``datasets.interleave_datasets`` would give every message the fields of all others, and refuses what has others.
+    """
+    if len(parts) == 1:
+        yield from parts[0].rows(chat)
+        return
+    draw, chances = np.random.default_rng(seed), np.array(weights) / sum(weights)
+    passes = [part.rows(chat) for part in parts]
+    ended: set[int] = set()
+    while True:
+        at = int(draw.choice(len(parts), p=chances))
+        row = next(passes[at], None)
+        if row is None:
+            ended.add(at)
+            if len(ended) == len(parts):
+                return
+            passes[at] = parts[at].rows(chat)
+            row = next(passes[at], None)
+        if row is None:
+            raise DataError("the stream holds no rows that can be used", where=parts[at].pieces.name)
+        yield row
 
 
 class _OncePerRow(BadRowHandler):
