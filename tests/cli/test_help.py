@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 
 from preftune.cli import help_table
+from preftune.cli.data import ACTIONS
 from preftune.cli.help import help_of
-from preftune.cli.verbs import TRAINING_VERBS
+from preftune.cli.main import main
+from preftune.cli.verbs import TRAINING_VERBS, VERBS
 
 
 def shipped() -> dict[str, Any]:
@@ -90,3 +93,19 @@ def test_help_needs_no_cache(other_versions: Path, monkeypatch: pytest.MonkeyPat
     blocked.write_text("", encoding="utf-8")
     monkeypatch.setenv("PREFTUNE_CACHE", str(blocked))
     assert help_table.sections_of_verb("orpo")
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("verb", ["", *VERBS, *(f"data {action}" for action in ACTIONS)])
+def test_help_fits_the_terminal(
+    verb: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with contextlib.suppress(SystemExit):
+        main([*verb.split(), "--help"])
+    shown = capsys.readouterr().out.splitlines()
+    # An example is there to be copied; argparse does not break its lists of choices.
+    may_wrap = [line for line in shown if not line.startswith("example: ") and "{" not in line]
+    wide = [line for line in may_wrap if len(line) > columns]
+    assert len(shown) > 5
+    assert wide == []

@@ -78,10 +78,11 @@ class _Own:
 
 def _help(action: str = "show") -> str:
     from preftune.cli.help import own_lines
+    from preftune.cli.wrapping import wrapped
 
     text, own = (_CONVERT_HELP, _OwnOfConvert) if action == "convert" else (_HELP, _Own)
     labelled = next(verb for verb, rows in ROWS.items() if rows == "labelled")
-    return text.format(flags="\n".join(own_lines(own)), labelled=labelled)
+    return wrapped(text.format(flags="\n".join(own_lines(own)), labelled=labelled))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shutil
 import textwrap
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -11,12 +10,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from preftune.cli.verbs import VERBS
+from preftune.cli.wrapping import width, wrapped
 from preftune.config.fields import MISSING, Field, describe, fields_of
 from preftune.verbs import TRAINING
 
 _INDENT = 6
-#: Longer lines are hard to read, however wide the terminal is.
-_MOST_COLUMNS = 110
 #: Settings that most runs set; the help of a training verb begins with the first ten that the verb has.
 _MOST_USED = (
     *("model_name_or_path", "dataset_name", "output_dir", "use_peft", "loss_type", "beta", "learning_rate"),
@@ -88,7 +86,7 @@ def render(verb: str, sections: Sections, example: str | None = None) -> str:
     ]
     for title, entries in sections:
         lines += ["", f"{title}:", *(line for entry in entries for line in entry_lines(entry))]
-    return "\n".join(lines)
+    return wrapped("\n".join(lines))
 
 
 def sections_of(
@@ -137,23 +135,9 @@ def own_lines(cls: type[Any], without: Iterable[str] = ()) -> list[str]:
 def entry_lines(entry: Entry) -> list[str]:
     """A setting's lines in a help text: name, type and default, and below them what it does."""
     head = f"  --{entry.name}  {entry.type}" + ("" if entry.default is None else f"  [{entry.default}]")
-    lines = textwrap.wrap(head, _width(), subsequent_indent=" " * _INDENT, break_long_words=False)
+    lines = textwrap.wrap(head, width(), subsequent_indent=" " * _INDENT, break_long_words=False)
     indent = " " * _INDENT
-    return lines + textwrap.wrap(entry.help, _width(), initial_indent=indent, subsequent_indent=indent)
-
-
-def wrapped(text: str) -> str:
-    """A help text with its paragraphs broken to the width of the terminal; indented lines and commands stay."""
-    parts = []
-    for part in text.split("\n\n"):
-        plain = not part.startswith((" ", "usage:", "example:"))
-        parts.append(textwrap.fill(" ".join(part.split()), _width()) if plain else part)
-    return "\n\n".join(parts)
-
-
-def _width() -> int:
-    """Columns of a line: those of the terminal, and 110 where there is none."""
-    return max(40, min(_MOST_COLUMNS, shutil.get_terminal_size((_MOST_COLUMNS, 24)).columns))
+    return lines + textwrap.wrap(entry.help, width(), initial_indent=indent, subsequent_indent=indent)
 
 
 def _entry(field: Field, defaults: Mapping[str, Any]) -> Entry:

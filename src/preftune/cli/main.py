@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from preftune.cli.verbs import INTERRUPTED, SYNONYMS, TRAINING_VERBS, VERBS
+from preftune.cli.wrapping import wrapped
 from preftune.errors import ConfigError, PreftuneError, SetupError
 from preftune.version import __version__
 
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="preftune",
         usage="preftune VERB [--config FILE.yaml] [--name value ...]",
         description="Offline preference optimisation of language models.",
-        epilog=f"verbs:\n{verbs}\n\n`preftune VERB --help` lists what a verb takes.",
+        epilog=wrapped(f"verbs:\n{verbs}\n\n`preftune VERB --help` lists what a verb takes."),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"preftune {__version__}")

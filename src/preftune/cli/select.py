@@ -55,8 +55,9 @@ def main(argv: Sequence[str]) -> int:
     line = split_command_line(argv)
     if line.help:
         from preftune.cli.help import own_lines
+        from preftune.cli.wrapping import wrapped
 
-        print(_HELP.format(flags="\n".join(own_lines(_Own))))
+        print(wrapped(_HELP.format(flags="\n".join(own_lines(_Own)))))
         return 0
     own, rest = take_own(line, _Own)
     if not own.out or os.path.isfile(own.out):

@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
 def help_text() -> str:
     """The help of the verb, from the attributes of :class:`Options`."""
     from preftune.cli.help import own_lines
+    from preftune.cli.wrapping import wrapped
 
     lines = [
         "usage: preftune sweep --config FILE.yaml --param beta=0.05,0.1,0.2 --param learning_rate=1e-6,1e-5 --out DIR",
@@ -59,7 +60,7 @@ def help_text() -> str:
         "Trials of preftune dpo, orpo or cpo over any of their settings; see `preftune dpo --help` for those.",
         "",
     ]
-    return "\n".join([*lines, *own_lines(Options, without=("as_worker",))])
+    return wrapped("\n".join([*lines, *own_lines(Options, without=("as_worker",))]))
 
 
 def _sweep(options: Options, rest: CommandLine, folder: Path, console: Console) -> int:
