@@ -82,7 +82,9 @@ def render(verb: str, sections: Sections, example: str | None = None) -> str:
         f"{summary[0].upper()}{summary[1:]}.",
         *(["", f"example: {example}", ""] if example else []),
         "Any field below can be set in the YAML file or as a flag; flags win.",
-        "Lists: --name a b. Mappings: --name '{\"key\": 1}'. Switches: --name, --no_name, --name false.",
+        "  lists     --name a b",
+        "  mappings  --name '{\"key\": 1}'",
+        "  switches  --name, --no_name, --name false",
     ]
     for title, entries in sections:
         lines += ["", f"{title}:", *(line for entry in entries for line in entry_lines(entry))]
