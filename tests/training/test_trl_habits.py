@@ -54,6 +54,64 @@ def both(kind: str, world: Any, out: Path, data: Any, **options: Any) -> tuple[A
     return theirs, ours
 
 
+def first_rows_loader(trainer: Any) -> Any:
+    rows = torch.utils.data.Subset(trainer.train_dataset, [9, 3, 7, 1, 2, 5])
+    return torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=trainer.data_collator)
+
+
+ORDERS: dict[str, dict[str, Any]] = {
+    "sequential": {
+        "_get_train_sampler": lambda self, data=None: torch.utils.data.SequentialSampler(self.train_dataset)
+    },
+    "weighted": {
+        "_get_train_sampler": lambda self, data=None: torch.utils.data.WeightedRandomSampler(
+            [float(n * n) for n in range(len(self.train_dataset))], 6, generator=torch.Generator().manual_seed(3)
+        )
+    },
+    "listed": {"_get_train_sampler": lambda self, data=None: listed([11, 4, 6, 0, 8, 10])},
+    "loader": {"get_train_dataloader": first_rows_loader},
+}
+
+
+def listed(rows: list[int]) -> torch.utils.data.Sampler[int]:
+    class Listed(torch.utils.data.Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(rows)
+
+        def __len__(self) -> int:
+            return len(rows)
+
+    return Listed()
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["subclass", "object"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_order_of_the_scripts_own_in_less_than_an_epoch(
+    order: str, patched: bool, world: worlds.World, tmp_path: Path
+) -> None:
+    logs = {}
+    for library in (trl, preftune):
+        kind: Any = library.DPOTrainer
+        subclass = kind if patched else type("Own", (kind,), ORDERS[order])
+        trainer = subclass(
+            model=world.path,
+            args=library.DPOConfig(
+                output_dir=str(tmp_path / library.__name__),
+                **{**worlds.DEFAULTS, "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-3},
+            ),
+            train_dataset=Dataset.from_list(worlds.pair_rows(12, 0)),
+            processing_class=world.tokenizer,
+        )
+        if patched:
+            for name, method in ORDERS[order].items():
+                setattr(trainer, name, method.__get__(trainer))
+        trainer.train()
+        logs[library.__name__] = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(logs["trl"]) == 3
+    for ours, theirs in zip(logs["preftune"], logs["trl"], strict=True):
+        close(ours, theirs, ("loss", "logps/chosen", "logps/rejected", "grad_norm"))
+
+
 def close(ours: dict[str, float], theirs: dict[str, float], names: Any) -> None:
     for name in names:
         assert math.isclose(ours[name], theirs[name], rel_tol=TOLERANCE, abs_tol=1e-7), name

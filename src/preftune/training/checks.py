@@ -47,6 +47,11 @@ def refuse_overrides(trainer: Any) -> None:
                 raise ConfigError(what, where=where, remedy=remedy)
 
 
+def overrides(trainer: Any, *names: str) -> bool:
+    """Whether a script has given a trainer, its class or a subclass one of these methods."""
+    return not all(_is_known(getattr(trainer, name)) for name in names)
+
+
 def _is_known(method: Any) -> bool:
     """Whether a method is one of the libraries', rather than a script's."""
     layer = getattr(method, "__func__", method)

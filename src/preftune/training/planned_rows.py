@@ -23,7 +23,7 @@ class _Indices(Dataset[int]):
         return index
 
 
-def visited_rows(args: PackedConfig, size: int, sampler: Callable[[], Any]) -> list[int]:
+def visited_rows(args: PackedConfig, size: int, sampler: Callable[[], Any] | None) -> list[int]:
     """Rows that any process will train on, ascending.
 
     Only a run shorter than one epoch leaves rows out. Its data order is that of transformers' sampler, which a loader
@@ -32,8 +32,11 @@ def visited_rows(args: PackedConfig, size: int, sampler: Callable[[], Any]) -> l
     Args:
         args: Settings of the run.
         size: Rows of the training data.
-        sampler: Makes transformers' sampler.
+        sampler: Makes transformers' sampler; ``None`` where a script has a sampler or loader of its own, whose order
+            nobody foresees.
     """
+    if sampler is None:
+        return list(range(size))
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.train_sampling_strategy == "sequential" and args.max_steps > 0:
         return list(range(min(size, args.max_steps * per_step)))

@@ -308,7 +308,8 @@ class Reference:
         if np.isnan(known).any():
             raise TrainingError(
                 "a pair's reference log-probs were not computed before training",
-                remedy="set reference_store: false, and report this: the data order was foreseen wrongly",
+                remedy="set reference_store: false; where no loader or sampler of your own draws the rows, report this:"
+                " the data order was foreseen wrongly",
             )
         values = put(known, like.device, like.dtype)
         return values[:, 0], values[:, 1]

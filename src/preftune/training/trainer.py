@@ -207,7 +207,9 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         if reference.store is not None:
             state = torch.get_rng_state()
             # Also after training: a longer run after a short one visits examples that are not known yet.
-            rows = visited_rows(self.args, len(self.train_dataset), self._get_train_sampler)  # type: ignore[arg-type]
+            own = checks.overrides(self, "get_train_dataloader", "_get_train_sampler")
+            sampler = None if own else self._get_train_sampler
+            rows = visited_rows(self.args, len(self.train_dataset), sampler)  # type: ignore[arg-type]
             self.train_dataset = with_reference(self.step, self.train_dataset, "train", rows)
             held = {name: with_reference(self.step, each, name) for name, each in self._evaluated().items()}
             self.eval_dataset = held if isinstance(self.eval_dataset, dict) else held.get("eval")
