@@ -60,9 +60,9 @@ class PreftuneError(Exception):
         fields = {"where": self.where, "allowed": self.allowed, "remedy": self.remedy}
         return fields if self.value is _UNSET else fields | {"value": self.value}
 
-    def with_remedy(self, remedy: str | None) -> PreftuneError:
-        """The same error with another remedy."""
-        return _rebuild(type(self), self.what, self._fields() | {"remedy": remedy})
+    def with_parts(self, **parts: Any) -> PreftuneError:
+        """The same error with another ``where``, ``value``, ``allowed`` or ``remedy``."""
+        return _rebuild(type(self), self.what, self._fields() | parts)
 
     def _line(self) -> str:
         parts = [f"{self.where}: {self.what}" if self.where else self.what]

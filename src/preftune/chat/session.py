@@ -14,7 +14,7 @@ from preftune.config import ModelConfig
 from preftune.errors import ConfigError, ModelError, PreftuneError
 from preftune.models.decoding import BASE, decode, switchable
 from preftune.models.sampling import end_tokens
-from preftune.models.tuned import Tuned, load_base, load_tuned
+from preftune.models.tuned import Tuned, load_reference, load_tuned
 
 TUNED, REFERENCE = "tuned", "reference"
 
@@ -219,17 +219,18 @@ def open_session(
     how = ModelConfig(dtype=dtype, trust_remote_code=trust_remote_code)
     notes: list[str] = []
     if only == REFERENCE:
-        loaded = load_base(tuned, how)
+        loaded = load_reference(tuned, how)
         sides = [Side(REFERENCE, _placed(loaded.model))]
     else:
         loaded = load_tuned(tuned, how)
         model = _placed(loaded.model)
         sides = [Side(TUNED, model)]
-        if only is None and tuned.is_adapter:
+        if only is None and tuned.is_adapter and tuned.reference is None:
+            notes += tuned.notes
             sides.append(Side(REFERENCE, model, adapter_off=True))
         elif only is None:
             try:
-                sides.append(Side(REFERENCE, _placed(load_base(tuned, how).model)))
+                sides.append(Side(REFERENCE, _placed(load_reference(tuned, how).model)))
             except PreftuneError as error:
                 notes.append(f"no reference beside it: {error}")
     if not loaded.tokenizer.chat_template:

@@ -98,8 +98,8 @@ def _run_of(settings: Resolved[EvalConfig]) -> Tuned | None:
     if not _is_run(str(config.model)):
         return None
     tuned = find_tuned(str(config.model))
-    if config.ref_model is None and not tuned.is_adapter and not config.reference_free:
-        config.ref_model = tuned.base
+    if config.ref_model is None and not config.reference_free:
+        config.ref_model = tuned.reference
     if settings.origins["bf16"].kind == "default":
         # So that figures are those of the training.
         config.bf16 = bool(tuned.setting("trainer", "bf16", False))
@@ -185,6 +185,8 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
         quarantine = os.path.join(str(config.out), "quarantine.jsonl")
         begin_quarantine(quarantine)
     tuned = _run_of(settings)
+    for note in tuned.notes if tuned is not None and config.ref_model is None else ():
+        console.print(note, style="yellow", highlight=False, markup=False)
     dataset, options = _data(settings, tuned), _options(settings, tuned, quarantine)
 
     def told(result: EvalResult) -> None:

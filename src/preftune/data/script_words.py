@@ -33,4 +33,4 @@ def in_python(text: str) -> str:
 
 def told_in_python(error: PreftuneError) -> PreftuneError:
     """An error with its remedy in the words of a Python script."""
-    return error.with_remedy(error.remedy and in_python(error.remedy))
+    return error.with_parts(remedy=error.remedy and in_python(error.remedy))

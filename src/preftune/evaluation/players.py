@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from preftune.config import ModelConfig
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, ModelError
 from preftune.evaluation.config import DEFAULT_BETA, EvalConfig
 from preftune.evaluation.scoring import Scorer
 from preftune.files import parse_json
@@ -35,7 +35,9 @@ def name_of(model: Any) -> str:
     return str(getattr(config, "_name_or_path", "") or type(model).__name__)
 
 
-def _load(name: str, tokenizer_name: str | None, model_config: ModelConfig, revision: str) -> tuple[Any, Any]:
+def _load(
+    name: str, tokenizer_name: str | None, model_config: ModelConfig, revision: str, where: str
+) -> tuple[Any, Any]:
     changed = replace(
         model_config,
         model_name_or_path=name,
@@ -44,7 +46,11 @@ def _load(name: str, tokenizer_name: str | None, model_config: ModelConfig, revi
         tokenizer_name_or_path=tokenizer_name or model_config.tokenizer_name_or_path,
         use_peft=False,
     )
-    loaded = load_model_and_tokenizer(changed)
+    try:
+        loaded = load_model_and_tokenizer(changed)
+    except ModelError as error:
+        # By the name that the caller knows it by.
+        raise error.with_parts(where=where) if error.where == "model_name_or_path" else error from error
     model: Any = loaded.model
     if torch.accelerator.is_available() and not getattr(model, "hf_device_map", None):
         model.to(torch.accelerator.current_accelerator())
@@ -77,7 +83,7 @@ def load_players(
     how = model_config or ModelConfig()
     names = {"model": name_of(model), "reference": None if ref_model is None else name_of(ref_model), "other": None}
     if isinstance(model, str):
-        model, own = _load(model, None, how, how.model_revision)
+        model, own = _load(model, None, how, how.model_revision, "model")
         tokenizer = tokenizer or own
     if tokenizer is None:
         raise ConfigError("a model that is loaded already needs its tokenizer", where="tokenizer")
@@ -85,10 +91,10 @@ def load_players(
         tokenizer.pad_token = tokenizer.eos_token
     beside = how.tokenizer_name_or_path or (names["model"] if isinstance(names["model"], str) else None)
     if isinstance(ref_model, str):
-        ref_model, _ = _load(ref_model, beside, how, how.ref_model_revision)
+        ref_model, _ = _load(ref_model, beside, how, how.ref_model_revision, "ref_model")
     if isinstance(compare, str):
         names["other"] = compare
-        compare, _ = _load(compare, beside, how, "main")
+        compare, _ = _load(compare, beside, how, "main", "compare")
     elif compare is not None:
         names["other"] = name_of(compare)
     store = ReferenceStore() if config.reference_store else None

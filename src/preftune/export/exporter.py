@@ -17,7 +17,7 @@ from preftune.export.held_out_pairs import held_out
 from preftune.export.losses import Losses, Stage, of_gguf
 from preftune.export.merging import DTYPES, RECORD, check_target, load_for_merge, merge, new_folder, rounded, save
 from preftune.files import replace_text
-from preftune.models.tuned import Tuned, find_tuned, load_base
+from preftune.models.tuned import Tuned, find_tuned, load_reference
 
 Say = Callable[[str], None]
 
@@ -232,15 +232,16 @@ class _Work:
 
     def _reference(self) -> None:
         assert self.losses is not None
-        if self.tuned.is_adapter:
+        if self.tuned.is_adapter and self.tuned.reference is None:
             self.losses.reference(self.model, adapter_off=True)
+            self.notes += self.tuned.notes
             return
         if self.tuned.base is None:
             self.notes.append("the run does not name its base model: accuracy is that of log-probs per token")
             return
         try:
             how = ModelConfig(dtype="float32", trust_remote_code=self.options.trust_remote_code)
-            base = load_base(self.tuned, how).model
+            base = load_reference(self.tuned, how).model
         except PreftuneError as error:
             self.notes.append(f"no base model, so accuracy is that of log-probs per token ({error.what})")
             return

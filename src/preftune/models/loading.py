@@ -5,25 +5,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from preftune.config import ModelConfig
-from preftune.errors import ConfigError, ModelError, PreftuneError, SetupError
+from preftune.errors import ConfigError, ModelError, SetupError
 from preftune.files import parse_json
+from preftune.models.explaining import explained
+from preftune.models.locating import ADAPTER_FILE, located
 from preftune.models.trust import TOKENIZER_FILES, is_commit, load_adapter, pinned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from peft import PeftConfig
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-
-ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -101,12 +98,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     revision = config.model_revision
     base = None if config.tokenizer_name_or_path else _adapter_base(name, revision)
     if base and Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
-        name, revision = base, "main"
+        name, revision = located(base, Path(name)), "main"
     if is_commit(revision) and name != config.model_name_or_path:
         # A commit of the model's repository means nothing in another one.
         revision = "main"
     keywords = {"revision": revision, "trust_remote_code": config.trust_remote_code}
-    with _explained(name, where, "tokenizer"):
+    with explained(name, where, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, **pinned(name, keywords, where=where, files=TOKENIZER_FILES)
         )
@@ -238,7 +235,7 @@ def _load(
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel
-    with _explained(name, where, "adapter" if is_adapter else "model"):
+    with explained(name, where, "adapter" if is_adapter else "model"):
         if is_adapter:
             model = load_adapter(name, keywords, trained=trained, where=where)
         else:
@@ -250,7 +247,7 @@ def _adapter_base(name: str, revision: str, where: str = "model_name_or_path") -
     """Name of the base model where ``name`` is an adapter, else ``None``."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    with _explained(name, where, "model"):
+    with explained(name, where, "model"):
         path = find_adapter_config_file(name, revision=revision)
         if path is None:
             return None
@@ -275,54 +272,6 @@ def _check_template(template: str, source: str) -> None:
         raise SetupError(str(error), where="chat_template", remedy="run pip install -U jinja2") from error
 
 
-@contextmanager
-def _explained(name: str, where: str, kind: str) -> Iterator[None]:
-    """Turn whatever the loaders raise into one line that names the thing and the remedy."""
-    try:
-        yield
-    except (PreftuneError, KeyboardInterrupt):
-        raise
-    except ImportError as error:
-        raise SetupError(_first_line(error), where=where, value=name) from error
-    except Exception as error:
-        raise _diagnosis(error, name, where, kind) from error
-
-
-def _diagnosis(error: Exception, name: str, where: str, kind: str) -> ModelError:
-    said = f"{type(error).__name__}: {error}"
-    cause = error.__cause__ or error.__context__
-    whole = said + (f" {type(cause).__name__}: {cause}" if cause else "")
-    exists = os.path.exists(os.path.expanduser(name))
-    if attention := re.search(r"`?attn_implementation=?`?\W{0,3}([\w|-]+)", said):
-        return ModelError(
-            "the model does not have this attention",
-            where="attn_implementation",
-            value=attention[1],
-            remedy="take sdpa or eager; packed rows bring their own attention",
-        )
-    if "trust_remote_code" in whole:
-        what, remedy = (
-            f"the {kind} brings its own Python code",
-            "read that code, then pass --trust_remote_code with a pinned --model_revision",
-        )
-    elif exists:
-        what, remedy = f"cannot load the {kind} ({_first_line(error)})", "check that its files are complete"
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        what, remedy = f"no such {kind} folder", "check the path"
-    elif any(word in whole for word in ("GatedRepo", "gated repo", "401", "403")):
-        what, remedy = f"no access to the {kind}", "ask for access on its page, then run `hf auth login`"
-    elif any(word in whole for word in ("RevisionNotFound", "not a valid git identifier")):
-        what, remedy = f"the {kind} has no such revision", "check --model_revision"
-    elif any(word in whole for word in ("RepositoryNotFound", "not a valid model identifier", "404")):
-        what, remedy = f"no such {kind}, neither on this machine nor on the Hub", "check the name, or give a folder"
-    elif any(word in whole for word in ("connect", "Connect", "ffline", "LocalEntryNotFound", "resolve", "timed out")):
-        what = f"the {kind} is not on this machine and the Hub cannot be reached"
-        remedy = "give the path of a folder, or try again with a network connection"
-    else:
-        what, remedy = f"cannot load the {kind} ({_first_line(error)})", "check the name"
-    return ModelError(what, where=where, value=name, remedy=remedy)
-
-
 def _check_folder(name: str, where: str) -> None:
     """Say what is wrong with a path before a loader says something else about it."""
     folder = Path(name).expanduser()
@@ -333,8 +282,3 @@ def _check_folder(name: str, where: str) -> None:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     remedy = f"did you mean {checkpoints[-1]}?" if checkpoints else "give the folder that save_pretrained wrote"
     raise ModelError("a folder without config.json", where=where, value=name, remedy=remedy)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return " ".join(text.splitlines()[0].split()).rstrip(".")[:240] if text else type(error).__name__

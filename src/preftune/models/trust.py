@@ -14,6 +14,8 @@ from typing import Any
 
 from preftune.errors import ModelError
 from preftune.files import parse_json
+from preftune.models.explaining import explained
+from preftune.models.locating import located
 
 #: Files that may name classes of their own, by what is loaded.
 MODEL_FILES = ("config.json",)
@@ -134,23 +136,24 @@ def load_adapter(name: str, keywords: Mapping[str, Any], *, trained: bool, where
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    if not keywords.get("trust_remote_code"):
-        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trained, **keywords)
     own = {key: keywords[key] for key in ("trust_remote_code", "code_revision") if key in keywords}
     rest = {key: value for key, value in keywords.items() if key not in own}
+    folder = Path(name).expanduser()
 
     class Base:
         """What PEFT loads the base model with."""
 
         @staticmethod
         def from_pretrained(base: str, revision: str | None = None, **more: Any) -> Any:
-            """Load the base at the commit that is known."""
+            """Load the base from where it is, at the commit that is known."""
+            place = located(base, folder)
             asked = {**more, **own, "revision": revision or "main"}
-            return AutoModelForCausalLM.from_pretrained(base, **pinned(base, asked, where=where))
+            with explained(place, where, "adapter's base model"):
+                return AutoModelForCausalLM.from_pretrained(place, **pinned(place, asked, where=where))
 
     # PEFT reads a tokenizer beside the adapter too, at no revision in particular: only one on this disk may bring code.
-    folder = Path(name).expanduser()
-    if folder.is_dir() and set(_code_places(name, folder, {}, TOKENIZER_FILES[:1])) <= {None}:
+    trusts = bool(keywords.get("trust_remote_code"))
+    if trusts and folder.is_dir() and set(_code_places(name, folder, {}, TOKENIZER_FILES[:1])) <= {None}:
         rest["trust_remote_code"] = True
         # Base.from_pretrained hands its own over, so that nothing is given twice.
     pinning = type("PinnedAutoPeftModel", (AutoPeftModelForCausalLM,), {"_target_class": Base})

@@ -10,7 +10,8 @@ from typing import Any
 
 from preftune.config import ModelConfig
 from preftune.errors import ModelError
-from preftune.models.loading import ADAPTER_FILE, Loaded, load_model_and_tokenizer
+from preftune.models.loading import Loaded, load_model_and_tokenizer
+from preftune.models.locating import ADAPTER_FILE, holds_adapter, located
 
 #: Where a run, or a sweep, keeps its best weights.
 _INSIDE = ("best",)
@@ -29,6 +30,9 @@ class Tuned:
         settings: The run's settings by role and name; empty without a record.
         data: What the record says about the data, by split.
         verb: The training verb, where the record says so.
+        reference: Model that training compared with, where that is not the adapter's base: the base of full weights,
+            the adapter that training went on from, or what the settings name.
+        notes: What a user of the reference should know.
     """
 
     folder: Path
@@ -38,6 +42,8 @@ class Tuned:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     verb: str | None = None
+    reference: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_adapter(self) -> bool:
@@ -79,15 +85,37 @@ def find_tuned(path: str | Path, *, base: str | None = None) -> Tuned:
     model = settings.get("model", {})
     named = base or adapter.get("base_model_name_or_path") or model.get("model_name_or_path")
     command = record.get("command")
+    located_base = located(str(named), folder) if named else None
+    reference, notes = _reference(model, adapter, located_base, folder)
     return Tuned(
         folder=folder,
-        base=_located(str(named), folder) if named else None,
+        base=located_base,
+        reference=reference,
+        notes=notes,
         base_revision="main" if base else str(adapter.get("revision") or model.get("model_revision") or "main"),
         adapter=adapter,
         settings=settings,
         data=record["data"] if isinstance(record.get("data"), dict) else {},
         verb=str(command[1]) if isinstance(command, list) and len(command) > 1 else None,
     )
+
+
+def _reference(
+    model: dict[str, Any], adapter: dict[str, Any], base: str | None, folder: Path
+) -> tuple[str | None, tuple[str, ...]]:
+    """What training compared with, where it is not the base with the adapter off, and what to say about that."""
+    given, began = model.get("ref_model_name_or_path"), model.get("model_name_or_path")
+    if given:
+        return located(str(given), folder), ()
+    if not adapter:
+        return base, ()
+    start = located(str(began), folder) if began else None
+    if start is not None and holds_adapter(start):
+        return start, ()
+    if start is None or Path(start).is_dir() or str(began) == str(adapter.get("base_model_name_or_path")):
+        return None, ()
+    what = f"training began from {began}, which is not here; if it is an adapter, it was the reference: name it"
+    return None, (f"{what} with --ref_model",)
 
 
 def load_tuned(tuned: Tuned, how: ModelConfig | None = None, *, quantised: bool = True) -> Loaded:
@@ -135,7 +163,7 @@ def load_base(tuned: Tuned, how: ModelConfig | None = None, *, quantised: bool =
             where=str(tuned.folder),
             remedy="name it with --base_model",
         )
-    if tuned.is_adapter and (Path(tuned.base) / ADAPTER_FILE).is_file():
+    if tuned.is_adapter and holds_adapter(tuned.base):
         raise ModelError(
             "the base model is an adapter itself",
             where=str(tuned.folder / ADAPTER_FILE),
@@ -158,6 +186,32 @@ def load_base(tuned: Tuned, how: ModelConfig | None = None, *, quantised: bool =
     config = quantization_config_from(replace(how, **{**trained, tuned.quantised: True}))
     return load_model_and_tokenizer(
         how, model_init_kwargs={"quantization_config": config, "device_map": {"": _device()}}
+    )
+
+
+def load_reference(tuned: Tuned, how: ModelConfig | None = None) -> Loaded:
+    """Load the model that training compared with.
+
+    Args:
+        tuned: What :func:`find_tuned` returned.
+        how: Type of the weights, attention and the like.
+
+    Returns:
+        The model, and the tuned model's tokenizer.
+
+    Raises:
+        ModelError: It is not known, or cannot be loaded.
+        SetupError: A library is missing.
+    """
+    if tuned.reference in (None, tuned.base):
+        return load_base(tuned, how)
+    return load_model_and_tokenizer(
+        replace(
+            how or ModelConfig(),
+            model_name_or_path=tuned.reference,
+            tokenizer_name_or_path=_tokenizer(tuned),
+            use_peft=False,
+        )
     )
 
 
@@ -215,17 +269,6 @@ def _with_weights(folder: Path) -> Path:
     raise ModelError(
         "no weights here", where=str(folder), allowed=f"a folder with {ADAPTER_FILE} or config.json", remedy=remedy
     )
-
-
-def _located(name: str, folder: Path) -> str:
-    """A relative folder counts from where the run was started, which is often a parent of its output folder."""
-    path = Path(name).expanduser()
-    if path.is_absolute() or path.is_dir():
-        return str(path) if path.is_dir() else name
-    for parent in folder.resolve().parents:
-        if (parent / path / "config.json").is_file():
-            return str(parent / path)
-    return name
 
 
 def _read(path: Path) -> dict[str, Any]:

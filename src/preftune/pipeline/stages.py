@@ -297,7 +297,7 @@ class Pipeline:
             evaluate(
                 str(self.folder),
                 rows,
-                ref_model=None if tuned.is_adapter else tuned.base,
+                ref_model=tuned.reference,
                 data_options=options_of_run(tuned),
                 out=out,
                 max_length=tuned.setting("trainer", "max_length"),
