@@ -107,11 +107,22 @@ def test_help_lists_every_setting(cli: Cli) -> None:
         assert name in out
 
 
+def test_a_folder_without_weights_is_told_by_its_checkpoints(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "killed" / "checkpoint-5").mkdir(parents=True)
+    code, _, err = cli("eval", "--model", "killed", "--num_prompts", "0")
+    assert code == 4
+    assert "no weights here" in err
+    assert "did you mean killed/checkpoint-5?" in err
+
+
 def test_more_lost_rows_than_allowed(cli: Cli, tmp_path: Path) -> None:
     rows = (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     bad = [json.dumps({"prompt": "x", "chosen": "same", "rejected": "same"})] * 8
     (tmp_path / "some.jsonl").write_text("\n".join([*rows, *bad]), encoding="utf-8")
-    common = ("eval", "--model", "model", "--dataset_name", "some.jsonl", "--on_bad_rows", "skip", "--num_prompts", "0")
+    common = ("eval", "--model", "model", "--dataset_name", "some.jsonl", "--num_prompts", "0")
+    code, _, err = cli(*common, "--on_bad_rows", "error")
+    assert code == 3
+    assert "some.jsonl:17" in err
     code, _, err = cli(*common)
     assert code == 3
     assert "8 of 24 rows are lost" in err

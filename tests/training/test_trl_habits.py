@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -52,6 +53,31 @@ def both(kind: str, world: Any, out: Path, data: Any, **options: Any) -> tuple[A
 
     theirs, ours = (make(library, kind, world, out, data, **options) for library in (trl, preftune))
     return theirs, ours
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "ORPO", "CPO", "SFT"])
+def test_names_of_older_versions_are_understood_or_explained(kind: str, tmp_path: Path) -> None:
+    config, trainer = getattr(preftune, f"{kind}Config"), getattr(preftune, f"{kind}Trainer")
+    out = {"output_dir": str(tmp_path), "use_cpu": True}
+    with pytest.warns(UserWarning, match="warmup_ratio: 0.1 -> warmup_steps: 0.1|warmup_ratio -> warmup_steps"):
+        assert config(**out, warmup_ratio=0.1).warmup_steps == 0.1
+    with pytest.warns(UserWarning, match="max_seq_length -> max_length"):
+        assert config(**out, max_seq_length=77).max_length == 77
+    with pytest.warns(UserWarning, match="evaluation_strategy -> eval_strategy"):
+        assert config(**out, evaluation_strategy="epoch").eval_strategy == "epoch"
+    with pytest.raises(ConfigError, match=r"rpo_alpha is not supported.*loss_type: \[sigmoid, sft\]"):
+        config(**out, rpo_alpha=1.0)
+    with pytest.raises(ConfigError, match="max_seq_length and max_length are one setting"):
+        config(**out, max_seq_length=77, max_length=78)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'beat'"):
+        config(**out, beat=1)
+    assert {"output_dir", "max_length"} <= set(inspect.signature(config).parameters)
+    with pytest.raises(TypeError, match=rf"^{kind}Trainer.__init__\(\) got an .*'tokenizer'; it is called proc"):
+        trainer(model="m", tokenizer=None)
+    with pytest.raises(TypeError, match=rf"'max_length'; it is a setting: args={kind}Config\(max_length=...\)"):
+        trainer(model="m", max_length=5)
+    with pytest.raises(TypeError, match=rf"^{kind}Trainer.__init__\(\) got an unexpected keyword argument 'modl'$"):
+        trainer(model="m", modl=5)
 
 
 def first_rows_loader(trainer: Any) -> Any:

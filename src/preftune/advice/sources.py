@@ -38,5 +38,5 @@ def link_of(name: str) -> str:
     if paper:
         return f"https://arxiv.org/abs/{paper[1]}"
     if name.startswith("recipe "):
-        return f"`preftune recipes {name.removeprefix('recipe ')}`"
+        return f"`preftune recipes show {name.removeprefix('recipe ')}`"
     return name.partition(" ")[0] if name.startswith("docs/") else ""

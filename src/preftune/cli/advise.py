@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     line = split_command_line(argv)
     if line.help:
         from preftune.cli.help import own_lines
-        from preftune.cli.wrapping import wrapped
+        from preftune.terminal.wrapping import wrapped
 
         print(wrapped(_HELP.format(flags="\n".join(own_lines(_Own)), verbs=", ".join(VERBS))))
         return 0

@@ -78,7 +78,7 @@ class _Own:
 
 def _help(action: str = "show") -> str:
     from preftune.cli.help import own_lines
-    from preftune.cli.wrapping import wrapped
+    from preftune.terminal.wrapping import wrapped
 
     text, own = (_CONVERT_HELP, _OwnOfConvert) if action == "convert" else (_HELP, _Own)
     labelled = next(verb for verb, rows in ROWS.items() if rows == "labelled")

@@ -30,6 +30,8 @@ _TRAINING_ONLY = (
         "use_dora",
     ),
 )
+#: As in training: a few rows that cannot be used are left out, named and kept aside.
+_DEFAULTS = {"on_bad_rows": "skip"}
 _INSTEAD = {
     "dataset_test_split": "set split",
     "dataset_train_split": "set split",
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         from preftune.cli.help import render, sections_of
 
         groups = {"evaluation": EvalConfig, "data": ScriptConfig, "model": ModelConfig}
-        print(render("eval", sections_of(groups, without=_TRAINING_ONLY)))
+        print(render("eval", sections_of(groups, _DEFAULTS, _TRAINING_ONLY)))
         return 0
     from rich.console import Console
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
     console = Console()
     with plain_warnings(console):
-        settings = resolve(line, EvalConfig)
+        settings = resolve(line, EvalConfig, defaults=_DEFAULTS)
         _complete(settings)
         with foreseen(SimpleNamespace(output_dir=settings.trainer.out)):
             _evaluate(settings, console)
@@ -95,9 +97,10 @@ def _run_of(settings: Resolved[EvalConfig]) -> Tuned | None:
     from preftune.models.tuned import find_tuned
 
     config = settings.trainer
-    if not _is_run(str(config.model)):
+    # A folder without weights is told now, with the checkpoint that may be meant.
+    tuned = find_tuned(str(config.model)) if os.path.isdir(str(config.model)) else None
+    if tuned is None or not _is_run(str(config.model)):
         return None
-    tuned = find_tuned(str(config.model))
     if config.ref_model is None and not config.reference_free:
         config.ref_model = tuned.reference
     if settings.origins["bf16"].kind == "default":
@@ -193,8 +196,11 @@ def _evaluate(settings: Resolved[EvalConfig], console: Any) -> None:
         # A tracker may fail after this, and what was found is seen all the same.
         show(result, console)
         path = os.path.join(str(config.out), "eval.json")
-        run = config.model if tuned is not None else config.out
-        for text in (f"saved {path}", f"next: {report_command(str(run))}"):
+        # A report on the run shows what lies within it.
+        run, out = os.path.realpath(str(config.model)), os.path.realpath(str(config.out))
+        shown = [str(config.out)] if tuned is None else [str(config.model)]
+        shown += [str(config.out)] if tuned is not None and os.path.commonpath([run, out]) != run else []
+        for text in (f"saved {path}", f"next: {report_command(*shown)}"):
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:

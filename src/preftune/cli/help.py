@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from preftune.cli.verbs import VERBS
-from preftune.cli.wrapping import width, wrapped
 from preftune.config.fields import MISSING, Field, describe, fields_of
+from preftune.terminal.wrapping import width, wrapped
 from preftune.verbs import TRAINING
 
 _INDENT = 6

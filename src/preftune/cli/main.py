@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import NoReturn
 
 from preftune.cli.verbs import INTERRUPTED, SYNONYMS, TRAINING_VERBS, VERBS
-from preftune.cli.wrapping import wrapped
 from preftune.errors import ConfigError, PreftuneError, SetupError
+from preftune.terminal.wrapping import wrapped
 from preftune.version import __version__
 
 # These read their arguments themselves: settings are the fields of classes whose import takes seconds.

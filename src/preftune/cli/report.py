@@ -70,7 +70,24 @@ def _check_page(out: str) -> None:
 def _told(page: Page) -> list[str]:
     """What the page says first of each run."""
     views = page.runs[: page.num_own]
-    return [f"{view.run.name}: {view.verdict.headline}" if len(views) > 1 else view.verdict.headline for view in views]
+    told = [f"{view.run.name}: {view.verdict.headline}" if len(views) > 1 else view.verdict.headline for view in views]
+    for sweep in page.sweeps:
+        told.append(
+            f"{sweep.sweep.name}: sweet spot {', '.join(map(' '.join, sweep.best)) or 'unknown'}. {sweep.reason}"
+        )
+        told += [sweep.doubt] if sweep.doubt else []
+    return told
+
+
+def _next(page: Page) -> list[str]:
+    """The commands that come next: of each run, or of a sweep."""
+    from preftune.runs.next_steps import command
+
+    commands = [view.verdict.command for view in page.runs[: page.num_own]]
+    for sweep in page.sweeps:
+        verb, best = sweep.sweep.content.get("verb"), sweep.sweep.path / "best.yaml"
+        commands += [command(verb, "--config", best)] if verb and best.is_file() and not sweep.doubt else []
+    return [each for each in commands if each]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,8 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"wrote {path} ({size(path.stat().st_size)})")
     for text in _told(page):
         print(text)
-    commands = [view.verdict.command for view in page.runs[: page.num_own] if view.verdict.command]
-    for text in commands[:1]:
+    for text in _next(page)[:1]:
         print(f"next: {text}")
     if arguments.open:
         import webbrowser

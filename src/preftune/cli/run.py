@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
 def help_text() -> str:
     """The help of the verb."""
     from preftune.cli.help import own_lines
-    from preftune.cli.wrapping import wrapped
+    from preftune.terminal.wrapping import wrapped
 
     return wrapped(_HELP.format(flags="\n".join(own_lines(_Own))))
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 def help_text() -> str:
     """The help of the verb, from the attributes of :class:`Options`."""
     from preftune.cli.help import own_lines
-    from preftune.cli.wrapping import wrapped
+    from preftune.terminal.wrapping import wrapped
 
     lines = [
         "usage: preftune sweep --config FILE.yaml --param beta=0.05,0.1,0.2 --param learning_rate=1e-6,1e-5 --out DIR",

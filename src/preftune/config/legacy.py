@@ -6,9 +6,12 @@ of ``transformers.TrainingArguments`` before version 5. A name that is a field t
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import yaml
 
@@ -17,6 +20,7 @@ from preftune.config.yaml_text import read_yaml
 from preftune.errors import ConfigError
 
 _DROP: Final = object()
+_Config = TypeVar("_Config", bound=type[Any])
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,32 @@ def translate(name: str, value: Any, where: str) -> Translation | None:
         return Translation(None, None, f"{name}: {shown} asks for nothing and was passed over")
     told = f"{name} -> {row.new}" if converted == plain else f"{name}: {shown} -> {row.new}: {converted}"
     return Translation(row.new, converted, f"{told} ({row.sentence})")
+
+
+def takes_old_names(config: _Config) -> _Config:
+    """Let a settings class understand, in Python, the old names that the command line understands.
+
+    What a name has become is set and told in a warning. A decorator for use above ``@dataclass``.
+    """
+    begin = config.__init__
+
+    @functools.wraps(begin)
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        known = {field.name for field in dataclasses.fields(config)}
+        for name in [name for name in given if name not in known and name in TABLE]:
+            found = translate(name, given[name], f"{type(self).__name__}({name})")
+            if found is None or found.name not in {None, *known}:
+                continue
+            del given[name]
+            if found.name is not None:
+                if found.name in given:
+                    raise ConfigError(f"{name} and {found.name} are one setting", where=type(self).__name__)
+                given[found.name] = found.value
+            warnings.warn(found.note, UserWarning, stacklevel=2)
+        begin(self, *args, **given)
+
+    config.__init__ = __init__
+    return config
 
 
 def _read_text(value: Any) -> Any:

@@ -27,7 +27,8 @@ _OWNERS = frozenset(
     ]
 )
 _HARMLESS_NAME = re.compile(
-    r"(^|[_.])(pad|eos|bos|unk|sep|cls|mask|special|additional|image|stop|decoder_start)_tokens?\Z", re.IGNORECASE
+    r"(^|[_.])(pad|eos|bos|unk|sep|cls|mask|special|additional|image|stop|decoder_start|max|max_new|num)_tokens?\Z",
+    re.IGNORECASE,
 )
 #: Parts of an address that sign it, or that hold a whole connection string.
 _SIGNATURES = frozenset(

@@ -199,6 +199,9 @@ class _Work:
             done.num_pairs = len(self.losses.pairs.pairs)
             self.say(f"scoring {done.num_pairs} held-out pairs")
             self._reference()
+            if tuned.setting("trainer", "bf16"):
+                what = "preftune eval computes in bf16, as the run did, which may rank close pairs otherwise"
+                self.notes.append(f"scored in float32; {what}")
             self.losses.add("adapter" if tuned.is_adapter else "trained", self.model)
         if tuned.is_adapter:
             self.say("merging the adapter")

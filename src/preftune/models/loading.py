@@ -63,6 +63,13 @@ def load_model_and_tokenizer(
     tokenizer = load_tokenizer(config)
     peft_config = peft_config_from(config)
     adapter = _adapter_base(name, config.model_revision)
+    if adapter is not None and peft_config is not None:
+        raise ConfigError(
+            "the model is an adapter already",
+            where="use_peft",
+            value=True,
+            remedy=f"leave use_peft out to go on training it, or run preftune export {name} and train on the result",
+        )
     if (config.load_in_4bit or config.load_in_8bit) and peft_config is None and adapter is None:
         field = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
         raise ConfigError("quantised weights cannot be trained", where=field, value=True, remedy="add --use_peft")

@@ -8,6 +8,7 @@ from typing import Any
 
 from preftune.config import Origin, Resolved, redact
 from preftune.config.secrets import is_secret
+from preftune.models.locating import holds_adapter
 from preftune.runs.data import dataset_names
 from preftune.training import card, provenance
 from preftune.version import __version__
@@ -97,7 +98,7 @@ def make_card(
         metrics={name: value for name, value in results.items() if _is_figure(name)},
         data_lines=data_lines(plan.data),
         versions={"preftune": __version__, **versions},
-        is_adapter=bool(values.get("use_peft")),
+        is_adapter=bool(values.get("use_peft")) or holds_adapter(str(values.get("model_name_or_path"))),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from preftune.config.legacy import takes_old_names
 from preftune.errors import ConfigError
 from preftune.objectives import METHODS, NEUTRAL, MethodSpec, Objective, build_objective
 from preftune.training.config import PackedConfig, check_at_least, check_choice
@@ -157,6 +158,7 @@ class ReferenceConfig(PreferenceConfig):
         check_at_least("ref_model_sync_steps", self.ref_model_sync_steps, 1)
 
 
+@takes_old_names
 @dataclass
 @with_knobs(_PAIRS)
 class DPOConfig(ReferenceConfig):
@@ -217,6 +219,7 @@ class DPOConfig(ReferenceConfig):
         )
 
 
+@takes_old_names
 @dataclass
 @with_knobs(_ANSWERS)
 class KTOConfig(ReferenceConfig):

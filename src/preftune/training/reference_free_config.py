@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
+from preftune.config.legacy import takes_old_names
 from preftune.errors import ConfigError
 from preftune.objectives import METHODS, Objective, build_objective
 from preftune.training.preference_config import PreferenceConfig
@@ -53,6 +54,7 @@ class ReferenceFreeConfig(PreferenceConfig):
         super().__post_init__()
 
 
+@takes_old_names
 @dataclass
 class ORPOConfig(ReferenceFreeConfig):
     """Settings of :class:`~preftune.ORPOTrainer`."""
@@ -64,6 +66,7 @@ class ORPOConfig(ReferenceFreeConfig):
         return build_objective("orpo", beta=self.beta)
 
 
+@takes_old_names
 @dataclass
 class CPOConfig(ReferenceFreeConfig):
     """Settings of :class:`~preftune.CPOTrainer`.

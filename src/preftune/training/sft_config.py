@@ -6,10 +6,12 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from preftune.config.legacy import takes_old_names
 from preftune.errors import ConfigError
 from preftune.training.config import PackedConfig, check_choice
 
 
+@takes_old_names
 @dataclass
 class SFTConfig(PackedConfig):
     """Settings of :class:`~preftune.SFTTrainer`.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import number_of_arguments
 
+from preftune.config.legacy import TABLE
 from preftune.errors import ConfigError
 from preftune.training.preference_config import DPOConfig, KTOConfig, ReferenceConfig
 from preftune.training.reference_free_config import CPOConfig, ORPOConfig, ReferenceFreeConfig
@@ -21,7 +24,32 @@ from preftune.training.tasks import AnswerTask, ContrastTask, OddsRatioTask, Pai
 from preftune.training.trainer import TaskTrainer
 
 _Callbacks = list[TrainerCallback] | None
+_Begin = TypeVar("_Begin", bound=Callable[..., None])
 _Metrics = Callable[[Any], dict[str, float]] | None
+
+
+def _told(begin: _Begin) -> _Begin:
+    """Tell of an argument that a constructor does not have by the trainer's name, and what it is called instead."""
+    known = inspect.signature(begin).parameters
+
+    @functools.wraps(begin)
+    def __init__(self: _NamedTrainer, *args: Any, **given: Any) -> None:
+        for name in given:
+            if name not in known:
+                raise TypeError(_unknown(type(self), name))
+        begin(self, *args, **given)
+
+    return __init__  # type: ignore[return-value]
+
+
+def _unknown(trainer: type[_NamedTrainer], name: str) -> str:
+    what = f"{trainer.__name__}.__init__() got an unexpected keyword argument {name!r}"
+    kind = trainer.task_class.config_class
+    if name == "tokenizer":
+        return f"{what}; it is called processing_class"
+    if name in TABLE or name in {field.name for field in fields(kind)}:
+        return f"{what}; it is a setting: args={kind.__name__}({name}=...)"
+    return what
 
 
 class _NamedTrainer(TaskTrainer):
@@ -43,6 +71,7 @@ class _NamedTrainer(TaskTrainer):
 
 
 class _WithReference(_NamedTrainer):
+    @_told
     def __init__(
         self,
         model: str | PreTrainedModel | Any,
@@ -100,6 +129,7 @@ class KTOTrainer(_WithReference):
 
 
 class _WithoutReference(_NamedTrainer):
+    @_told
     def __init__(
         self,
         model: str | PreTrainedModel | Any = None,
@@ -183,6 +213,7 @@ class SFTTrainer(_NamedTrainer):
     args: SFTConfig
     task_class = TextTask
 
+    @_told
     def __init__(
         self,
         model: str | PreTrainedModel | Any,

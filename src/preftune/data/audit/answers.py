@@ -91,7 +91,8 @@ def _bad(rows: Rows, check: str, reasons: list[str], what: str) -> Finding:
         check,
         severity,
         f"{plural(found.count, 'row')} of {rows.num_read:,} {what}",
-        "Training stops at the first of them; on_bad_rows: skip leaves them out, as this audit does."
+        "With on_bad_rows: skip, which is the command line's default, training leaves them out as this audit does; with"
+        " on_bad_rows: error it stops at the first."
         if places
         else "There are none.",
         **found.fields(),
