@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 
 import preftune
 from preftune import ConfigError
+from preftune.training.batch import Batch
 from tests.models.tiny import train_tokenizer
 from tests.parity import worlds
 
@@ -272,3 +274,10 @@ def test_tokens_that_an_adapter_would_not_learn_are_refused(
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match="chat_template_path: brings tokens that the model has no embeddings for"):
         preftune.SFTTrainer(world.path, args=args, train_dataset=Dataset.from_list(list(chats())), peft_config=lora)
+
+
+def test_a_batch_says_that_it_holds_no_tensors() -> None:
+    assert not hasattr(Batch(), "keys")
+    with pytest.raises(AttributeError, match=r"no 'input_ids': it holds examples, .* see Batch\.examples"):
+        Batch().input_ids  # noqa: B018
+    assert pickle.loads(pickle.dumps(Batch([{}], [1]))).sizes == [1]

@@ -36,6 +36,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def __getattr__(self, name: str) -> Any:
+        what = f"a batch has no {name!r}: it holds examples, which are packed into rows, and no tensors"
+        raise AttributeError(f"{what}; see Batch.examples")
+
     @classmethod
     def merged(cls, batches: Iterable[Batch]) -> Batch:
         """All examples of several batches, in order."""
