@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from preftune.errors import ConfigError, PreftuneError, SetupError, flat
 from preftune.files import system_error
+
+_NO_WRITE = "cannot write"
 
 
 @contextmanager
@@ -50,11 +53,32 @@ def foreseen(args: Any) -> Iterator[None]:
             f"the device ran out of memory ({flat(error)[:160]})",
             remedy="lower max_tokens_per_row or max_length, or use_peft",
         ) from error
+    except SetupError as error:
+        if not error.what.startswith(_NO_WRITE):
+            raise
+        raise _with_way_on(error, args.output_dir) from error
     except Exception as error:
         found = None if isinstance(error, PreftuneError) else system_error(error)
         if found is None or found.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         where = str(found.filename or args.output_dir)
-        raise SetupError(
-            f"cannot write ({found.strerror})", where=where, remedy="free some space, or set another output_dir"
+        raise _with_way_on(
+            SetupError(
+                f"{_NO_WRITE} ({found.strerror})", where=where, remedy="free some space, or set another output_dir"
+            ),
+            args.output_dir,
         ) from error
+
+
+def _with_way_on(error: SetupError, output_dir: Any) -> PreftuneError:
+    """What could not be written, with the checkpoint from which the run goes on, where there is one."""
+    from preftune.training.checkpoints.folders import find_checkpoint
+
+    try:
+        manifest = find_checkpoint(Path(str(output_dir))).manifest
+    except (OSError, PreftuneError):
+        return error
+    if manifest is None:
+        return error
+    told = f"free some space, and the same command with --resume_from_checkpoint true goes on from {manifest.folder}"
+    return error.with_parts(remedy=told)
