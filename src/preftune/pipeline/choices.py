@@ -26,7 +26,7 @@ _BY_KIND = {"preference": "dpo", "ranked": "dpo", "rated": "dpo", "unpaired": _L
 _WIDTH = 110
 #: Most rows that are held out, and the share of the rows where that is fewer.
 MOST_HELD_OUT, HELD_OUT_SHARE = 500, 0.1
-#: At least this many are held out, where that is no more than a fifth.
+#: At least this many are held out, or a fifth of all rows where that is less.
 LEAST_HELD_OUT = 50
 #: Supervised fine-tuning, which there is no advice for: the recipes of alignment-handbook, batch for one device.
 _SFT = {
@@ -193,7 +193,7 @@ def verb_for(asked: Asked, rows: Rows) -> str:
 
 
 def held_out_size(num_rows: int) -> float:
-    """How many rows to hold out: a tenth, at least 50 where that is no more than a fifth, and at most 500."""
+    """How many rows to hold out: a tenth; 50, or a fifth of all, where a tenth is less; and at most 500."""
     return max(1, min(MOST_HELD_OUT, max(round(HELD_OUT_SHARE * num_rows), min(LEAST_HELD_OUT, num_rows // 5))))
 
 
