@@ -123,12 +123,14 @@ def test_sft(cli: Cli) -> None:
         ([*BASE, "--output_dir", "/proc/none"], 6, "output_dir"),
         ([*BASE, "--output_dir", "/proc/none", "--dry_run"], 6, "output_dir"),
         ([*BASE, "--output_dir", "pairs.jsonl", "--dry_run"], 6, "output_dir: cannot make the folder (File exists)"),
+        ([*BASE, "--output_dir", "dangling", "--dry_run"], 6, "(it is a link to gone, which is not there)"),
         ([*BASE, "--output_dir", "pairs.jsonl/out", "--dry_run"], 6, "output_dir"),
         ([*BASE, "--push_to_hub"], 6, "push_to_hub"),
     ],
 )
 def test_failures_are_one_line_with_their_exit_code(cli: Cli, argv: list[str], code: int, says: str) -> None:
     Path("empty").mkdir()
+    Path("dangling").symlink_to("gone")
     found, _, err = cli("dpo", *argv)
     lines = [line for line in err.splitlines() if line.startswith("preftune: ") and "warning:" not in line]
     assert found == code, err

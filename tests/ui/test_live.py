@@ -37,6 +37,11 @@ def sleeper() -> Any:
 
 def test_a_run_is_running_only_while_its_very_process_lives(tmp_path: Path, sleeper: psutil.Process) -> None:
     assert status_of(tmp_path) == "unknown"
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "eval.json").write_text("{}", encoding="utf-8")
+    assert status_of(tmp_path / "compared") == "evaluation"
+    (tmp_path / "compared" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    assert status_of(tmp_path / "compared") == "unknown"
     for events, expected in (
         ([begin(sleeper)], "running"),
         ([begin(sleeper), {"event": "end", "time": 1.0, "step": 9}], "finished"),

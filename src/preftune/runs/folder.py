@@ -90,7 +90,9 @@ def _made(path: str, *, kept: bool) -> Iterator[None]:
         try:
             os.makedirs(path, exist_ok=True)
         except OSError as error:
-            raise SetupError(f"cannot make the folder ({error.strerror})", where="output_dir", value=path) from error
+            dangles = os.path.islink(path) and not os.path.exists(path)
+            why = f"it is a link to {os.readlink(path)}, which is not there" if dangles else error.strerror
+            raise SetupError(f"cannot make the folder ({why})", where="output_dir", value=path) from error
         yield
     finally:
         for folder in [] if kept else missing:

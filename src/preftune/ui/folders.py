@@ -18,7 +18,7 @@ from preftune.report.files import Notes, mapping, number, read_object
 from preftune.report.read import INSIDE, LIVE_LOG, STATE, is_run, is_sweep
 from preftune.ui.logs import Counts, Logs, States
 
-Status = Literal["running", "finished", "stopped", "unknown"]
+Status = Literal["running", "finished", "stopped", "evaluation", "unknown"]
 MAX_DEPTH = 6
 MAX_FOLDERS = 5_000
 #: Files whose change means that there is something new to show.
@@ -111,12 +111,13 @@ def status_of(folder: Path) -> Status:
         folder: Its folder.
 
     Returns:
-        ``running`` while its process is alive; ``stopped`` where it died without saying so; ``unknown`` for runs that
-        left no ``log.jsonl``.
+        ``running`` while its process is alive; ``stopped`` where it died without saying so; ``evaluation`` for a folder
+        that holds nothing else; ``unknown`` for other runs that left no ``log.jsonl``.
     """
     facts = _LOGS.facts(folder / LIVE_LOG)
     if facts.empty:
-        return "unknown"
+        evaluated = (folder / "eval.json").is_file() and not (folder / STATE).is_file()
+        return "evaluation" if evaluated else "unknown"
     if facts.ended:
         return "finished"
     return "running" if process_of(folder) is not None else "stopped"
