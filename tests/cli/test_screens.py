@@ -66,7 +66,7 @@ def sweep() -> dict[str, Any]:
             "params": {"beta": beta, "learning_rate": 5e-6},
             "state": "complete",
             "metrics": {
-                "eval_rewards/margins_per_token": metric(0.01 * number, 0.01 * number - 0.02, 0.01 * number + 0.02),
+                "eval_rewards/margins_per_token": metric(0.00013 * number, -8.28e-05, 0.00013 * number + 4.08e-04),
                 "eval_rewards/accuracies": metric(0.5 + 0.05 * number, 0.4, 0.7),
                 "train_loss": {"mean": 0.69, "low": None, "high": None, "n": 0},
             },
@@ -146,3 +146,10 @@ def test_screen(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Sentences may be longer: a terminal breaks them itself, and a pipe keeps them whole.
     drawn = [line for line in text.split("\n") if set("│╭╰━┃┏└┌─") & set(line)]
     assert all(len(line) <= width for line in drawn)
+
+
+def test_numbers_of_the_table_of_a_sweep_stay_whole() -> None:
+    text = (SCREENS / "sweep-80.txt").read_text(encoding="utf-8")
+    assert text.count("[-8.28e-05,") == 3
+    assert all(each in text.split() for each in ("0.00013", "0.000408]", "0.000538]", "0.00026", "0.000668]"))
+    assert "sweet spot" in text

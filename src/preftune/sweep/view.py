@@ -139,7 +139,11 @@ def table(result: Mapping[str, Any]) -> Table:
     best = result["best"] or {}
     heading = next(iter(_columns(result["metric"])))
     grid = Table(
-        title=f"{result['method']}: {heading} on held-out pairs", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+        title=f"{result['method']}: {heading} on held-out pairs",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     metric = result["metric"]
     columns = _columns(metric)
@@ -147,7 +151,10 @@ def table(result: Mapping[str, Any]) -> Table:
     whole = result["params"] if len(result["params"]) < 3 else ()
     for name in ("trial", *result["params"], *columns, ""):
         justify: Literal["left", "right"] = "right" if name else "left"
-        grid.add_column(name, justify=justify, overflow="fold", no_wrap=name in whole)
+        texts = [cell_text(trial["metrics"].get(columns[name])) for trial in result["trials"] if name in columns]
+        numbers = [len(number) for text in texts for number in text.split()]
+        whole_numbers = max(numbers, default=None) if name else len("sweet spot")
+        grid.add_column(name, justify=justify, overflow="fold", no_wrap=name in whole, min_width=whole_numbers)
     for trial in result["trials"]:
         metrics = trial["metrics"]
         state = trial["state"]
