@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from preftune.training.checks import overrides
 from preftune.training.config import PackedConfig
 
 
@@ -23,6 +24,12 @@ class _Indices(Dataset[int]):
         return index
 
 
+def sampler_of(trainer: Any) -> Callable[[], Any] | None:
+    """What makes a trainer's sampler; ``None`` where a script has a sampler or a loader of its own."""
+    own = overrides(trainer, "get_train_dataloader", "_get_train_sampler")
+    return None if own else trainer._get_train_sampler
+
+
 def visited_rows(args: PackedConfig, size: int, sampler: Callable[[], Any] | None) -> list[int]:
     """Rows that any process will train on, ascending.
 
@@ -32,8 +39,7 @@ def visited_rows(args: PackedConfig, size: int, sampler: Callable[[], Any] | Non
     Args:
         args: Settings of the run.
         size: Rows of the training data.
-        sampler: Makes transformers' sampler; ``None`` where a script has a sampler or loader of its own, whose order
-            nobody foresees.
+        sampler: Makes transformers' sampler; ``None`` where nobody foresees the order.
     """
     if sampler is None:
         return list(range(size))

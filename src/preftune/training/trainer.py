@@ -38,7 +38,7 @@ from preftune.training.noise import EmbeddingNoise
 from preftune.training.nonfinite_steps import blamed_rows, forget_skip, is_finite, say_skipped, skip_step
 from preftune.training.notices import Telling
 from preftune.training.plan import TrainingPlan
-from preftune.training.planned_rows import visited_rows
+from preftune.training.planned_rows import sampler_of, visited_rows
 from preftune.training.planning import describe
 from preftune.training.preference_config import ReferenceConfig
 from preftune.training.preflight import check_start, method_settings
@@ -207,9 +207,7 @@ class TaskTrainer(Habits, TaskFeeding, CheckpointedTrainer):
         if reference.store is not None:
             state = torch.get_rng_state()
             # Also after training: a longer run after a short one visits examples that are not known yet.
-            own = checks.overrides(self, "get_train_dataloader", "_get_train_sampler")
-            sampler = None if own else self._get_train_sampler
-            rows = visited_rows(self.args, len(self.train_dataset), sampler)  # type: ignore[arg-type]
+            rows = visited_rows(self.args, len(self.train_dataset), sampler_of(self))  # type: ignore[arg-type]
             self.train_dataset = with_reference(self.step, self.train_dataset, "train", rows)
             held = {name: with_reference(self.step, each, name) for name, each in self._evaluated().items()}
             self.eval_dataset = held if isinstance(self.eval_dataset, dict) else held.get("eval")
