@@ -137,6 +137,15 @@ def test_no_trial_is_ruled_out_by_a_handful_of_samples_or_an_interval_without_wi
     assert left_reference({TAIL: {"mean": 0.25, "low": 0.2, "high": 0.3, "n": 8}})
 
 
+def test_the_rule_says_of_the_committed_trials_what_their_file_says() -> None:
+    path = Path(__file__).resolve().parents[2] / "benchmarks/results/sweep/corner.json"
+    sweeps = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = [cell for sweep in sweeps for cell in sweep["cells"] if cell["true"] is not None]
+    assert len(cells) > 200
+    assert [left_reference(cell["metrics"]) for cell in cells] == [cell["left_reference"] for cell in cells]
+    assert {cell["left_reference"] for cell in cells} == {True, False}
+
+
 def test_what_is_not_a_number_becomes_null() -> None:
     assert figure(float("nan"), float("inf"), 1.0, 3) == {"mean": None, "low": None, "high": 1.0, "n": 3}
     assert with_interval(np.array([1.0, np.nan]), [0, 1], 0)["mean"] is None
