@@ -173,6 +173,10 @@ def test_a_mixture_is_drawn_from_by_weight(tmp_path: Path) -> None:
     assert list(stream) != list(load(dataset_mixture={"datasets": entries, "seed": 4}, streaming=True)["train"])
     with pytest.raises(ConfigError, match="cannot be divided"):
         load(dataset_mixture={"datasets": entries, "test_split_size": 0.1}, streaming=True)
+    for value in ("abc", 1.5, -1, True):
+        for streaming in (True, False):
+            with pytest.raises(ConfigError, match=r"dataset_mixture\.seed: not a seed"):
+                load(dataset_mixture={"datasets": entries, "seed": value}, streaming=streaming)
     with pytest.raises(ConfigError, match="nothing to train on"):
         load(dataset_mixture={"datasets": [{**entries[0], "weight": 0}]}, streaming=True)
 

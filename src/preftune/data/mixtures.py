@@ -65,7 +65,7 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
     Raises:
         ConfigError: A malformed mixture.
     """
-    used_seed = seed if mixture.get("seed") is None else mixture["seed"]
+    used_seed = seed_of(mixture, seed)
     rows: list[Row] = []
     forms: dict[str, str] = {}
     for where, entry in entries_of(mixture):
@@ -88,6 +88,20 @@ def load_mixture(mixture: Mapping[str, Any], loader: Loader, seed: int) -> dict[
     _check_test_size(size, len(dataset))
     parts = dataset.train_test_split(test_size=size, seed=used_seed)
     return {"train": loader.signed(parts["train"].flatten_indices()), "test": parts["test"].flatten_indices()}
+
+
+def seed_of(mixture: Mapping[str, Any], seed: int) -> int:
+    """The mixture's own seed, or else the run's.
+
+    Raises:
+        ConfigError: It is no seed.
+    """
+    own = mixture.get("seed")
+    if own is None:
+        return seed
+    if not isinstance(own, int) or isinstance(own, bool) or own < 0:
+        raise ConfigError("not a seed", where="dataset_mixture.seed", value=own, allowed="an integer, 0 or more")
+    return own
 
 
 def form_of(rows: Sequence[Row]) -> str:

@@ -19,7 +19,7 @@ from preftune.data.convert import as_messages, is_conversation, is_text
 from preftune.data.json_text import read_lines
 from preftune.data.loader import Loader
 from preftune.data.locations import check_split, files_by_split, find, hub_errors
-from preftune.data.mixtures import check_forms, entries_of, form_of, shape, share_of
+from preftune.data.mixtures import check_forms, entries_of, form_of, seed_of, shape, share_of
 from preftune.data.reading import suffix_of
 from preftune.data.rows import BadRowHandler
 from preftune.data.tables import OPENING, RawTable, from_dataset
@@ -88,7 +88,7 @@ def mixed(mixture: Mapping[str, Any], loader: Loader, seed: int) -> IterableData
             parts.append(_part(entry["id"], entry.get("config"), split, entry.get("columns"), loader))
     if not parts:
         raise ConfigError("nothing to train on", where="dataset_mixture", remedy="raise a weight")
-    return _drawn_from(parts, weights, seed if mixture.get("seed") is None else int(mixture["seed"]))
+    return _drawn_from(parts, weights, seed_of(mixture, seed))
 
 
 @dataclass(frozen=True)
