@@ -187,7 +187,7 @@ def run(
                     if (contender, level) in done:
                         continue
                     fields = fields_of(contender, bench, rows, noise)
-                    cell = measure(bench, rows, fields, folder)
+                    cell = measure(bench, rows, fields)
                     cell |= {
                         "contender": contender,
                         "noise": level,
@@ -202,9 +202,14 @@ def run(
     return kept.finish()
 
 
-def measure(bench: toy.Bench, rows: Sequence[dict[str, Any]], fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Trains with these fields and scores; keeps rewards prompt by prompt for the paired comparison."""
-    scored = bench.score(toy.train(bench, "DPO", rows, fields, folder / "trainer"))
+def measure(bench: toy.Bench, rows: Sequence[dict[str, Any]], fields: dict[str, Any]) -> dict[str, Any]:
+    """Trains with these fields and scores; keeps rewards prompt by prompt for the paired comparison.
+
+    The reference's log-probs are computed for this cell alone. Taken from another cell, they would have the rounding
+    of that one's rows, and a cell would depend on which others were measured before it.
+    """
+    with toy.workplace() as folder:
+        scored = bench.score(toy.train(bench, "DPO", rows, fields, folder))
     by_prompt: dict[int, list[float]] = {}
     for sample, reward in zip(scored.samples, scored.rewards, strict=True):
         by_prompt.setdefault(sample.prompt_index, []).append(float(reward))

@@ -29,6 +29,7 @@ RESULT = HERE / "results" / "audit" / "noise.json"
 DOCS = HERE.parent / "docs"
 PATTERNS = (
     "src/preftune/data/audit/**/*.py",
+    "src/preftune/stats/*.py",
     "src/preftune/demo/lexicon.py",
     "src/preftune/demo/world.py",
     "benchmarks/audit.py",
