@@ -196,6 +196,52 @@ def test_transcripts_for_kto_and_sft() -> None:
     assert examples.to_list() == expected.to_list()
 
 
+PLAIN = {"prompt": "the cat", "chosen": " saw dogs", "rejected": " saw no"}
+PLAIN_CHAT = {
+    "prompt": [{"role": "user", "content": "the cat"}],
+    "chosen": [assistant("saw dogs")],
+    "rejected": [assistant("saw no")],
+}
+
+
+def test_plain_text_is_told_and_becomes_conversations_on_request() -> None:
+    rows, tokenizer = Dataset.from_list([PLAIN, PLAIN]), make_tokenizer()
+    expected, _ = prepare(Dataset.from_list([PLAIN_CHAT] * 2), tokenizer, DataOptions())
+    ours, report = prepare(rows, tokenizer, DataOptions(plain_text="messages"))
+    assert ours.to_list() == expected.to_list()
+    assert "plain text" not in "".join(report.findings)
+    assert "2 rows of plain text were made conversations" in "".join(report.warnings)
+    # As it is by default, with a word about it; where there is no template, there is nothing to say.
+    text, report = prepare(rows, tokenizer, DataOptions())
+    (told,) = [line for line in report.findings if "plain text" in line]
+    assert told.startswith("2 rows are plain text") and "plain_text: messages" in told
+    bare, report = prepare(rows, make_tokenizer(template=None), DataOptions(plain_text="messages"))
+    assert bare.to_list() == text.to_list() != expected.to_list()
+    assert "plain text" not in "".join(report.findings)
+
+
+def test_plain_text_for_kto_and_sft() -> None:
+    tokenizer, options = make_tokenizer(), DataOptions(plain_text="messages")
+    data, _ = prepare_unpaired(Dataset.from_list([PLAIN]), tokenizer, options)
+    assert [str(tokenizer.decode(one)) for one in data["chosen_ids"]] == ["saw dogs<|im_end|>\n", "saw no<|im_end|>\n"]
+    said = {"prompt": PLAIN["prompt"], "completion": PLAIN["chosen"]}
+    examples, report = prepare_sft(Dataset.from_list([said]), tokenizer, options)
+    chat = {"prompt": PLAIN_CHAT["prompt"], "completion": PLAIN_CHAT["chosen"]}
+    expected, _ = prepare_sft(Dataset.from_list([chat]), tokenizer, DataOptions())
+    assert examples.to_list() == expected.to_list()
+    assert report.num_plain == 1
+    # A text of one column has no question, and is nothing to wonder about.
+    _, report = prepare_sft(Dataset.from_list([{"text": "the cat saw dogs"}]), tokenizer, DataOptions())
+    assert not report.num_plain
+
+
+def test_text_that_was_rendered_already_is_not_called_plain() -> None:
+    row = PLAIN | {"prompt": "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"}
+    for options in (DataOptions(), DataOptions(plain_text="messages")):
+        _, report = prepare(Dataset.from_list([row]), make_tokenizer(), options)
+        assert not report.num_plain
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -356,7 +356,7 @@ def test_numbers_that_change_the_loss_are_told(tokenizer: Any) -> None:
     _, report = prepare(Dataset.from_list(rows), tokenizer, DataOptions())
     assert any("score gaps of the pairs are from 0 to 1" in line for line in report.warnings)
     assert any("ref_chosen_logps and ref_rejected_logps are left aside" in line for line in report.warnings)
-    assert not report.findings
+    assert not [line for line in report.findings if "plain text" not in line]
 
 
 # ---- what a template makes of them ----------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_a_mixture_keeps_messages_as_they_are_and_makes_text_messages(tmp_path: 
     lines(tmp_path / "both.jsonl", [ROWS[0], CHATS[0]])
     with pytest.warns(UserWarning, match="text is made a question"):
         kept = list(load(str(tmp_path / "both.jsonl"), streaming=True)["train"])
-    assert kept[0]["chosen"] == [{"role": "assistant", "content": " c0"}]
+    assert kept[0]["chosen"] == [{"role": "assistant", "content": "c0"}]
     lines(tmp_path / "empty.jsonl", [{"prompt": "p", "chosen": "", "rejected": ""}] * 3)
     mixture = {"datasets": [entries[2], {"id": str(tmp_path / "empty.jsonl")}]}
     told = pytest.warns(UserWarning, match=r"empty\.jsonl:1.*left out")

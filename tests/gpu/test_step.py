@@ -82,6 +82,7 @@ def weights(trainer: Any) -> list[torch.Tensor]:
     return [getattr(p.data, "near", p.data).clone() for p in trainer.model.parameters() if p.requires_grad]
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_ends_with_the_numbers_of_the_cpu_and_never_waits_within_a_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str

@@ -70,6 +70,7 @@ def test_noise_is_uniform_within_the_papers_bound(packed: bool) -> None:
     assert (draws.mean((0, 2)).abs() < 5 * bound / math.sqrt(3 * times * size)).all()
 
 
+@pytest.mark.slow
 def test_one_sequence_a_step_is_trls_run(world: Any, tmp_path: Path) -> None:
     trl = importlib.import_module("trl")
     rows = Dataset.from_list([{"text": row["prompt"] + row["chosen"]} for row in worlds.pair_rows(6)])

@@ -39,7 +39,8 @@ column.
 {flags}
 
 Settings of that verb that concern reading count as they do there: dataset_columns, dataset_format, pairing,
-on_bad_rows, transcripts (messages makes conversations of Human:/Assistant: transcripts, text leaves them)."""
+on_bad_rows, transcripts (messages makes conversations of Human:/Assistant: transcripts, text leaves them), plain_text
+(messages makes a question and its answer of other text)."""
 
 
 @dataclass
@@ -116,7 +117,7 @@ def _convert(line: CommandLine) -> None:
     from rich.console import Console
 
     from preftune.cli.console import plain_warnings
-    from preftune.data import export, load_report
+    from preftune.data import DataOptions, export, load_report
     from preftune.runs.data import dataset_names, load_splits
     from preftune.runs.network import go_offline_if_unreachable
     from preftune.runs.settings import read_settings
@@ -133,7 +134,9 @@ def _convert(line: CommandLine) -> None:
         rows = load_splits(settings, with_test=False)["train"]
         report = load_report(rows)
         _check_kind(own.verb, rows, report)
-        number = export.write(rows, target, as_messages=settings.trainer.transcripts == "messages")
+        config = settings.trainer
+        options = DataOptions(transcripts=config.transcripts, plain_text=config.plain_text)
+        number = export.write(rows, target, options)
     told = [offline] if offline else []
     if report is not None:
         told.append(f"format: {', '.join(dict.fromkeys(report.formats.values()))}")

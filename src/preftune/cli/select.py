@@ -113,7 +113,7 @@ def _lines(found: Selection, *, kept: bool) -> str:
 
     from preftune.data.export import rows_of_columns
 
-    rows = rows_of_columns(found.part(kept=kept), as_messages=False)
+    rows = rows_of_columns(found.part(kept=kept))
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

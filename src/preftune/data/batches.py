@@ -26,7 +26,7 @@ BATCH_SIZE = 1000
 MIN_ROWS_FOR_PROCESSES = 2000
 
 TRUNCATED, MERGED, DOUBLED_BOS, EOS_MISSING, EOS_APPENDED, ENVIRONMENT, TRANSCRIPT, MARKED = 1, 2, 4, 8, 16, 32, 64, 128
-REPEATED = 256
+REPEATED, PLAIN = 256, 512
 
 #: Status of a row that was left out because it is bad; any other text is the reason why it was dropped.
 BAD = "bad"
@@ -90,6 +90,7 @@ class Tally:
     num_transcripts: int
     num_marked: int
     num_repeated: int
+    num_plain: int
     example: str | None
     first: str = ""
 
@@ -209,6 +210,7 @@ def _tally(table: pa.Table) -> Tally:
         num_transcripts=count(TRANSCRIPT),
         num_marked=count(MARKED),
         num_repeated=count(REPEATED),
+        num_plain=count(PLAIN),
         example=examples[0].as_py() if len(examples) else None,
         first=problems[0].as_py() if len(problems) else "",
     )

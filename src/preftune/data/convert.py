@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from preftune.data.formats.base import BadRow, FormatSpec, Row
 from preftune.data.formats.openings import answer, asked
 from preftune.data.formats.turns import decode_columns
+from preftune.data.marks import MARKS
+from preftune.data.options import DataOptions
 from preftune.data.pairing import expand_ranked, pair_unpaired, rank_rated
 from preftune.data.rows import BadRowHandler, check_pair, check_sft
 from preftune.data.transcripts import as_conversation
@@ -171,8 +173,29 @@ def as_messages(row: Row) -> Row:
     found = as_conversation(row)
     if found is not None:
         return found
-    made = {name: asked(row[name]) if name == "prompt" else answer(row[name]) for name in _SIDES if name in row}
-    return row | made
+    # The space that parts an answer of text from its prompt is the template's business now.
+    sides = {name: row[name].strip() if isinstance(row[name], str) else row[name] for name in _SIDES if name in row}
+    return row | {name: asked(side) if name == "prompt" else answer(side) for name, side in sides.items()}
+
+
+def presented(row: Row, options: DataOptions) -> tuple[Row, str]:
+    """A canonical row as it is given to a model with a chat template.
+
+    Args:
+        row: The row.
+        options: What becomes of transcripts and of other text.
+
+    Returns:
+        The row, and what its text was: ``transcript``, ``plain``, or nothing where it is a conversation, has no
+        prompt, or holds marks of a chat template already.
+    """
+    found = as_conversation(row)
+    if found is not None:
+        return (found if options.transcripts == "messages" else row), "transcript"
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip() or any(mark in prompt for mark in MARKS):
+        return row, ""
+    return (as_messages(row) if options.plain_text == "messages" else row), "plain"
 
 
 def to_dataset(rows: list[Row], where: str, lost: Sequence[str] = ()) -> Dataset:

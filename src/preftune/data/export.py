@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preftune.data.transcripts import as_conversation
+from preftune.data.convert import presented
+from preftune.data.options import DataOptions
 from preftune.errors import ConfigError, DataError, SetupError
 from preftune.files import replacing
 
@@ -35,25 +36,25 @@ def check_target(path: str | Path) -> Path:
     return target
 
 
-def rows_of_columns(dataset: Dataset, *, as_messages: bool) -> Iterator[dict[str, Any]]:
-    """Canonical rows without fields that are null, transcripts made conversations where that is wanted.
+def rows_of_columns(dataset: Dataset, options: DataOptions | None = None) -> Iterator[dict[str, Any]]:
+    """Canonical rows without fields that are null.
 
     Args:
         dataset: What :func:`preftune.data.load` returned.
-        as_messages: Whether transcripts become conversations.
+        options: What becomes of transcripts and of other text; by default they stay as they are.
     """
     for row in dataset:
         kept = {name: value for name, value in row.items() if value is not None}
-        yield (as_conversation(kept) if as_messages else None) or kept
+        yield presented(kept, options)[0] if options else kept
 
 
-def write(dataset: Dataset, path: str | Path, *, as_messages: bool = False) -> int:
+def write(dataset: Dataset, path: str | Path, options: DataOptions | None = None) -> int:
     """Write canonical rows; a reader never sees half a file.
 
     Args:
         dataset: What :func:`preftune.data.load` returned.
         path: File to write, ending with one of :data:`SUFFIXES`.
-        as_messages: Whether transcripts become conversations.
+        options: What becomes of transcripts and of other text; by default they stay as they are.
 
     Returns:
         The number of rows.
@@ -64,9 +65,9 @@ def write(dataset: Dataset, path: str | Path, *, as_messages: bool = False) -> i
         DataError: Some rows become conversations and others stay text.
     """
     target = check_target(path)
-    rows = list(rows_of_columns(dataset, as_messages=as_messages))
+    rows = list(rows_of_columns(dataset, options))
     texts = [n for n, row in enumerate(rows) if isinstance(row.get("prompt", row.get("text")), str)]
-    if as_messages and 0 < len(texts) < len(rows):
+    if options and options.transcripts == "messages" and 0 < len(texts) < len(rows):
         raise DataError(
             f"{len(texts)} of {len(rows)} rows cannot be made conversations as the others are, and would stay text",
             where=f"row {texts[0]} (the first is 0)",

@@ -12,6 +12,7 @@ BadRowPolicy = Literal["error", "skip", "warn"]
 TruncationMode = Literal["keep_start", "keep_end"]
 ImplicitPrompt = Literal["common_prefix", "transcript"]
 Transcripts = Literal["text", "messages"]
+PlainText = Literal["text", "messages"]
 EnvironmentTurns = Literal["scored", "masked"]
 
 
@@ -41,6 +42,8 @@ class DataOptions:
             ``transcript`` first looks for ``Human:``/``Assistant:`` transcripts.
         transcripts: What becomes of ``Human:``/``Assistant:`` transcripts where the tokenizer has a chat template:
             ``text`` trains on them as they are, as TRL does; ``messages`` makes them conversations.
+        plain_text: What becomes of other prompts and answers of text where the tokenizer has a chat template: ``text``
+            gives them to the model as they are, as TRL does; ``messages`` makes them a question and its answer.
         environment_turns: Turns within an answer that the model does not write (what tools return, later user turns):
             ``scored`` as its own words, as TRL does, or ``masked``.
         append_eos: Append the end-of-sequence token to a conversational completion whose template leaves it out.
@@ -64,6 +67,7 @@ class DataOptions:
     dataset_format: str = "auto"
     implicit_prompt: ImplicitPrompt = "common_prefix"
     transcripts: Transcripts = "text"
+    plain_text: PlainText = "text"
     environment_turns: EnvironmentTurns = "scored"
     append_eos: bool = False
     enclose: bool = False
@@ -80,6 +84,7 @@ class DataOptions:
         check_choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
         check_choice("implicit_prompt", self.implicit_prompt, ("common_prefix", "transcript"))
         check_choice("transcripts", self.transcripts, ("text", "messages"))
+        check_choice("plain_text", self.plain_text, ("text", "messages"))
         check_choice("environment_turns", self.environment_turns, ("scored", "masked"))
         check_format_name(self.dataset_format)
         for name in ("max_length", "max_prompt_length", "num_proc"):

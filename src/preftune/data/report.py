@@ -47,6 +47,7 @@ class PrepareReport:
         num_transcripts: Rows of ``Human:``/``Assistant:`` transcripts, where the tokenizer has a chat template.
         num_marked: Rows with turns that are marked as not to be trained on (``weight: 0``, ``train: false``).
         num_repeated: Rows of text whose answers begin with their whole prompt.
+        num_plain: Rows whose prompt is text and no transcript, where the tokenizer has a chat template.
         columns: Column of the data -> what is done with it.
         findings: What a user should know before trusting the run, one finding a line.
         warnings: The findings, after notes on what was done.
@@ -72,6 +73,7 @@ class PrepareReport:
     num_transcripts: int = 0
     num_marked: int = 0
     num_repeated: int = 0
+    num_plain: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -186,6 +188,7 @@ def _of_tally(tally: Tally) -> dict[str, Any]:
         "num_transcripts": tally.num_transcripts,
         "num_marked": tally.num_marked,
         "num_repeated": tally.num_repeated,
+        "num_plain": tally.num_plain,
     }
 
 
@@ -241,6 +244,15 @@ def _of_turns(report: PrepareReport, options: DataOptions) -> tuple[list[str], l
                 f"{report.num_transcripts} rows are transcripts (Human: ... Assistant: ...) and are trained on as text,"
                 " as in TRL, which is not how the tokenizer's chat template presents a conversation;"
                 " transcripts: messages renders them with it"
+            )
+    if report.num_plain:
+        if options.plain_text == "messages":
+            notes.append(f"{report.num_plain} rows of plain text were made conversations of a question and its answer")
+        else:
+            found.append(
+                f"{report.num_plain} rows are plain text, which the model is trained on as it is, as in TRL; in a chat"
+                " it is asked with its tokenizer's chat template. plain_text: messages makes questions and answers of"
+                " these rows and renders them with it"
             )
     return notes, found
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from preftune.data import batches
 from preftune.data.batches import Outcome
-from preftune.data.convert import convert_row
+from preftune.data.convert import convert_row, presented
 from preftune.data.formats import FORMATS, FormatSpec, Row
 from preftune.data.formats.base import BadRow
 from preftune.data.options import DataOptions
 from preftune.data.rows import BadRowHandler
 from preftune.data.tokenise import Encoder
-from preftune.data.transcripts import as_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,24 +86,25 @@ class RowWorker:
             One outcome per row, with the bad ones marked; and positions and canonical rows of those to go on with.
         """
         spec = self.spec
-        # Transcripts stay what they are where there is no template that could render them.
-        looks, converts = self.encoder.has_template, self.options.transcripts == "messages"
         outcomes: list[Outcome] = []
         positions: list[int] = []
         rows: list[Row] = []
-        found: list[Row] = []
+        kinds: set[str] = set()
 
         def then(row: Row) -> Row:
-            conversation = as_conversation(row) if looks else None
-            if conversation is not None:
-                found.append(conversation)
-            return conversation if conversation is not None and converts else row
+            # Text stays what it is where there is no template that could render it.
+            if not self.encoder.has_template:
+                return row
+            shown, kind = presented(row, self.options)
+            kinds.add(kind)
+            return shown
 
         for position, (row, index) in enumerate(zip(raw, indices, strict=True)):
             handler.reason = ""
-            found.clear()
+            kinds.clear()
             converted = convert_row(row, place_of(self.name, index), spec, handler, then=then)
-            flags = batches.TRANSCRIPT * bool(found) + batches.REPEATED * any(map(repeats_prompt, converted))
+            flags = batches.TRANSCRIPT * ("transcript" in kinds) + batches.PLAIN * ("plain" in kinds)
+            flags += batches.REPEATED * any(map(repeats_prompt, converted))
             outcomes.append(Outcome(status="" if converted else batches.BAD, bad=handler.reason, flags=flags))
             if converted:
                 positions.append(position)

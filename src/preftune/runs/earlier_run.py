@@ -61,7 +61,7 @@ def options_of_run(tuned: Tuned) -> DataOptions:
     """
     names = (
         *("max_length", "max_prompt_length", "truncation_mode", "implicit_prompt", "transcripts"),
-        *("environment_turns", "append_eos"),
+        *("plain_text", "environment_turns", "append_eos"),
     )
     trained = tuned.settings.get("trainer", {})
     # ``None`` is a setting too: no longest sequence.

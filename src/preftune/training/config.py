@@ -53,6 +53,20 @@ def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> N
         raise ConfigError("unknown value", where=name, value=value, allowed=", ".join(filter(None, allowed)))
 
 
+#: What settings of words may be.
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "truncation_mode": ("keep_start", "keep_end"),
+    "packing_mode": ("auto", "packed", "padded"),
+    "attention_backend": BACKEND_NAMES,
+    "checkpoint_policy": ("needed", "always"),
+    "on_bad_rows": ("error", "skip", "warn"),
+    "existing_output": ("refuse", "set_aside_own", "set_aside"),
+    "transcripts": ("text", "messages"),
+    "plain_text": ("text", "messages"),
+    "environment_turns": ("scored", "masked"),
+    "torch_compile_backend": (None, *COMPILE_BACKENDS),
+    "torch_compile_mode": (None, *COMPILE_MODES),
+}
 _LEAST = {
     "max_length": 2,
     "max_tokens_per_row": 1,
@@ -144,6 +158,8 @@ class PackedConfig(TrainingArguments):
         data_cache: Keep the tokens of large data sets on disk, and find them there again.
         transcripts: What becomes of ``Human:``/``Assistant:`` transcripts where the tokenizer has a chat template:
             ``text`` trains on them as they are, as TRL does; ``messages`` makes them conversations.
+        plain_text: What becomes of other prompts and answers of text where the tokenizer has a chat template: ``text``
+            trains on them as they are, as TRL does; ``messages`` makes them a question and its answer.
         environment_turns: Turns within an answer that the model does not write (what tools return, later user turns):
             ``scored`` as its own words, as TRL does, or ``masked``.
         append_eos: Add the end-of-sequence token where the chat template leaves it out.
@@ -191,6 +207,7 @@ class PackedConfig(TrainingArguments):
     max_dropped_share: float | None = None
     existing_output: str = "set_aside_own"
     transcripts: str = "text"
+    plain_text: str = "text"
     environment_turns: str = "scored"
     data_cache: bool = True
     append_eos: bool = False
@@ -208,16 +225,8 @@ class PackedConfig(TrainingArguments):
             raise ConfigError("not a number of seconds", where="worker_timeout", value=value, allowed="0 or more")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and (self.use_cpu or _has_bf16_accelerator())
-        check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
-        check_choice("packing_mode", self.packing_mode, ("auto", "packed", "padded"))
-        check_choice("attention_backend", self.attention_backend, BACKEND_NAMES)
-        check_choice("checkpoint_policy", self.checkpoint_policy, ("needed", "always"))
-        check_choice("on_bad_rows", self.on_bad_rows, ("error", "skip", "warn"))
-        check_choice("existing_output", self.existing_output, ("refuse", "set_aside_own", "set_aside"))
-        check_choice("transcripts", self.transcripts, ("text", "messages"))
-        check_choice("environment_turns", self.environment_turns, ("scored", "masked"))
-        check_choice("torch_compile_backend", self.torch_compile_backend, (None, *COMPILE_BACKENDS))
-        check_choice("torch_compile_mode", self.torch_compile_mode, (None, *COMPILE_MODES))
+        for name, allowed in _CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
         for name, least in _LEAST.items():
             check_at_least(name, getattr(self, name), least)
         if self.attention_backend != "auto" and self.packing_mode == "padded":

@@ -315,6 +315,7 @@ def data_options(args: PackedConfig, **extra: Any) -> DataOptions:
         max_dropped_share=args.max_dropped_share,
         data_cache=args.data_cache,
         transcripts=args.transcripts,  # type: ignore[arg-type]
+        plain_text=args.plain_text,  # type: ignore[arg-type]
         environment_turns=args.environment_turns,  # type: ignore[arg-type]
         warn=True,
         **extra,

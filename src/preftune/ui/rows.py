@@ -21,6 +21,7 @@ _OPTIONS = (
     "implicit_prompt",
     "append_eos",
     "transcripts",
+    "plain_text",
     "environment_turns",
 )
 _TOKENIZER = ("model_revision", "tokenizer_name_or_path", "chat_template")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from preftune.data.audit.text import flat
-from preftune.data.convert import canonical_rows, convert_row
+from preftune.data.convert import canonical_rows, convert_row, presented
 from preftune.data.first_rows import look
 from preftune.data.formats import FormatSpec, column_uses, resolve
 from preftune.data.formats.base import BadRow, Row
@@ -16,7 +16,6 @@ from preftune.data.options import DataOptions
 from preftune.data.rows import BadRowHandler
 from preftune.data.script_words import in_python
 from preftune.data.tables import from_dataset
-from preftune.data.transcripts import as_conversation
 from preftune.data.unused_columns import overlooked, told_of
 from preftune.errors import DataError
 
@@ -159,11 +158,9 @@ def read_rows(
 
 
 def _then(tokenizer: PreTrainedTokenizerBase | None, options: DataOptions) -> Callable[[Row], Row]:
-    """Transcripts as conversations, where training makes them that."""
+    """Text as conversations, where training makes it that."""
     template = options.chat_template or (tokenizer.chat_template if tokenizer is not None else None)
-    if options.transcripts != "messages" or template is None:
-        return lambda row: row
-    return lambda row: as_conversation(row) or row
+    return (lambda row: row) if template is None else (lambda row: presented(row, options)[0])
 
 
 def _format(

@@ -12,7 +12,7 @@ from preftune.data.formats.turns import is_messages, is_turn, message, need_text
 #: Names of the question and of the two answers, in the order in which they are looked for.
 QUESTIONS = (
     *("prompt", "question", "instruction", "query", "input", "problem", "user_prompt", "user_input", "user_query"),
-    *("user_message", "input_text", "instructions", "context"),
+    *("user_message", "input_text", "instructions", "context", "context_messages"),
 )
 ANSWERS = (
     ("chosen", "rejected"),
@@ -30,6 +30,12 @@ ANSWERS = (
     ("positive", "negative"),
     ("response_chosen", "response_rejected"),
     ("preferred_output", "non_preferred_output"),
+    ("chosen_code", "rejected_code"),
+    ("good_answer", "bad_answer"),
+    ("good_response", "bad_response"),
+    ("better_answer", "worse_answer"),
+    ("better_response", "worse_response"),
+    ("winner", "loser"),
 )
 
 

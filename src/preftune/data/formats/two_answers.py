@@ -39,7 +39,7 @@ ANSWERS = (
 #: Columns that name the better answer.
 WINNERS = (
     *("winner", "preferred", "preference", "choice", "better_response_id", "better_response", "labels", "label"),
-    "safer_response_id",
+    *("overall_response", "safer_response_id"),
 )
 #: Of these, names that other things have as well: what they say counts less than a strength or scores.
 _UNSURE = ("labels", "label")
