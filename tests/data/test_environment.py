@@ -222,8 +222,9 @@ def test_plain_text_is_told_and_becomes_conversations_on_request() -> None:
 
 def test_plain_text_for_kto_and_sft() -> None:
     tokenizer, options = make_tokenizer(), DataOptions(plain_text="messages")
-    data, _ = prepare_unpaired(Dataset.from_list([PLAIN]), tokenizer, options)
+    data, report = prepare_unpaired(Dataset.from_list([PLAIN]), tokenizer, options)
     assert [str(tokenizer.decode(one)) for one in data["chosen_ids"]] == ["saw dogs<|im_end|>\n", "saw no<|im_end|>\n"]
+    assert report.num_plain
     said = {"prompt": PLAIN["prompt"], "completion": PLAIN["chosen"]}
     examples, report = prepare_sft(Dataset.from_list([said]), tokenizer, options)
     chat = {"prompt": PLAIN_CHAT["prompt"], "completion": PLAIN_CHAT["chosen"]}

@@ -165,6 +165,22 @@ PAIRS: dict[str, tuple[dict[str, Any], Any, Any, Any]] = {
         "c",
         "r",
     ),
+    "winner and loser": ({"prompt": "p", "winner": "c", "loser": "r"}, [user("p")], "c", "r"),
+    "good and bad": ({"question": "p", "bad_answer": "r", "good_answer": "c"}, [user("p")], "c", "r"),
+    "better and worse": ({"query": "p", "worse_response": "r", "better_response": "c"}, [user("p")], "c", "r"),
+    "two programs": ({"problem": "p", "chosen_code": "c", "rejected_code": "r", "error": "e"}, [user("p")], "c", "r"),
+    "context messages": (
+        {"context_messages": [user("p"), assistant("a"), user("q")], "chosen": "c", "rejected": "r"},
+        [user("p"), assistant("a"), user("q")],
+        "c",
+        "r",
+    ),
+    "align-anything": (
+        {"question": "p", "response_1": "r", "response_2": "c", "overall_response": 2, "response_1_model": "m"},
+        [user("p")],
+        "c",
+        "r",
+    ),
     "question and context": (
         {"question": "p", "context": "i", "chosen_answer": "c", "rejected_answer": "r", "system_message": "s"},
         [SYSTEM, user("p\ni")],

@@ -52,6 +52,14 @@ def test_labels_are_the_real_mask(tokenizer: Any, mode: Any, max_length: int | N
             assert [token for token, label in labels[name] if label == name] == row[f"{name}_ids"][first:]
 
 
+def test_text_that_a_template_could_render_says_so() -> None:
+    word = "plain text, without the chat template"
+    assert printed(PLAIN[:2], make_tokenizer(), DataOptions()).count(word) == 2
+    assert word not in printed(PLAIN[:2], make_tokenizer(), DataOptions(plain_text="messages"))
+    assert word not in printed(PLAIN[:2], make_tokenizer(template=None), DataOptions())
+    assert word not in printed(CHAT[:2], make_tokenizer(), DataOptions())
+
+
 def test_dropped_and_bad_rows_say_why(tokenizer: Any) -> None:
     rows = [PLAIN[6], {**PLAIN[0], "chosen": ""}]
     text = printed(rows, tokenizer, DataOptions(max_length=10))

@@ -110,5 +110,5 @@ class ModelConfig:
             ConfigError: If none is set.
         """
         if not self.model_name_or_path:
-            raise ConfigError("no model to tune", where="model_name_or_path", remedy="set --model_name_or_path")
+            raise ConfigError("no model is named", where="model_name_or_path", remedy="set --model_name_or_path")
         return self.model_name_or_path

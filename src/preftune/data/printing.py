@@ -138,6 +138,8 @@ def _print_row(row: Shown, tokenizer: PreTrainedTokenizerBase, console: Console)
         summary = ", ".join(f"{count} {label}" for label, count in counts.items())
         console.print(Text(f"{title}: {len(tokens)} tokens ({summary})", style="bold"))
         console.print(to_text(tokens, tokenizer, console.color_system is not None))
+    if row.plain:
+        console.print(Text("plain text, without the chat template (plain_text: messages renders it)", style="yellow"))
     if row.merged:
         end = _printable(str(tokenizer.decode(list(row.merged))))
         console.print(Text(f"left out, tokens merge here: the prompt alone ends with {end!r}", style="yellow"))

@@ -50,12 +50,14 @@ class Shown:
         problem: What is wrong with a row that cannot be used; it then has no sequences.
         dropped: Why truncation drops the whole row.
         merged: End of the prompt alone that no sequence contains, because its tokens merge with the answer's.
+        plain: Whether it is plain text that is trained on without the tokenizer's chat template.
     """
 
     sequences: Mapping[str, list[Labelled]] = field(default_factory=dict)
     problem: str | None = None
     dropped: str | None = None
     merged: tuple[int, ...] = ()
+    plain: bool = False
 
 
 class Viewer:
@@ -134,7 +136,9 @@ class Viewer:
         if not rows:
             return Shown(problem=f"bad row: {outcomes[0].bad}")
         found = self._shown(rows[0])
-        return Shown(problem=str(to_error(found, "row"))) if isinstance(found, BadRow) else found
+        if isinstance(found, BadRow):
+            return Shown(problem=str(to_error(found, "row")))
+        return replace(found, plain=bool(outcomes[0].flags & batches.PLAIN) and self.options.plain_text == "text")
 
     def _shown(self, row: dict[str, Any]) -> Shown | BadRow:
         worker = self._worker
