@@ -214,7 +214,8 @@ def test_plain_text_is_told_and_becomes_conversations_on_request() -> None:
     # As it is by default, with a word about it; where there is no template, there is nothing to say.
     text, report = prepare(rows, tokenizer, DataOptions())
     (told,) = [line for line in report.findings if "plain text" in line]
-    assert told.startswith("2 rows are plain text") and "plain_text: messages" in told
+    assert told.startswith("2 rows are plain text")
+    assert "plain_text: messages" in told
     bare, report = prepare(rows, make_tokenizer(template=None), DataOptions(plain_text="messages"))
     assert bare.to_list() == text.to_list() != expected.to_list()
     assert "plain text" not in "".join(report.findings)
