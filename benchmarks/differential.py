@@ -23,6 +23,8 @@ from benchmarks.cell import machine
 from benchmarks.fuzz import quiet_libraries
 
 RESULTS = Path(__file__).parent / "results" / "differential.json"
+#: A difference of docs/migration.md that drawn rows can meet.
+DOCUMENTED = "differs where one answer merges with its prompt"
 
 
 def compare(seed: int, folder: Path) -> dict[str, Any]:
@@ -44,7 +46,34 @@ def compare(seed: int, folder: Path) -> dict[str, Any]:
     if errors:
         return {"outcome": " and ".join(errors) + " failed", **found}
     how = list(drawn.differences(run, logs["preftune"], logs["trl"]))
-    return {"outcome": "differs" if how else "equal", **found, **({"how": how[:8]} if how else {})}
+    if not how:
+        return {"outcome": "equal", **found}
+    return {"outcome": DOCUMENTED if merges_unevenly(run) else "differs", **found, "how": how[:8]}
+
+
+def merges_unevenly(run: Any) -> bool:
+    """Whether one answer of a row merges with the end of its prompt and the other does not.
+
+    There TRL's ORPO and CPO let each answer start at a boundary of its own; docs/migration.md has it.
+    """
+    from tests.parity import drawn
+
+    from preftune.data.formats.base import common_prefix
+
+    if run.verb not in ("ORPO", "CPO") or run.form not in ("explicit", "implicit"):
+        return False
+    tokenizer = drawn.tokenizer_of(run)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text)["input_ids"])
+
+    for row in drawn.rows_of(run, drawn.NUM_ROWS, run.seed):
+        answers = [row.get("prompt", "") + row[name] for name in ("chosen", "rejected")]
+        prompt = row.get("prompt") or answers[0][: common_prefix(*answers)]
+        kept = [common_prefix(ids(prompt), ids(answer)) for answer in answers]
+        if kept[0] != kept[1]:
+            return True
+    return False
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # run as a file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "parity.json"
+DRAWN = RESULTS.with_name("differential.json")
 INTRODUCTION = """\
 # Parity with TRL
 
@@ -69,6 +70,26 @@ def measure_all(names: list[str]) -> dict[str, Any]:
     return {"machine": machine({"threads": 1}), "seconds": seconds, "data": source, "rows": rows}
 
 
+def drawn_text(report: dict[str, Any]) -> str:
+    """What became of the runs of :mod:`benchmarks.differential`."""
+    from benchmarks.differential import DOCUMENTED
+
+    outcomes = report["outcomes"]
+    told = {
+        "equal": "equal within the same bound",
+        "trl and preftune failed": "refused by both",
+        "trl failed": "end with an error in TRL alone",
+        "preftune failed": "end with an error in preftune alone",
+        DOCUMENTED: "differ where one answer merges with its prompt ([migration](migration.md))",
+        "differs": "differ",
+    }
+    said = ", ".join(f"{outcomes[name]} {text}" for name, text in told.items() if outcomes.get(name))
+    return (
+        "**Runs drawn at random** (`benchmarks/results/differential.json`, `make differential`): architecture, trainer,"
+        f" form of the data and settings in any combination, {sum(outcomes.values())} runs by both: {said}."
+    )
+
+
 def render(report: dict[str, Any]) -> str:
     """``docs/parity.md`` as text."""
     from benchmarks.render import machine_text
@@ -86,6 +107,7 @@ def render(report: dict[str, Any]) -> str:
                     data=report.get("data", "HH-RLHF"), trl=report["machine"]["versions"]["trl"], floor=REWARD_FLOOR
                 ).strip(),
                 f"**Result.** {result}",
+                drawn_text(json.loads(DRAWN.read_text(encoding="utf-8"))),
                 f"**Environment.** {machine_text(report['machine'])}",
                 markdown_table(
                     ("method and options", "trainer", "loss", "rewards", "log-probs", "gradient", "weights"),
