@@ -81,9 +81,10 @@ def config_of(name: str) -> Any:
     from transformers import LlamaConfig
 
     if name == PRETRAINED:
+        from benchmarks import pretrained
         from preftune.models.shapes import load_config
 
-        return load_config(os.path.join(os.environ.get("PREFTUNE_REAL_MODELS", "real"), PRETRAINED))
+        return load_config(str(pretrained.folder_of(PRETRAINED)))
     hidden, layers, intermediate, heads, kv_heads, vocab = SHAPES[name]
     return LlamaConfig(
         vocab_size=vocab,
