@@ -161,14 +161,20 @@ class Cells:
 
 
 def _first_of_a_seed(cells: Sequence[Cell], number: int) -> set[int]:
-    """Places of the first cells of the seed in the middle.
+    """Places of the first cells of the seed in the middle, and of the seeds after it where it has fewer.
 
     Cells of a seed share the reference's log-probs, which have the rounding of the rows of the first of them, so that
     a cell from further on would come out otherwise in the last digit.
     """
     seeds = list(dict.fromkeys(cell.get("seed") for cell in cells))
-    middle = seeds[len(seeds) // 2]
-    return set([place for place, cell in enumerate(cells) if cell.get("seed") == middle][:number])
+    middle = len(seeds) // 2
+    ordered = [
+        place
+        for seed in seeds[middle:] + seeds[:middle]
+        for place, cell in enumerate(cells)
+        if cell.get("seed") == seed
+    ]
+    return set(ordered[:number])
 
 
 def _figures(cell: Cell) -> Any:
