@@ -25,6 +25,8 @@ from preftune.errors import SetupError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sweep"
 PATTERNS = (*stale.ENGINE, "src/preftune/sweep/*.py", "benchmarks/sweep.py")
+#: How the command line reads rows as TRL does; by default it makes conversations of transcripts.
+AS_TRL = {"transcripts": "text", "implicit_prompt": "common_prefix", "environment_turns": "scored"}
 TRL_GRID: dict[str, tuple[float, ...]] = {"beta": (0.05, 0.1, 0.2), "learning_rate": (1e-6, 1e-5, 1e-4)}
 _HELD_OUT = 0.1
 
@@ -93,9 +95,12 @@ def run(
             continue
         with tempfile.TemporaryDirectory(prefix="preftune-sweep-") as scratch:
             environment = environment_of(Path(scratch), threads)
-            ours = our_sweep(base, folder, data, Path(scratch), environment, False, grid)
+            ours = our_sweep(base | AS_TRL, folder, data, Path(scratch), environment, False, grid)
             theirs = _trl(base, folder, data, Path(scratch), environment, grid)
-        cells.enter({"repetition": repetition, "preftune": ours, "trl": theirs})
+        cell = {"repetition": repetition, "preftune": ours, "trl": theirs}
+        if (apart := _largest_difference([cell])) > 1e-3:
+            raise SetupError("the two did not train the same", where="held-out loss", value=f"{apart:.1e} apart")
+        cells.enter(cell)
         print(
             f"preftune: {ours['seconds']:.0f} s, {ours['peak_bytes'] / 2**20:.0f} MiB; "
             f"{len(theirs['runs'])} TRL runs: {theirs['seconds']:.0f} s, {theirs['peak_bytes'] / 2**20:.0f} MiB",
