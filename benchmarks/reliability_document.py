@@ -33,9 +33,9 @@ that run can still be resumed (`existing_output`: `refuse`, the default of the c
 default of the Python classes, moves what preftune has written and nobody has changed since, and refuses otherwise;
 `set_aside`). Should a foreign file take a needed name while a run goes on, the results go beside it, under another
 name, with a warning. A folder is written into by one process at a time; a second one is refused with the first one's
-process number and start. An output folder that is a model, a data folder or the cache, lies in one, or holds a model
-or a data folder is refused, links followed; so is a quarantine file that is not made of quarantined rows alone. The
-other verbs (`eval`, `data audit`, `advise`, `report`, `demo`, `sweep`) replace only files of their own that are
+process number and start. An output folder is refused if it is a model, a data folder or the cache, if it is inside
+one, or if it contains a model or a data folder; links are followed. So is a quarantine file that is not made of
+quarantined rows alone. The other verbs (`eval`, `data audit`, `advise`, `report`, `demo`, `sweep`) replace only files of their own that are
 unchanged; `data convert` and `advise --write` leave every file that exists as it is; a sweep reads only pairs and
 settings that it has written. (`tests/faults/test_ownership.py`)
 
