@@ -35,9 +35,9 @@ default of the Python classes, moves what preftune has written and nobody has ch
 name, with a warning. A folder is written into by one process at a time; a second one is refused with the first one's
 process number and start. An output folder is refused if it is a model, a data folder or the cache, if it is inside
 one, or if it contains a model or a data folder; links are followed. So is a quarantine file that is not made of
-quarantined rows alone. The other verbs (`eval`, `data audit`, `advise`, `report`, `demo`, `sweep`) replace only files of their own that are
-unchanged; `data convert` and `advise --write` leave every file that exists as it is; a sweep reads only pairs and
-settings that it has written. (`tests/faults/test_ownership.py`)
+quarantined rows alone. The other verbs (`eval`, `data audit`, `advise`, `report`, `demo`, `sweep`) replace only files
+of their own that are unchanged; `data convert` and `advise --write` leave every file that exists as it is; a sweep
+reads only pairs and settings that it has written. (`tests/faults/test_ownership.py`)
 
 **Which checkpoint is resumed from.** With `resume_from_checkpoint: true`, the newest whole one of the run that wrote
 into the folder last; its step is what its manifest says.
