@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset
 
 from preftune.data import DataOptions, DataWarning, findings, prepare, prepare_sft, warn_findings
+from preftune.data.audit.rows import read_rows
 from preftune.data.printing import show
 from preftune.data.token_view import Viewer
 from preftune.data.transcripts import as_conversation, turns_of
@@ -235,6 +236,13 @@ def test_plain_text_for_kto_and_sft() -> None:
     # A text of one column has no question, and is nothing to wonder about.
     _, report = prepare_sft(Dataset.from_list([{"text": "the cat saw dogs"}]), tokenizer, DataOptions())
     assert not report.num_plain
+
+
+def test_the_audit_reads_plain_text_as_it_would_be_trained_on() -> None:
+    tokenizer = make_tokenizer()
+    for setting, expected in (("text", PLAIN), ("messages", PLAIN_CHAT)):
+        read = read_rows([PLAIN], DataOptions(plain_text=setting), tokenizer=tokenizer)  # type: ignore[arg-type]
+        assert [row["chosen"] for row in read.rows] == [expected["chosen"]]
 
 
 def test_text_that_was_rendered_already_is_not_called_plain() -> None:

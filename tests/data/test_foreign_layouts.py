@@ -566,6 +566,17 @@ def test_half_conversations_half_text_are_not_written(tmp_path: Path, capsys: py
     assert "1 of 2 rows cannot be made conversations" in error
 
 
+@pytest.mark.parametrize("setting", ["text", "messages"])
+def test_plain_text_is_converted_as_it_would_be_trained_on(
+    tmp_path: Path, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "hi", "chosen": " yes", "rejected": " no"}
+    code, _, error = converted(tmp_path, row, capsys, "--plain_text", setting)
+    assert code == 0, error
+    expected = row if setting == "text" else pair("hi", "yes", "no")
+    assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8")) == expected
+
+
 @pytest.mark.parametrize("prompt", ["\n\nHuman: hi\n\nAssistant:", "### Human: hi### Assistant:"])
 def test_transcripts_with_a_prompt_that_is_repeated(
     tmp_path: Path, prompt: str, capsys: pytest.CaptureFixture[str]
